@@ -1,0 +1,1 @@
+"""Multi-stage diffusion models: noise levels in stages, one shared encoder, one decoder per stage."""

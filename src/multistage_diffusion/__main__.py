@@ -1,0 +1,5 @@
+"""`python -m multistage_diffusion` is `msd`."""
+
+from multistage_diffusion.cli import main
+
+main()

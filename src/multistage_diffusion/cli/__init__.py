@@ -1,0 +1,135 @@
+"""The command line, `msd`: one small file a command; torch is imported only by the command that runs."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+from multistage_diffusion.errors import ConfigError, UserError, suggest
+
+COMMANDS = {
+    "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
+    "data": "what a source holds",
+    "cluster": "find the stages of a data set",
+    "profile": "parameters and FLOPs of a preset or a run, stage by stage",
+    "train": "train a model; the same command again resumes",
+    "sample": "draw images from a run",
+    "evaluate": "measure a run, or a folder of images",
+    "verify": "check every file of a run against its manifest",
+    "export": "write a run's weights as one safetensors file",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its code (0 done, 2 usage, 3 data, 4 numerics, 5 checkpoint, 130/143 signals).
+
+    Args:
+        arguments: Words after `msd`; by default those of the process.
+    """
+    sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run a command and return its exit code; the last line on stderr of a failure is `error: ...`.
+
+    Args:
+        arguments: Words after `msd`.
+
+    Returns:
+        The exit code.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("multistage-diffusion"))
+        return 0
+    debug = "--debug" in arguments
+    try:
+        return _run(arguments[0], arguments[1:])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Parse a command's options, call it, print its document."""
+    from rich.console import Console
+
+    if name not in COMMANDS:
+        raise ConfigError(f"no command {name}{suggest(name, COMMANDS)}; see msd --help")
+    module = importlib.import_module(f"multistage_diffusion.cli.{name}")
+    options = module.parse(arguments) if hasattr(module, "parse") else parse(module.Options, name, arguments)
+    console = Console(stderr=options.json, soft_wrap=True)
+    document = module.run(options, console)
+    if options.json:
+        print(json.dumps(document, allow_nan=False))
+    return 0
+
+
+def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -> Any:
+    """Parse a command's words into its dataclass of options with tyro; a mistake becomes one line.
+
+    Args:
+        kind: The dataclass; its docstring is the help's text, its fields' docstrings the options' texts.
+        name: The command's name.
+        arguments: Words after it.
+        default: An instance to start from.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        ConfigError: Unknown option, missing argument or value of the wrong type.
+    """
+    import tyro
+
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
+    extra = {} if default is None else {"default": default}
+    out, err = io.StringIO(), io.StringIO()
+    wants_help = any(word in ("-h", "--help") for word in arguments)
+    if wants_help:
+        return tyro.cli(kind, prog=f"msd {name}", args=list(arguments), config=config, **extra)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            return tyro.cli(kind, prog=f"msd {name}", args=list(arguments), config=config, **extra)
+    except SystemExit as stop:
+        raise ConfigError(f"{_plain(err.getvalue() or out.getvalue())}; see msd {name} --help") from stop
+
+
+def _plain(boxed: str) -> str:
+    """The words of tyro's boxed message on one line, up to its advice."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
+    text = " ".join(re.sub(r"[│╭╮╰╯─┌┐└┘]", " ", text).split())
+    return re.sub(r"^(Parsing error|Unrecognized options|Required options|Error)\s*:?\s*", "", text)
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return f"""usage: msd COMMAND ...    (each has --help with an example)
+
+Train diffusion models in stages: noise levels clustered, one shared encoder, one decoder per stage.
+
+{rows}
+
+example: msd demo --out runs/demo"""

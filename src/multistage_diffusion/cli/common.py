@@ -1,0 +1,58 @@
+"""What every command shares: the options, the console, the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from multistage_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options that every command has."""
+
+    json: bool = False
+    """Print one JSON document alone on stdout; everything else goes to stderr."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(Common):
+    """Options of the commands that compute."""
+
+    device: str = "auto"
+    """Device to compute on, like cpu or cuda; auto takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; results repeat to the bit only with the same number."""
+
+
+def prepare(options: Compute) -> torch.device:
+    """Set the number of threads and choose the device.
+
+    Args:
+        options: The command's options.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: The device does not exist here, or the number of threads is not positive.
+    """
+    import torch
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {name} is not available here; use cpu, cuda or auto") from error

@@ -1,0 +1,399 @@
+"""The whole configuration of a run, as frozen dataclasses. Imports no torch, so `--help` and `--dry-run` are quick.
+
+Recipes return a whole `RunConfig`; the command line changes single fields; a run's `config.json` holds it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from multistage_diffusion.errors import ConfigError, suggest
+
+T = TypeVar("T")
+Architecture = Literal["multistage", "unified", "separate"]
+
+
+def check(condition: bool, option: str, wanted: str, value: object) -> None:
+    """Refuse a configuration value.
+
+    Args:
+        condition: Whether the value is right.
+        option: Its name, as on the command line without dashes.
+        wanted: What would be right.
+        value: What came.
+
+    Raises:
+        ConfigError: `condition` is false.
+    """
+    if not condition:
+        raise ConfigError(f"{option} must be {wanted}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and what is done to them."""
+
+    source: str = "digits"
+    """Source, like digits, fashion-mnist or folder:PATH."""
+    root: str | None = None
+    """Folder that holds the source's files; where they are looked for first."""
+    resolution: int | None = None
+    """Resize to this many pixels a side; by default the images stay as they are."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+
+    def __post_init__(self) -> None:
+        check(self.resolution is None or self.resolution >= 4, "data.resolution", "at least 4", self.resolution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPConfig:
+    """Variance-preserving process, linear beta (Song et al. 2021), noise prediction. Time t in [t_min, 1]."""
+
+    kind: Literal["vp"] = "vp"
+    beta_min: float = 0.1
+    """Noise rate at t = 0."""
+    beta_max: float = 20.0
+    """Noise rate at t = 1."""
+    t_min: float = 1e-4
+    """Smallest time in training and sampling."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.beta_min < self.beta_max, "process.beta-min", "positive and below beta-max", self.beta_min)
+        check(0 < self.t_min < 1, "process.t-min", "between 0 and 1", self.t_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineConfig:
+    """Variance-preserving, cosine schedule (Nichol and Dhariwal 2021), noise prediction. Time in [t_min, t_max]."""
+
+    kind: Literal["vp-cosine"] = "vp-cosine"
+    offset: float = 0.008
+    """Keeps the noise at t = 0 above zero."""
+    t_min: float = 1e-3
+    """Smallest time in training and sampling."""
+    t_max: float = 0.9946
+    """Largest time; the signal vanishes at t = 1."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.offset < 1, "process.offset", "between 0 and 1", self.offset)
+        check(0 <= self.t_min < self.t_max < 1, "process.t-min", "at least 0 and below t-max < 1", self.t_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VEConfig:
+    """Variance-exploding process (Song et al. 2021), noise prediction. Log-uniform sigma; t = position in log sigma."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: float = 0.01
+    """Lowest noise level."""
+    sigma_max: float = 50.0
+    """Highest noise level."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMConfig:
+    """EDM (Karras et al. 2022): log-normal training distribution, sigma_data preconditioning. The time is sigma."""
+
+    kind: Literal["edm"] = "edm"
+    p_mean: float = -1.2
+    """Mean of ln sigma in training."""
+    p_std: float = 1.2
+    """Standard deviation of ln sigma in training."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data."""
+    sigma_min: float = 0.002
+    """Lowest noise level of sampling."""
+    sigma_max: float = 80.0
+    """Highest noise level of sampling."""
+
+    def __post_init__(self) -> None:
+        check(self.p_std > 0, "process.p-std", "positive", self.p_std)
+        check(self.sigma_data > 0, "process.sigma-data", "positive", self.sigma_data)
+        check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LDMConfig:
+    """Discrete process of latent diffusion (Rombach et al. 2022): betas linear in their square roots, noise prediction.
+
+    Time t is the step's index, 0 to num_steps - 1.
+    """
+
+    kind: Literal["ldm"] = "ldm"
+    num_steps: int = 1000
+    """Number of noise levels."""
+    beta_first: float = 0.0015
+    """First beta."""
+    beta_last: float = 0.0195
+    """Last beta."""
+
+    def __post_init__(self) -> None:
+        check(self.num_steps >= 2, "process.num-steps", "at least 2", self.num_steps)
+        check(0 < self.beta_first < self.beta_last < 1, "process.beta-first", "0 < first < last < 1", self.beta_first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Flow matching, x_t = (1 - t) x0 + t eps, velocity prediction, logit-normal times (Esser et al. 2024)."""
+
+    kind: Literal["flow"] = "flow"
+    logit_mean: float = 0.0
+    """Mean of logit t = ln sigma in training."""
+    logit_std: float = 1.0
+    """Standard deviation of logit t in training."""
+    t_min: float = 1e-3
+    """Smallest time of sampling."""
+    t_max: float = 0.999
+    """Largest time of sampling; sigma is infinite at t = 1."""
+
+    def __post_init__(self) -> None:
+        check(self.logit_std > 0, "process.logit-std", "positive", self.logit_std)
+        check(0 < self.t_min < self.t_max < 1, "process.t-min", "0 < t-min < t-max < 1", self.t_min)
+
+
+ProcessConfig = VPConfig | CosineConfig | VEConfig | EDMConfig | LDMConfig | FlowConfig
+PROCESSES: dict[str, type[ProcessConfig]] = {
+    "vp": VPConfig,
+    "vp-cosine": CosineConfig,
+    "ve": VEConfig,
+    "edm": EDMConfig,
+    "ldm": LDMConfig,
+    "flow": FlowConfig,
+}
+
+
+def process_config(kind: str) -> ProcessConfig:
+    """The default configuration of a process, by name.
+
+    Args:
+        kind: One of `PROCESSES`.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        ConfigError: No such process.
+    """
+    if kind not in PROCESSES:
+        raise ConfigError(f"no process {kind}{suggest(kind, PROCESSES)}")
+    return PROCESSES[kind]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig:
+    """The partition of the noise levels."""
+
+    edges: tuple[float, ...] = ()
+    """Edges between stages in sigma, increasing; --stages FILE sets them from `msd cluster`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The multi-decoder U-Net (PAPER tables in docs/architecture.md)."""
+
+    architecture: Architecture = "multistage"
+    """multistage: one encoder, a decoder per stage; separate: an encoder per stage too; unified: one network."""
+    width: int = 128
+    """Base width (channels) of the encoder."""
+    decoder_widths: tuple[int, ...] = (128,)
+    """Base width of each stage's decoder, low to high noise; unified uses the encoder's width."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Width of each resolution level, as a multiple of the base width."""
+    blocks: int = 4
+    """Residual blocks a level in the encoder; the decoders have one more."""
+    attention: tuple[int, ...] = (16,)
+    """Resolutions in pixels at which there is self-attention."""
+    decoder_attention: Literal["last", "all"] = "last"
+    """Attention after the last block of a decoder's level, or after each."""
+    head_channels: int | None = None
+    """Channels of an attention head; by default one head."""
+    middle: Literal["encoder", "decoder"] = "encoder"
+    """Who owns the blocks at the lowest resolution between the two."""
+    resampling: Literal["block", "conv"] = "block"
+    """Resample inside a residual block, or by a strided / upsampled convolution."""
+    filter: Literal["box", "fir"] = "box"
+    """Resampling filter inside residual blocks: average and nearest, or FIR 1, 3, 3, 1."""
+    input_pyramid: bool = False
+    """Feed the downsampled input to each level of the encoder (NCSN++)."""
+    skip_scale: float = math.sqrt(0.5)
+    """Scale of a residual block's output."""
+    groups: int = 16
+    """Largest number of groups in a group norm."""
+    norm_eps: float = 1e-6
+    """Epsilon of a group norm."""
+    dropout: float = 0.1
+    """Dropout in residual blocks."""
+    classes: int = 0
+    """Number of class labels; 0 trains an unconditional network."""
+
+    def __post_init__(self) -> None:
+        widths = (self.width, *self.decoder_widths)
+        check(all(width >= 4 and width % 4 == 0 for width in widths), "model.width and model.decoder-widths",
+              "multiples of 4", widths)  # fmt: skip
+        check(len(self.decoder_widths) > 0, "model.decoder-widths", "one width a stage", self.decoder_widths)
+        check(
+            len(self.multipliers) > 0 and min(self.multipliers) > 0, "model.multipliers", "positive", self.multipliers
+        )
+        check(self.blocks >= 1, "model.blocks", "at least 1", self.blocks)
+        check(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
+        check(self.groups >= 1, "model.groups", "at least 1", self.groups)
+        check(self.classes >= 0, "model.classes", "at least 0", self.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation, batches, EMA and checkpoints."""
+
+    steps: int = 100_000
+    """Number of optimiser steps."""
+    batch_size: int = 128
+    """Images a step, over all processes together."""
+    learning_rate: float = 2e-4
+    """Learning rate after warm-up; never scaled by anything else."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    warmup_images: int = 0
+    """Images over which the learning rate rises linearly from 0."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+    batches: Literal["mixed", "single-uniform", "single-p"] = "mixed"
+    """mixed: every stage in every batch, by quota; single: one stage a batch, uniform or by its probability."""
+    quotas: tuple[float, ...] = ()
+    """Share of each stage in a mixed batch; by default its probability under the training distribution."""
+    label_dropout: float = 0.1
+    """Share of labels hidden from a class-conditional network, for classifier-free guidance."""
+    ema_half_life: float = 500_000
+    """Half-life of the weights' average, in images."""
+    ema_ramp_up: float | None = 0.05
+    """The half-life is at most this share of the images seen; none: constant from the start."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    save_every: int = 5_000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Number of newest checkpoints to keep."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+            check(getattr(self, name) >= 1, f"training.{name.replace('_', '-')}", "at least 1", getattr(self, name))
+        check(self.learning_rate > 0, "training.learning-rate", "positive", self.learning_rate)
+        check(all(0 <= beta < 1 for beta in self.betas), "training.betas", "in [0, 1)", self.betas)
+        check(self.weight_decay >= 0, "training.weight-decay", "at least 0", self.weight_decay)
+        check(self.warmup_images >= 0, "training.warmup-images", "at least 0", self.warmup_images)
+        check(self.clip_norm is None or self.clip_norm > 0, "training.clip-norm", "positive or none", self.clip_norm)
+        check(all(share > 0 for share in self.quotas), "training.quotas", "positive shares", self.quotas)
+        check(0 <= self.label_dropout <= 1, "training.label-dropout", "in [0, 1]", self.label_dropout)
+        check(self.ema_half_life > 0, "training.ema-half-life", "positive", self.ema_half_life)
+        check(self.ema_ramp_up is None or self.ema_ramp_up > 0, "training.ema-ramp-up", "positive", self.ema_ramp_up)
+        check(0 <= self.seed < 2**63, "training.seed", "in [0, 2^63)", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are drawn from the model unless told otherwise."""
+
+    solver: str = "heun"
+    """Solver, like heun, dpmpp-2m or ddim."""
+    steps: int = 18
+    """Number of steps of the solver."""
+    spacing: str | None = None
+    """Spacing of the noise levels; by default the solver's own."""
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, "sampling.steps", "at least 1", self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    process: ProcessConfig = field(default_factory=VPConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        stages = len(self.edges) + 1
+        if self.model.architecture != "unified":
+            check(len(self.model.decoder_widths) == stages, "model.decoder-widths",
+                  f"{stages} widths, one for each stage that stages.edges {self.stages.edges} cut",
+                  self.model.decoder_widths)  # fmt: skip
+            check(stages <= self.training.batch_size, "training.batch-size", f"at least {stages}, the number of stages",
+                  self.training.batch_size)  # fmt: skip
+        if self.training.quotas:
+            check(len(self.training.quotas) == stages, "training.quotas", f"{stages} shares", self.training.quotas)
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Edges that the network sees: none for a unified one."""
+        return () if self.model.architecture == "unified" else self.stages.edges
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types.
+
+    Args:
+        config: A dataclass of this file.
+
+    Returns:
+        Nested dictionaries; tuples become lists.
+    """
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_dict(kind: type[T], document: Any, where: str = "configuration") -> T:
+    """Read and check a configuration: every key known, every value of its type.
+
+    Args:
+        kind: The dataclass wanted.
+        document: Nested dictionaries, as from JSON. Missing keys take their defaults.
+        where: What the document is, for messages.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: An unknown key (the nearest known one is named), or a value of the wrong type or range.
+    """
+    import pydantic
+
+    _check_keys(kind, document, where, "")
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(document), strict=True)
+    except pydantic.ValidationError as error:
+        first = next((item for item in error.errors() if item["loc"][-1:] != ("kind",)), error.errors()[0])
+        key = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Config"))
+        cause = first.get("ctx", {}).get("error")
+        message = str(cause) if cause else f"{key}: {first['msg'].lower()}, got {first['input']!r}"
+        raise ConfigError(f"{where}: {message}") from error
+
+
+def _check_keys(kind: Any, document: Any, where: str, path: str) -> None:
+    """Name the first unknown key of a nested document, with the nearest known one."""
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where}: {path.rstrip('.') or 'the document'} must hold named values, got {document!r}")
+    hints = typing.get_type_hints(kind)
+    known = {item.name for item in fields(kind)}
+    for key, value in document.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {path}{key}{suggest(str(key), known)}")
+        inner = hints[key]
+        if inner == ProcessConfig:
+            tag = value.get("kind", "") if isinstance(value, dict) else ""
+            inner = type(process_config(str(tag)))
+        if is_dataclass(inner):
+            _check_keys(inner, value, where, f"{path}{key}.")

@@ -1,0 +1,54 @@
+"""The errors a user can cause, each with the exit code of its kind.
+
+Messages are one line: what was wrong, where (file, option, value), how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Base of all errors that are shown to the user as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError, ValueError):
+    """A wrong option, configuration value or argument (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(UserError, ValueError):
+    """A source that cannot be found, read or used (exit code 3)."""
+
+    exit_code = 3
+
+
+class NumericsError(UserError, ArithmeticError):
+    """A non-finite loss or result (exit code 4)."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint or run directory that cannot be written, read or trusted (exit code 5)."""
+
+    exit_code = 5
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A hint to append to a message about an unknown name.
+
+    Args:
+        name: What the user wrote.
+        known: What would have been right.
+
+    Returns:
+        `; did you mean "vp"?` if one is near, else `; known: edm, vp`.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(known)}"

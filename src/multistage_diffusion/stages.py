@@ -1,0 +1,105 @@
+"""The partition of the noise levels into stages. The only place where a level meets an edge."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Increasing edges that cut the sigma axis into `len(edges) + 1` stages, stage 0 at the lowest noise.
+
+    Attributes:
+        edges: Noise levels sigma, positive and increasing, in the unit of the data (images are in [-1, 1]).
+        found: How the edges were found (method, options, process, data), as saved; not part of equality.
+
+    Raises:
+        ConfigError: The edges are not finite, positive and increasing.
+    """
+
+    edges: tuple[float, ...] = ()
+    found: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        edges = tuple(float(edge) for edge in self.edges)
+        object.__setattr__(self, "edges", edges)
+        increasing = all(low < high for low, high in zip((0.0, *edges), edges, strict=False))
+        if not increasing or not all(map(math.isfinite, edges)):
+            raise ConfigError(f"stage edges must be finite, positive and increasing in sigma, got {edges}")
+
+    def __len__(self) -> int:
+        return len(self.edges) + 1
+
+    @overload
+    def of(self, sigma: float) -> int: ...
+    @overload
+    def of(self, sigma: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]: ...
+    def of(self, sigma: float | Tensor) -> int | Tensor:
+        """Stage of each noise level; all routing goes through here.
+
+        Args:
+            sigma: Noise levels, in the unit of the data. A float is looked up on the host, without a device.
+
+        Returns:
+            Indices in [0, len(self)), int64 on the device of `sigma`, or an int for a float. An edge belongs to the
+            stage below it.
+        """
+        if not isinstance(sigma, Tensor):
+            return bisect.bisect_left(self.edges, sigma)
+        edges = torch.tensor(self.edges, dtype=torch.float64)
+        if sigma.device.type == "mps":  # no float64 there
+            return torch.bucketize(sigma.cpu().double(), edges).to(sigma.device)
+        return torch.bucketize(sigma.double(), edges.to(sigma.device))
+
+    def bounds(self, stage: int) -> tuple[float, float]:
+        """The interval (low, high] of a stage's noise levels.
+
+        Args:
+            stage: Index in [0, len(self)).
+
+        Returns:
+            The lowest stage begins at 0, the highest ends at infinity.
+        """
+        return (0.0, *self.edges)[stage], (*self.edges, math.inf)[stage]
+
+    def save(self, path: Path) -> None:
+        """Write `stages.json`: the edges in sigma and how they were found.
+
+        Args:
+            path: Destination file.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        write_json(path, {**self.found, "edges": list(self.edges)})
+
+    @classmethod
+    def load(cls, path: Path) -> Stages:
+        """Read a file written by `save`, or by hand: `{"edges": [0.5, 3.0]}`.
+
+        Args:
+            path: A JSON file with at least `edges`.
+
+        Returns:
+            The partition.
+
+        Raises:
+            ConfigError: The file is missing or malformed.
+        """
+        document = read_json(path)
+        edges = document.get("edges") if isinstance(document, dict) else None
+        if not isinstance(edges, list) or any(type(edge) not in (int, float) for edge in edges):
+            raise ConfigError(f'{path}: "edges" must be a list of noise levels sigma, like {{"edges": [0.5, 3.0]}}')
+        return cls(tuple(edges), {key: value for key, value in document.items() if key != "edges"})
