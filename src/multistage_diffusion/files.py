@@ -6,11 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from multistage_diffusion.errors import CheckpointError, ConfigError
 
+MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 64 * 1024 * 1024  # a JSON file larger than this is not one of ours
 
 
@@ -103,3 +108,75 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Write a directory so that after a crash the old one is there, or the new one, never a part.
+
+    The caller fills a temporary directory beside `path`. At the end a `manifest.json` with the size and SHA-256 of each
+    file is added, everything is flushed to disk, and the directory takes its name.
+
+    Args:
+        path: The directory's final name; what is there is replaced.
+
+    Yields:
+        The temporary directory.
+
+    Raises:
+        CheckpointError: The disk is full, or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    displaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        _seal(temporary)
+        if path.exists():
+            path.rename(displaced)
+        temporary.rename(path)
+        sync_directory(path.parent)
+        shutil.rmtree(displaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if displaced.exists() and not path.exists():
+            displaced.rename(path)
+
+
+def check_directory(path: Path) -> str | None:
+    """Compare each file of a directory with its manifest.
+
+    Args:
+        path: A directory written by `whole_directory`.
+
+    Returns:
+        None if all is well, else what is wrong, naming the file.
+    """
+    try:
+        files = read_json(path / MANIFEST)["files"]
+        for name, expected in files.items():
+            file = path / name
+            if Path(name).name != name or not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            if sha256(file) != expected["sha256"]:
+                return f"{file} is damaged (SHA-256 differs from the manifest)"
+    except (ConfigError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{path / MANIFEST} is unreadable: {error}"
+    return None
+
+
+def _seal(directory: Path) -> None:
+    """Flush every file of a directory and add the manifest."""
+    files = {}
+    for file in sorted(directory.iterdir()):
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    write_json(directory / MANIFEST, {"files": files})
+    sync_directory(directory)

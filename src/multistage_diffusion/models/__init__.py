@@ -1,0 +1,1 @@
+"""The multi-decoder U-Net and the denoiser around it."""

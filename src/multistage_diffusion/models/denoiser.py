@@ -1,0 +1,188 @@
+"""The denoiser: network, process and stages together. What is trained, saved, loaded and sampled from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from multistage_diffusion.config import ModelConfig, ProcessConfig, from_dict, process_config, to_dict
+from multistage_diffusion.errors import CheckpointError, ConfigError
+from multistage_diffusion.files import read_json, whole_directory
+from multistage_diffusion.models.unet import MultiDecoderUNet
+from multistage_diffusion.noise import make_process
+from multistage_diffusion.stages import Stages
+
+UNDIVIDED = Stages()
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@final
+class Denoiser(nn.Module):
+    """Estimates the clean image: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), by the decoder of sigma's stage.
+
+    Args:
+        model: The network's configuration; one decoder a stage, unless unified.
+        process: The process's configuration, or its name for the defaults.
+        shape: (C, H, W) of an image.
+        stages: The partition of the noise levels; ignored by a unified network, which has one stage.
+
+    Raises:
+        ConfigError: The number of decoders is not the number of stages, or the shape does not fit.
+    """
+
+    def __init__(
+        self, model: ModelConfig, process: ProcessConfig | str, shape: tuple[int, int, int], stages: Stages = UNDIVIDED
+    ) -> None:
+        super().__init__()
+        if model.architecture == "unified":
+            stages = UNDIVIDED
+        elif len(model.decoder_widths) != len(stages):
+            raise ConfigError(
+                f"model.decoder-widths {model.decoder_widths} must hold {len(stages)} widths, one for each stage that "
+                f"the edges {stages.edges} cut"
+            )
+        self.process = make_process(process_config(process) if isinstance(process, str) else process)
+        self.stages = stages
+        self.network = MultiDecoderUNet(model, shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.network.shape
+
+    @property
+    def classes(self) -> int:
+        """Number of class labels; 0 if unconditional."""
+        return self.network.config.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lives."""
+        return next(self.network.encoders.parameters()).device
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch chan high wide"],
+        sigma: float | Float[Tensor, " batch"],
+        labels: Int[Tensor, " batch"] | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch chan high wide"]:
+        """Estimate the clean images in x = x0 + sigma eps.
+
+        Args:
+            x: Noisy images, in the unit of the data (not scaled by the process).
+            sigma: One noise level for the whole batch (float: its stage is known on the host and one decoder runs), or
+                one for each image.
+            labels: Class of each image, `classes` for none; only for a conditional network.
+            counts: How many images each stage has, when those of stage 0 come first and so on; saves looking the
+                stages up, and waiting for the device.
+
+        Returns:
+            Estimates of x0, float32. An image's estimate does not depend on the other images.
+        """
+        if isinstance(sigma, Tensor):
+            stage = self.stages.of(sigma) if counts is None else counts
+            level = sigma
+        else:
+            stage = self.stages.of(sigma)
+            level = torch.tensor([sigma], dtype=torch.float64)
+        factors = self.process.preconditioning(level)
+        c_skip, c_out, c_in = (
+            factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
+        )
+        c_noise = factors.c_noise.to(x).expand(len(x))
+        return c_skip * x + c_out * self.network(c_in * x, c_noise, stage, labels).to(x.dtype)
+
+    def hold(self, stage: int | None) -> None:
+        """Keep one stage's decoder (and encoder, if separate) on the device; move the others to the CPU.
+
+        Args:
+            stage: The stage to hold; none brings all back.
+        """
+        home = next(self.network.encoder(0 if stage is None else stage).parameters()).device
+        modules = [self.network.decoders] if len(self.network.encoders) == 1 else [
+            self.network.decoders, self.network.encoders
+        ]  # fmt: skip
+        for group in modules:
+            for index, module in enumerate(group):
+                module.to(home if stage is None or index == stage else "cpu")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, whole or not at all; replaces what was there.
+
+        Args:
+            directory: Destination folder.
+
+        Raises:
+            CheckpointError: The disk is full, or the folder cannot be written.
+        """
+        document = {
+            "format": "multistage-diffusion denoiser 1",
+            "shape": list(self.shape),
+            "process": to_dict(self.process.config),
+            "stages": {**self.stages.found, "edges": list(self.stages.edges)},
+            "model": to_dict(self.network.config),
+        }
+        with whole_directory(Path(directory)) as temporary:
+            (temporary / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+            state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+            safetensors.torch.save_file(state, temporary / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: str | torch.device = "cpu") -> Denoiser:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            directory: The folder.
+            device: Where the weights go.
+
+        Returns:
+            The denoiser, in evaluation mode.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or of another architecture.
+        """
+        folder = Path(directory)
+        try:
+            document = read_json(folder / CONFIG)
+            process = process_config(document["process"]["kind"])
+            denoiser = cls(
+                from_dict(ModelConfig, document["model"], str(folder / CONFIG)),
+                from_dict(type(process), document["process"], str(folder / CONFIG)),
+                tuple(document["shape"]),
+                Stages(tuple(document["stages"].pop("edges")), document["stages"]),
+            )
+        except (ConfigError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
+        load_weights(denoiser.network, folder / WEIGHTS)
+        return denoiser.to(device).eval()
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Read a safetensors file into a network.
+
+    Args:
+        network: The network, whose names and shapes the file must have, all of them.
+        path: The file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or belongs to another architecture.
+    """
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read weights {path}: {error}") from error
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(f"{path} belongs to another architecture: {reason[:200]}") from error

@@ -1,0 +1,221 @@
+"""Building blocks of the U-Net: noise embedding, resampling, attention, residual block."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from multistage_diffusion.config import ModelConfig
+
+Maps = Float[Tensor, "batch chan high wide"]
+Direction = Literal["down", "up"]
+
+
+def group_norm(channels: int, config: ModelConfig) -> nn.GroupNorm:
+    """Group norm with at most `config.groups` groups of at least 4 channels each.
+
+    Args:
+        channels: Number of channels.
+        config: Gives the largest number of groups, and epsilon.
+
+    Returns:
+        The layer; the number of groups is the largest one that divides the channels.
+    """
+    most = max(1, min(config.groups, channels // 4))
+    groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+    return nn.GroupNorm(groups, channels, eps=config.norm_eps)
+
+
+def initialise(layer: nn.Conv2d | nn.Linear, *, zero: bool = False) -> nn.Module:
+    """Xavier-uniform weights, or zeros for a layer that ends a residual branch; biases are zero.
+
+    Args:
+        layer: Convolution or linear layer.
+        zero: Whether the layer begins as zero.
+
+    Returns:
+        The same layer.
+    """
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+@final
+class NoiseEmbedding(nn.Module):
+    """Sinusoids of c_noise, plus the class label's vector, through a two-layer MLP (Ho et al. 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.label = nn.Embedding(config.classes + 1, config.width) if config.classes else None
+        self.first = nn.Linear(config.width, 4 * config.width)
+        self.second = nn.Linear(4 * config.width, 4 * config.width)
+        initialise(self.first)
+        initialise(self.second)
+
+    def forward(
+        self, c_noise: Float[Tensor, " batch"], labels: Int[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch embed"]:
+        """Embed a noise level and a label.
+
+        Args:
+            c_noise: The process's conditioning value.
+            labels: Class of each image; `classes` means none. Absent for an unconditional network.
+
+        Returns:
+            The embedding, of 4 base widths.
+        """
+        half = self.width // 2
+        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / max(half - 1, 1)
+        angle = c_noise.float()[:, None] * torch.exp(-math.log(10_000) * ramp)
+        wave = torch.cat((angle.cos(), angle.sin()), dim=1).to(self.first.weight.dtype)
+        if self.label is not None:
+            if labels is None:
+                labels = torch.full_like(c_noise, self.label.num_embeddings - 1, dtype=torch.int64)
+            wave = wave + self.label(labels)
+        return F.silu(self.second(F.silu(self.first(wave))))
+
+
+@final
+class Resample(nn.Module):
+    """Halve or double the resolution, with the box filter (average, nearest) or FIR 1, 3, 3, 1 (Zhang 2019)."""
+
+    kernel: Tensor
+
+    def __init__(self, direction: Direction, kind: Literal["box", "fir"]) -> None:
+        super().__init__()
+        self.direction, self.kind = direction, kind
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
+
+    def forward(self, x: Maps) -> Float[Tensor, "batch chan high2 wide2"]:
+        """Resample each channel by itself.
+
+        Args:
+            x: Feature maps of even height and width when halved.
+
+        Returns:
+            Feature maps of half or twice the height and width.
+        """
+        if self.kind == "box":
+            if self.direction == "down":
+                return F.avg_pool2d(x, 2)
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        channels = x.shape[1]
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
+        if self.direction == "down":
+            return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
+        return F.conv_transpose2d(x, kernel * 4, stride=2, padding=1, groups=channels)
+
+
+@final
+class Attention(nn.Module):
+    """Self-attention over the pixels of a feature map, as a residual branch."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = 1 if config.head_channels is None else max(1, channels // config.head_channels)
+        self.scale = config.skip_scale
+        self.norm = group_norm(channels, config)
+        self.qkv = initialise(nn.Conv2d(channels, 3 * channels, 1))
+        self.out = initialise(nn.Conv2d(channels, channels, 1), zero=True)
+
+    def forward(self, x: Maps) -> Maps:
+        """Attend.
+
+        Args:
+            x: Feature maps.
+
+        Returns:
+            Feature maps of the same shape.
+        """
+        batch, channels, high, wide = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, high * wide)
+        query, key, value = qkv.transpose(3, 4).unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return (x + self.out(mixed.transpose(2, 3).reshape(batch, channels, high, wide))) * self.scale
+
+
+@final
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, (resample,) convolution, noise embedding, norm, SiLU, dropout, convolution; then perhaps attention.
+
+    Source: the BigGAN-style block of Song et al. 2021 (score SDE), which EDM's DDPM++ shares.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: ModelConfig,
+        *,
+        resample: Direction | None = None,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scale = config.skip_scale
+        self.norm0 = group_norm(inputs, config)
+        self.resample = Resample(resample, config.filter) if resample else None
+        self.conv0 = initialise(nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.affine = initialise(nn.Linear(4 * config.width, outputs))
+        self.norm1 = group_norm(outputs, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv1 = initialise(nn.Conv2d(outputs, outputs, 3, padding=1), zero=True)
+        changes = inputs != outputs or resample is not None
+        self.shortcut = initialise(nn.Conv2d(inputs, outputs, 1)) if changes else None
+        self.attention = Attention(outputs, config) if attention else None
+
+    def forward(self, x: Maps, embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch chan2 high2 wide2"]:
+        """Transform feature maps.
+
+        Args:
+            x: Feature maps.
+            embedding: Noise embedding of each image.
+
+        Returns:
+            Feature maps of the block's output width (and resolution).
+        """
+        h = F.silu(self.norm0(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv0(h) + self.affine(embedding)[:, :, None, None]
+        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        x = (x + h) * self.scale
+        return x if self.attention is None else self.attention(x)
+
+
+@final
+class ConvResample(nn.Module):
+    """Halve by a strided 3x3 convolution, or double by nearest neighbours and a 3x3 convolution (latent diffusion)."""
+
+    def __init__(self, channels: int, direction: Direction) -> None:
+        super().__init__()
+        self.direction = direction
+        stride = 2 if direction == "down" else 1
+        self.conv = initialise(nn.Conv2d(channels, channels, 3, stride=stride, padding=1))
+
+    def forward(self, x: Maps, embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch chan high2 wide2"]:
+        """Resample; the embedding is not used, so that all up and down steps are called alike.
+
+        Args:
+            x: Feature maps.
+            embedding: Noise embedding.
+
+        Returns:
+            Feature maps of half or twice the height and width.
+        """
+        if self.direction == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
