@@ -1,0 +1,6 @@
+"""Sources of images, read safely into one form: uint8 tensors that become float32 in [-1, 1]."""
+
+from multistage_diffusion.data.images import Images, to_uint8
+from multistage_diffusion.data.sources import Split, load_data
+
+__all__ = ["Images", "Split", "load_data", "to_uint8"]

@@ -1,0 +1,193 @@
+"""The one form that every source becomes: `Images`, 8 bits a channel; and the way from and to [-1, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from multistage_diffusion.errors import DataError, NumericsError
+
+MAX_SET_BYTES = 16 * 2**30  # a set larger than this, at one byte a channel, is not loaded into memory
+_CHUNK = 1024  # images resized at a time
+
+Pixels: TypeAlias = UInt8[Tensor, "batch chan high wide"]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A set of images of one shape, with what is known about them.
+
+    Attributes:
+        name: The source, as the user wrote it.
+        images: Pixels, 8 bits a channel; 1 channel is grey, 3 are red, green and blue.
+        labels: Class of each image, int64, or None where the source has none.
+        classes: Names of the classes; `labels` index them.
+        skipped: What the source holds but this set does not, and why; one line each.
+
+    Raises:
+        DataError: There is no image, or labels and images do not match.
+    """
+
+    name: str
+    images: Pixels
+    labels: Int[Tensor, " labelled"] | None = None
+    classes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.images.numel() == 0:
+            raise DataError(f"{self.name}: no images found{_first(self.skipped)}")
+        if self.labels is None:
+            return
+        if len(self.labels) != len(self.images):
+            raise DataError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise DataError(f"{self.name}: labels must lie in 0..{len(self.classes) - 1}, got {low}..{high}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content (pixels, labels, class names), in hexadecimal digits; the name has no part in it."""
+        labels = b"" if self.labels is None else self.labels.cpu().contiguous().numpy().tobytes()
+        content = hashlib.sha256(repr((tuple(self.images.shape), len(labels), self.classes)).encode())
+        content.update(self.images.cpu().contiguous().numpy().data)
+        content.update(labels)
+        return content.hexdigest()
+
+    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n chan high wide"]:
+        """Images as the networks see them.
+
+        Args:
+            index: Which images, on the device of `images`; by default all.
+
+        Returns:
+            float32 in [-1, 1]: x / 127.5 - 1. `to_uint8` gives the same pixels back.
+        """
+        chosen = self.images if index is None else self.images[index]
+        return chosen.float().div_(127.5).sub_(1.0)
+
+    def take(self, index: Int[Tensor, " n"]) -> Images:
+        """A subset.
+
+        Args:
+            index: Which images, in the order wanted.
+
+        Returns:
+            The set of those images.
+
+        Raises:
+            DataError: `index` is empty.
+        """
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.images[index], labels=labels)
+
+    def fitted(self, resolution: int) -> Images:
+        """The same set, each image cropped to its central square and resized.
+
+        Args:
+            resolution: Pixels a side.
+
+        Returns:
+            The set; itself if it has that size already.
+        """
+        return replace(self, images=fit(self.images, resolution))
+
+
+def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Pixels of images in [-1, 1], by clipping and rounding; never rescaled by content.
+
+    Args:
+        x: Images; -1 is black, 1 is white.
+
+    Returns:
+        8 bits a channel: -1, 0, 1 become 0, 128, 255.
+
+    Raises:
+        NumericsError: A value is NaN or infinite.
+    """
+    if not bool(x.isfinite().all()):
+        raise NumericsError("images hold NaN or infinite values and cannot be saved as pixels")
+    return x.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
+
+
+def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch chan resolution resolution"]:
+    """Central square of each image, resized by an antialiased triangle filter (`torch`, bilinear, antialias=True).
+
+    Args:
+        images: Pixels.
+        resolution: Pixels a side wanted.
+
+    Returns:
+        Square images. Those that have the size already pass unchanged; an image's result ignores its batch-mates.
+    """
+    height, width = images.shape[2:]
+    if height == width == resolution:
+        return images
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[:, :, top : top + side, left : left + side]
+    if side == resolution:
+        return square.contiguous()
+    size = (resolution, resolution)
+    parts = [
+        F.interpolate(part.float(), size, mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+        for part in square.split(_CHUNK)
+    ]
+    return torch.cat(parts)
+
+
+def content_key(picture: UInt8[Tensor, "chan high wide"]) -> int:
+    """A number in [0, 2^64) that depends on the pixels alone, equal for grey stored in 1 channel and in 3.
+
+    Args:
+        picture: One image.
+
+    Returns:
+        The first 64 bits of a BLAKE2b hash.
+    """
+    colour = picture.expand(3, -1, -1).contiguous()
+    content = hashlib.blake2b(repr(tuple(colour.shape)).encode(), digest_size=8)
+    content.update(colour.numpy().data)
+    return int.from_bytes(content.digest(), "little")
+
+
+def grid(images: Pixels, columns: int | None = None) -> UInt8[Tensor, "chan sheet_high sheet_wide"]:
+    """One picture of many, row by row, with a white line between them.
+
+    Args:
+        images: Pixels.
+        columns: Images a row; by default about as many as rows.
+
+    Returns:
+        The picture; places without an image are white.
+    """
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = images.new_full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def _first(skipped: tuple[str, ...]) -> str:
+    """The beginning of a list of skipped things, for a message."""
+    return f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""

@@ -1,0 +1,59 @@
+"""Sources by name: digits, the idx sets, their splits, unknown names."""
+
+import pytest
+import torch
+
+from multistage_diffusion.data import load_data
+from multistage_diffusion.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("digit", 'did you mean "digits"'), ("fashion_mnist", 'did you mean "fashion-mnist"'), ("", "known: ")],
+)
+def test_an_unknown_source_names_the_nearest(name, message):
+    with pytest.raises(DataError, match=message):
+        load_data(name)
+
+
+def test_digits_split_is_whole_fixed_and_stratified():
+    train, test, both = (load_data("digits", split=split) for split in ("train", "test", "all"))
+    assert (len(train), len(test), len(both)) == (1297, 500, 1797)
+    assert train.shape == (1, 8, 8) and len(train.classes) == 10
+    assert torch.equal(both.images, torch.cat((train.images, test.images)))
+    assert torch.equal(both.labels, torch.cat((train.labels, test.labels)))
+    share = test.labels.bincount() / both.labels.bincount()
+    assert (share - 500 / 1797).abs().max() < 0.01
+    assert (both.images.min(), both.images.max()) == (0, 255)
+    assert len(both.images.unique()) == 17
+    assert load_data("digits").digest == train.digest
+
+
+def test_resolution_is_applied_only_when_asked():
+    assert load_data("digits", resolution=8).digest == load_data("digits").digest
+    assert load_data("digits", resolution=16).shape == (1, 16, 16)
+    with pytest.raises(DataError, match="resolution must lie in"):
+        load_data("digits", resolution=0)
+
+
+def test_fashion_mnist_from_a_folder_then_from_the_cache(fashion, tmp_path):
+    train = load_data("fashion-mnist", root=str(fashion))
+    test = load_data("fashion-mnist", split="test", root=str(fashion))
+    both = load_data("fashion-mnist", split="all", root=str(fashion))
+    assert (len(train), len(test), len(both)) == (30, 10, 40)
+    assert train.shape == (1, 28, 28) and train.classes[9] == "Ankle boot"
+    assert train.labels.tolist()[:3] == [0, 1, 2]
+    assert torch.equal(both.images[30:], test.images)
+    (tmp_path / "cache").mkdir()
+    fashion.rename(tmp_path / "cache" / "mnist")
+    assert torch.equal(load_data("mnist").images, train.images)
+
+
+def test_missing_files_name_the_three_places(tmp_path, monkeypatch):
+    monkeypatch.setattr("multistage_diffusion.data.idx._DEBIAN", tmp_path / "share")
+    with pytest.raises(DataError) as caught:
+        load_data("fashion-mnist", root=str(tmp_path / "mine"))
+    message = str(caught.value)
+    for part in ("mine", "share/fashion-mnist", "cache/fashion-mnist", "apt-get install dataset-fashion-mnist"):
+        assert part in message
+    assert "\n" not in message
