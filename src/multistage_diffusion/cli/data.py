@@ -1,0 +1,131 @@
+"""`msd data`: what a source holds."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from multistage_diffusion.cli.common import Common
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from multistage_diffusion.data import Images
+
+_GRID = 64  # images in the grid, evenly spaced over the set
+_GRID_SIDE = 48  # smaller images are enlarged by a whole factor to about this many pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Show what a source holds: how many images, their shape and range, classes, what was skipped and why.
+
+    Example: msd data fashion-mnist --split test --grid images.png
+    """
+
+    source: tyro.conf.Positional[str]
+    """Source of images, like digits, fashion-mnist or folder:PATH."""
+    data_root: str | None = None
+    """Folder that holds the source's files; looked in first."""
+    split: Literal["train", "test", "all"] = "train"
+    """The part to train on, the part held out, or both."""
+    resolution: int | None = None
+    """Crop to the central square and resize to this many pixels a side; by default no resizing."""
+    grid: str | None = None
+    """Write a picture of 64 of the images to this PNG file."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Read the source and describe it.
+
+    Args:
+        options: The command's options.
+        console: Where the description for people goes.
+
+    Returns:
+        The JSON document.
+
+    Raises:
+        ConfigError: `--grid` does not name a PNG file.
+        DataError: The source cannot be found, read or used.
+    """
+    from multistage_diffusion.data import load_data
+
+    if options.grid is not None and Path(options.grid).suffix.lower() != ".png":
+        raise ConfigError(f"--grid must name a .png file, got {options.grid}")
+    images = load_data(options.source, split=options.split, root=options.data_root, resolution=options.resolution)
+    document = _describe(images, options.split)
+    if options.grid is not None:
+        write_atomic(Path(options.grid), _picture(images))
+        document["grid"] = options.grid
+    _print(document, console)
+    return document
+
+
+def _describe(images: Images, split: str) -> dict[str, Any]:
+    """The facts, in units of the pixels (range) and of the networks (mean, std: [-1, 1])."""
+    counts = [] if images.labels is None else images.labels.bincount(minlength=len(images.classes)).tolist()
+    histogram = images.images.flatten().bincount(minlength=256).double()
+    levels = histogram.new_tensor(range(256)) / 127.5 - 1.0
+    share = histogram / histogram.sum()
+    mean = float(levels @ share)
+    variance = float((levels - mean).square() @ share)
+    present = histogram.nonzero()
+    return {
+        "source": images.name,
+        "split": split,
+        "images": len(images),
+        "shape": list(images.shape),
+        "dtype": "uint8",
+        "range": [int(present.min()), int(present.max())],
+        "mean": round(mean, 6),
+        "std": round(variance**0.5, 6),
+        "classes": list(images.classes),
+        "images_per_class": counts,
+        "skipped": list(images.skipped),
+        "digest": images.digest,
+    }
+
+
+def _print(document: dict[str, Any], console: Console) -> None:
+    """The description for people."""
+    channels, height, width = document["shape"]
+    low, high = document["range"]
+    lines = [
+        f"{document['source']} ({document['split']}): {document['images']:,} images, "
+        f"{channels} channel{'s' if channels > 1 else ''}, {height} x {width}",
+        f"  pixels {low}..{high} of 0..255; in [-1, 1]: mean {document['mean']:.3f}, std {document['std']:.3f}",
+    ]
+    if document["images_per_class"]:
+        pairs = zip(document["classes"], document["images_per_class"], strict=True)
+        lines.append(f"  classes: {', '.join(f'{name} {count:,}' for name, count in pairs)}")
+    if document["skipped"]:
+        lines.append(f"  skipped {len(document['skipped']):,}:")
+        lines += [f"    {line}" for line in document["skipped"][:20]]
+        lines += ["    ..."] if len(document["skipped"]) > 20 else []
+    lines.append(f"  sha256 {document['digest']}")
+    if "grid" in document:
+        lines.append(f"  grid: {document['grid']}")
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def _picture(images: Images) -> bytes:
+    """A PNG file of up to 64 images."""
+    import torch
+    from PIL import Image
+
+    from multistage_diffusion.data.images import grid
+
+    chosen = torch.linspace(0, len(images) - 1, min(_GRID, len(images))).round().long()
+    factor = max(1, _GRID_SIDE // max(images.shape[1:]))
+    pixels = images.images[chosen].repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    sheet = grid(pixels).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[:, :, 0]).save(buffer, format="PNG")
+    return buffer.getvalue()
