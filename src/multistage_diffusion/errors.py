@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
     """Base of all errors that are shown to the user as one line, without a traceback."""
 
     exit_code = 1
+
+    def __init__(self, message: str, document: Any = None) -> None:
+        super().__init__(message)
+        self.document = document  # what a command found before it failed, for --json
 
 
 class ConfigError(UserError, ValueError):

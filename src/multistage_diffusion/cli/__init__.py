@@ -68,7 +68,7 @@ def dispatch(arguments: list[str]) -> int:
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
         return 0
 
 
@@ -81,7 +81,12 @@ def _run(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
     options = module.parse(arguments) if hasattr(module, "parse") else parse(module.Options, name, arguments)
     console = Console(stderr=options.json, soft_wrap=True)
-    document = module.run(options, console)
+    try:
+        document = module.run(options, console)
+    except UserError as error:
+        if options.json and error.document is not None:
+            print(json.dumps(error.document, allow_nan=False))
+        raise
     if options.json:
         print(json.dumps(document, allow_nan=False))
     return 0
@@ -104,7 +109,7 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
     """
     import tyro
 
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     extra = {} if default is None else {"default": default}
     out, err = io.StringIO(), io.StringIO()
     wants_help = any(word in ("-h", "--help") for word in arguments)
@@ -117,11 +122,13 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
         raise ConfigError(f"{_plain(err.getvalue() or out.getvalue())}; see msd {name} --help") from stop
 
 
-def _plain(boxed: str) -> str:
-    """The words of tyro's boxed message on one line, up to its advice."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
-    text = " ".join(re.sub(r"[│╭╮╰╯─┌┐└┘]", " ", text).split())
-    return re.sub(r"^(Parsing error|Unrecognized options|Required options|Error)\s*:?\s*", "", text)
+def _plain(panel: str) -> str:
+    """The message of tyro's panel on one line, with the nearest known option where it names one."""
+    text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", panel).replace("─", "-")
+    parts = [" ".join(part.split()) for part in re.split(r"\n\s*-{10,}\s*(?=\n)", text)]
+    message = re.sub(r"^Error parsing run(\.[\w-]+)?: ", "", parts[1] if len(parts) > 1 else parts[0])
+    near = re.search(r"Perhaps you meant: (--[\w.-]+)", panel if len(parts) < 3 else parts[2])
+    return f"{message}; did you mean {near[1]}?" if near else message
 
 
 def _overview() -> str:

@@ -1,0 +1,65 @@
+"""`msd export`: write a run's weights as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from multistage_diffusion.cli.common import Common
+from multistage_diffusion.config import to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Write a run's weights as one safetensors file, with the configuration in its metadata.
+
+    example: msd export runs/digits --weights ema --out digits.safetensors
+    """
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+    out: str
+    """File to write."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or the trained ones."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Export.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document.
+    """
+    import safetensors.torch
+
+    from multistage_diffusion.files import sha256, write_atomic
+    from multistage_diffusion.training.run import load_run
+
+    loaded = load_run(options.run, weights=options.weights)
+    denoiser, path = loaded.denoiser, Path(options.out)
+    metadata = {
+        "model": json.dumps(to_dict(denoiser.network.config)),
+        "process": json.dumps(to_dict(denoiser.process.config)),
+        "edges": json.dumps(list(denoiser.stages.edges)),
+        "shape": json.dumps(list(denoiser.shape)),
+        "weights": options.weights,
+        "step": str(loaded.step),
+    }
+    write_atomic(path, safetensors.torch.save(denoiser.network.state_dict(), metadata))
+    console.print(f"wrote {options.weights} weights of {options.run} to {path}")
+    return {
+        "file": str(path),
+        "sha256": sha256(path),
+        "bytes": path.stat().st_size,
+        "weights": options.weights,
+        "step": loaded.step,
+    }

@@ -1,0 +1,123 @@
+"""`msd profile`: parameters and FLOPs of a preset or a run, stage by stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from multistage_diffusion.cli.common import Common
+from multistage_diffusion.config import Architecture, RunConfig, from_dict, to_dict
+from multistage_diffusion.files import read_json
+from multistage_diffusion.models.presets import Preset, preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Parameters and FLOPs, stage by stage, counted on every matrix product and convolution of one image.
+
+    example: msd profile vp-cifar10 --architecture multistage
+    """
+
+    target: tyro.conf.Positional[str]
+    """Preset, or run directory."""
+    architecture: Architecture | None = None
+    """Architecture in place of the preset's or the run's own."""
+    paper: bool = False
+    """Show the paper's GFLOPs too: multiply-accumulates, attention left out."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Count.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document.
+    """
+    found = _find(options.target, options.architecture)
+
+    from multistage_diffusion.metrics.cost import network_cost, stage_shares
+    from multistage_diffusion.noise import make_process
+    from multistage_diffusion.stages import Stages
+
+    cost = network_cost(found.model, found.shape)
+    stages = Stages() if found.model.architecture == "unified" else Stages(found.edges)
+    shares = stage_shares(make_process(found.process), stages)
+    rows = [
+        {
+            "stage": index,
+            "sigma": [None if value == float("inf") else value for value in stages.bounds(index)],
+            "parameters": stage.parameters,
+            "gmacs": stage.flops / 2e9,
+            "gflops": stage.flops / 1e9,
+            "training_gflops": stage.training_flops / 1e9,
+            "paper_gflops": stage.flops_without_attention / 2e9,
+            "share": {name: values[index] for name, values in shares.items()},
+        }
+        for index, stage in enumerate(cost.stages)
+    ]
+    document = {
+        "target": options.target,
+        "architecture": found.model.architecture,
+        "process": to_dict(found.process),
+        "shape": list(found.shape),
+        "parameters": {"total": cost.parameters, "encoder": cost.encoder, "decoders": list(cost.decoders)},
+        "stages": rows,
+        "gflops": cost.flops(shares["training"]) / 1e9,
+        "weighted_gflops": {name: cost.flops(values) / 1e9 for name, values in shares.items()},
+    }
+    _show(document, options, console)
+    return document
+
+
+def _find(target: str, architecture: Architecture | None) -> Preset:
+    """A preset, or the network of a run."""
+    if not (Path(target) / "config.json").is_file():
+        return preset(target, architecture)
+    document = read_json(Path(target) / "config.json")
+    if isinstance(document, dict) and "format" in document:
+        from multistage_diffusion.models.denoiser import Denoiser
+
+        denoiser = Denoiser.from_pretrained(target)
+        model, process = denoiser.network.config, denoiser.process.config
+        edges, shape = denoiser.stages.edges, denoiser.shape
+    else:
+        from multistage_diffusion.training.checkpoint import newest_state
+
+        config = from_dict(RunConfig, document, f"{target}/config.json")
+        model, process, edges = config.model, config.process, config.stages.edges
+        size = newest_state(Path(target))["shape"]
+        shape = (size[0], size[1], size[2])
+    if architecture is not None:
+        model = replace(model, architecture=architecture)
+    return Preset(model=model, process=process, shape=shape, edges=edges)
+
+
+def _show(document: dict[str, Any], options: Options, console: Console) -> None:
+    parameters = document["parameters"]
+    channels, high, wide = document["shape"]
+    console.print(
+        f"{options.target}, {document['architecture']}, {channels}x{high}x{wide}: "
+        f"{parameters['total'] / 1e6:.2f} M parameters, {parameters['encoder'] / 1e6:.2f} M in the encoder"
+    )
+    table = Table("stage", "sigma", "decoder M", "in use M", "GMACs", "GFLOPs", "share of training")
+    if options.paper:
+        table.add_column("paper's GFLOPs")
+    for row, decoder in zip(document["stages"], parameters["decoders"], strict=True):
+        low, high_edge = row["sigma"]
+        cells = [
+            str(row["stage"]), f"{low:.4g} to {'inf' if high_edge is None else format(high_edge, '.4g')}",
+            f"{decoder / 1e6:.2f}", f"{row['parameters'] / 1e6:.2f}", f"{row['gmacs']:.4g}", f"{row['gflops']:.4g}",
+            f"{row['share']['training']:.2%}",
+        ]  # fmt: skip
+        table.add_row(*cells, *([f"{row['paper_gflops']:.4g}"] if options.paper else []))
+    console.print(table)
+    weighted = ", ".join(f"{value:.4g} by {name}" for name, value in document["weighted_gflops"].items())
+    console.print(f"GFLOPs an image, weighted over stages: {weighted}")

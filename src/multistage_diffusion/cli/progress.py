@@ -1,0 +1,61 @@
+"""Progress of training: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from multistage_diffusion.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from multistage_diffusion.training.loop import StepResult
+
+
+@contextmanager
+def training_progress(
+    console: Console, config: TrainingConfig, name: str = "training"
+) -> Iterator[Callable[[StepResult, int], None]]:
+    """Show steps, images/s, loss of each stage and the time left.
+
+    Args:
+        console: Where to show it.
+        config: Gives the batch size, and how often a plain line is printed.
+        name: What the bar is called.
+
+    Yields:
+        A function to call after each step, with its result and the number of steps wanted.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(name, total=None, text="")
+    clock = {"time": time.perf_counter(), "step": -1, "loss": float("nan"), "rate": 0.0}
+
+    def on_step(result: StepResult, steps: int) -> None:
+        if clock["step"] < 0:
+            clock["step"] = result.step - 1
+        smooth = clock["loss"] if clock["loss"] == clock["loss"] else result.loss
+        clock["loss"] = 0.98 * smooth + 0.02 * result.loss
+        due = result.step % config.log_every == 0 or result.step == steps
+        now = time.perf_counter()
+        if not due and now - clock["time"] < 0.5:
+            return
+        done = result.step - clock["step"]
+        if done and now > clock["time"]:
+            clock["rate"] = done * config.batch_size / (now - clock["time"])
+            clock["time"], clock["step"] = now, result.step
+        stages = " ".join("-" if loss is None else f"{loss:.3f}" for loss in result.stage_loss)
+        text = f"loss {clock['loss']:.4f} (stages {stages})  {clock['rate']:.0f} images/s"
+        bar.update(task, completed=result.step, total=steps, text=text)
+        if due and not console.is_terminal:
+            left = (steps - result.step) * config.batch_size / max(clock["rate"], 1e-9)
+            console.print(f"{name} step {result.step}/{steps}  {text}  {left:.0f} s left")
+
+    with bar:
+        yield on_step

@@ -1,0 +1,137 @@
+"""`msd train`: train a model; the same command again resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from multistage_diffusion.cli import parse as parse_words
+from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.config import RunConfig, StagesConfig, from_dict, to_dict
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import read_json
+from multistage_diffusion.recipes import RECIPES, recipe
+
+if TYPE_CHECKING:
+    from multistage_diffusion.training.loop import StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Compute):
+    """Train a model in a run directory; the same command again resumes where it stopped.
+
+    example: msd train digits --out runs/digits --training.steps 2000
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """Recipe to start from; it comes first."""
+    out: str
+    """Run directory."""
+    config: str | None = None
+    """JSON file with values that replace the recipe's, like the config.json of another run."""
+    stages: str | None = None
+    """File with the stages, from msd cluster; sets stages.edges."""
+    data_root: str | None = None
+    """Folder that holds the source's files; sets data.root."""
+    dry_run: bool = False
+    """Print the whole resolved configuration and stop."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Parse the words after `msd train`: the recipe gives the defaults of all other options.
+
+    Args:
+        arguments: The words.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: No recipe, or a wrong option.
+    """
+    wants_help = any(word in ("-h", "--help") for word in arguments)
+    if not arguments or arguments[0].startswith("-"):
+        if not wants_help:
+            raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}")
+        arguments = ["digits", *arguments]
+    base = recipe(arguments[0])
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--config" and (equals or index + 1 < len(arguments)):
+            base = _merge(base, value if equals else arguments[index + 1])
+    return parse_words(Options, "train", arguments, Options(recipe=arguments[0], out=tyro.MISSING, run=base))
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Train.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document.
+    """
+    config, found = options.run, None
+    if options.data_root is not None:
+        config = replace(config, data=replace(config.data, root=options.data_root))
+    if options.stages is not None:
+        from multistage_diffusion.stages import Stages
+
+        found = Stages.load(Path(options.stages))
+        config = replace(config, stages=StagesConfig(edges=found.edges))
+    if options.dry_run:
+        document = to_dict(config)
+        if not options.json:
+            console.print_json(json.dumps(document))
+        return document
+    device = prepare(options)
+
+    from multistage_diffusion.cli.progress import training_progress
+    from multistage_diffusion.training.run import train
+
+    with training_progress(console, config.training) as progress:
+
+        def on_step(result: StepResult, steps: int) -> None:
+            progress(result, steps)
+
+        summary = train(config, options.out, stages=found, device=device, on_step=on_step)
+    if summary.resumed == summary.step:
+        console.print(f"{summary.run} has all {summary.step} steps already")
+    else:
+        resumed = f", resumed at step {summary.resumed}" if summary.resumed else ""
+        console.print(
+            f"trained {summary.run} to step {summary.step} ({summary.images} images, "
+            f"{summary.training_flops / 1e15:.3g} PFLOPs) in {summary.seconds:.0f} s{resumed}"
+        )
+    return {
+        "run": str(summary.run),
+        "step": summary.step,
+        "images": summary.images,
+        "loss": summary.loss,
+        "resumed": summary.resumed,
+        "training_pflops": summary.training_flops / 1e15,
+        "seconds": round(summary.seconds, 3),
+    }
+
+
+def _merge(base: RunConfig, file: str) -> RunConfig:
+    """The configuration with the values of a file in place of its own."""
+    changes = read_json(Path(file))
+    document = to_dict(base)
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{file} must hold named sections, like the config.json of a run")
+    for section, values in changes.items():
+        same = isinstance(values, dict) and isinstance(document.get(section), dict)
+        if same and values.get("kind") == document[section].get("kind", values.get("kind")):
+            document[section] = {**document[section], **values}
+        else:
+            document[section] = values
+    return from_dict(RunConfig, document, file)

@@ -1,0 +1,61 @@
+"""`msd verify`: check every file of a run against its manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from multistage_diffusion.cli.common import Common
+from multistage_diffusion.errors import CheckpointError, ConfigError
+from multistage_diffusion.files import check_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Check every file of a run's checkpoints and model against the SHA-256 of its manifest.
+
+    example: msd verify runs/digits
+    """
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Check.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document.
+
+    Raises:
+        ConfigError: No such run.
+        CheckpointError: Something is damaged; with `--json` the document says what, and is printed first.
+    """
+    from multistage_diffusion.training.checkpoint import list_checkpoints
+
+    folder = Path(options.run)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a run: it has no config.json")
+    rows, damages = [], []
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        damage = checkpoint.damage()
+        rows.append({"step": checkpoint.step, "valid": damage is None, "damage": damage})
+        console.print(f"{checkpoint.path}: {damage or 'valid'}")
+        damages += [damage] if damage else []
+    document: dict[str, Any] = {"run": str(folder), "checkpoints": rows, "model": None}
+    if (folder / "model").is_dir():
+        damage = check_directory(folder / "model")
+        document["model"] = {"valid": damage is None, "damage": damage}
+        console.print(f"{folder / 'model'}: {damage or 'valid'}")
+        damages += [damage] if damage else []
+    if damages:
+        raise CheckpointError(f"{damages[0]} ({len(damages)} damaged in all)", document)
+    return document

@@ -1,0 +1,155 @@
+"""What a network costs: parameters, and true FLOPs stage by stage, counted on the meta device.
+
+FLOPs are those of every matrix product and convolution, attention included, 2 a multiply-accumulate. The counter sees
+no attention on the CPU's fused kernels, so the network is built and run without data on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.models.layers import Attention
+from multistage_diffusion.models.unet import MultiDecoderUNet
+from multistage_diffusion.noise import EDM, Process
+from multistage_diffusion.stages import Stages
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Cost of one stage, for one image.
+
+    Attributes:
+        parameters: Parameters in use: its encoder and its decoder.
+        flops: One forward pass, 2 FLOPs a multiply-accumulate.
+        training_flops: Forward and backward pass.
+        flops_without_attention: One forward pass without attention blocks; half of it is the GFLOPs of the paper's
+            tables, which count multiply-accumulates and see nothing of attention.
+    """
+
+    parameters: int
+    flops: int
+    training_flops: int
+    flops_without_attention: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a network.
+
+    Attributes:
+        encoder: Parameters of the encoder(s), noise embedding included.
+        decoders: Parameters of each decoder.
+        stages: Cost of each stage.
+    """
+
+    encoder: int
+    decoders: tuple[int, ...]
+    stages: tuple[StageCost, ...]
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.encoder + sum(self.decoders)
+
+    def flops(self, shares: Sequence[float]) -> float:
+        """Forward FLOPs of one image, weighted over stages.
+
+        Args:
+            shares: Weight of each stage, summing to 1 (or calls of each stage, for a sampler).
+
+        Returns:
+            The weighted sum.
+        """
+        return sum(share * stage.flops for share, stage in zip(shares, self.stages, strict=True))
+
+    def training_flops(self, images: Sequence[float]) -> float:
+        """Forward and backward FLOPs of training.
+
+        Args:
+            images: Number of images that each stage was trained on.
+
+        Returns:
+            The sum over stages.
+        """
+        return sum(count * stage.training_flops for count, stage in zip(images, self.stages, strict=True))
+
+
+@lru_cache(maxsize=64)
+def network_cost(config: ModelConfig, shape: tuple[int, int, int]) -> Cost:
+    """Count the parameters and FLOPs of a network, without memory for its weights.
+
+    Args:
+        config: The network.
+        shape: (C, H, W) of an image.
+
+    Returns:
+        Its cost.
+    """
+    with torch.device("meta"):
+        network = MultiDecoderUNet(config, shape)
+        x, c_noise = torch.empty(1, *shape), torch.empty(1)
+    stages = []
+    for stage, decoder in enumerate(network.decoders):
+        with FlopCounterMode(display=False) as forward:
+            output = network(x, c_noise, stage)
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        counts = forward.get_flop_counts()
+        inside = sum(
+            sum(counts[f"MultiDecoderUNet.{name}"].values())
+            for name, module in network.named_modules()
+            if isinstance(module, Attention) and f"MultiDecoderUNet.{name}" in counts
+        )
+        total = forward.get_total_flops()
+        stages.append(
+            StageCost(
+                parameters=_count(network.encoder(stage)) + _count(decoder),
+                flops=total,
+                training_flops=total + backward.get_total_flops(),
+                flops_without_attention=total - inside,
+            )
+        )
+    return Cost(_count(network.encoders), tuple(map(_count, network.decoders)), tuple(stages))
+
+
+def training_shares(process: Process, stages: Stages) -> tuple[float, ...]:
+    """Probability of each stage under the process's training distribution.
+
+    Args:
+        process: The process.
+        stages: The partition.
+
+    Returns:
+        Shares that sum to 1.
+    """
+    edges = torch.tensor([0.0, *stages.edges, float("inf")], dtype=torch.float64)
+    return tuple(process.cdf(edges).diff().tolist())
+
+
+def stage_shares(process: Process, stages: Stages) -> dict[str, tuple[float, ...]]:
+    """Weightings of the stages, by name.
+
+    Args:
+        process: The process.
+        stages: The partition.
+
+    Returns:
+        `training`: probability under the training distribution. `time`: length of the stage's interval in the process's
+        own time, between the ends of its sampling range (for EDM in ln sigma, since its time is sigma).
+    """
+    ends = torch.tensor([process.sigma_min, *stages.edges, process.sigma_max], dtype=torch.float64)
+    ends = ends.clamp(process.sigma_min, process.sigma_max)
+    times = ends.log() if isinstance(process, EDM) else process.t(ends)
+    lengths = times.diff() / (times[-1] - times[0])
+    return {"training": training_shares(process, stages), "time": tuple(lengths.tolist())}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,1 @@
+"""The training engine: batches, one step after the other, EMA, checkpoints, run directories."""

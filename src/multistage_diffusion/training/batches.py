@@ -1,0 +1,180 @@
+"""Training batches: images, noise and noise levels, all pure functions of (seed, global sample index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multistage_diffusion import rng
+from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.data import Images
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.metrics.cost import training_shares
+from multistage_diffusion.noise import Process
+from multistage_diffusion.stages import Stages
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch; rows of a stage lie side by side, stage 0 first.
+
+    Attributes:
+        images: (B, C, H, W) clean images in [-1, 1], float32.
+        noise: (B, C, H, W) standard normal noise, float32.
+        sigma: (B,) noise levels, float64.
+        weight: (B,) importance weights, float32: the mean of weight * loss estimates the loss under the training
+            distribution without bias (for `single-uniform` batches the weights are 1, as in the paper).
+        counts: How many images each stage has.
+        labels: (B,) classes, `classes` for a hidden one, int64; none for an unconditional network.
+    """
+
+    images: Tensor
+    noise: Tensor
+    sigma: Tensor
+    weight: Tensor
+    counts: tuple[int, ...]
+    labels: Tensor | None
+
+
+def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
+    """Split a batch over the stages, in proportion, with at least one image each.
+
+    Args:
+        shares: Positive weight of each stage.
+        batch_size: Images in the batch, at least the number of stages.
+
+    Returns:
+        Counts that sum to `batch_size`, by largest remainders above the one image that each stage has.
+
+    Raises:
+        ConfigError: Fewer images than stages.
+    """
+    if batch_size < len(shares):
+        raise ConfigError(f"training.batch-size must be at least {len(shares)}, one image a stage, got {batch_size}")
+    total = sum(shares)
+    exact = [max(1.0, batch_size * share / total) for share in shares]
+    spare = batch_size - len(shares)
+    above = [value - 1.0 for value in exact]
+    scale = spare / sum(above) if sum(above) > 0 else 0.0
+    counts = [1 + int(value * scale) for value in above]
+    order = sorted(range(len(shares)), key=lambda stage: (counts[stage] - 1 - above[stage] * scale, stage))
+    for stage in order[: batch_size - sum(counts)]:
+        counts[stage] += 1
+    return tuple(counts)
+
+
+@final
+class Batches:
+    """Makes the batch of any step, without state.
+
+    Args:
+        data: Training images.
+        process: Gives the training distribution.
+        stages: The partition that the network sees.
+        config: Batch size, kind of batches, quotas, seed.
+        flip: Mirror half of the images left to right.
+        classes: Number of labels of a conditional network; 0 hides the labels.
+        device: Where batches are made; the images are kept there as 8-bit integers.
+
+    Raises:
+        ConfigError: A stage has no probability under the training distribution, or the labels do not fit.
+    """
+
+    def __init__(
+        self,
+        data: Images,
+        process: Process,
+        stages: Stages,
+        config: TrainingConfig,
+        *,
+        flip: bool = False,
+        classes: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.process, self.config, self.flip, self.classes = process, config, flip, classes
+        self.shares = training_shares(process, stages)
+        edges = torch.tensor([0.0, *stages.edges, float("inf")], dtype=torch.float64)
+        self._cdf = process.cdf(edges).tolist()
+        for stage, share in enumerate(self.shares):
+            if share <= 0:
+                low, high = stages.bounds(stage)
+                raise ConfigError(
+                    f"stage {stage} (sigma {low:g} to {high:g}) never occurs in training under {process.config.kind}; "
+                    f"move stages.edges {stages.edges}"
+                )
+        if classes and (data.labels is None or int(data.labels.max()) >= classes):
+            raise ConfigError(f"model.classes is {classes}, but the labels of {data.name} do not fit in it")
+        self._images = data.images.to(device)
+        self._labels = data.labels.to(device) if classes and data.labels is not None else None
+        self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step.
+
+        Args:
+            step: Steps taken before, from 0.
+
+        Returns:
+            Always the same batch for the same (data, configuration, step).
+        """
+        size, seed, device = self.config.batch_size, self.config.seed, self._images.device
+        index = torch.arange(step * size, (step + 1) * size, device=device)
+        counts, weights = self._split(step)
+        chosen = self._pick(step)
+        images = self._images[chosen].float() / 127.5 - 1
+        if self.flip:
+            mirrored = rng.bits(seed, "flip", index, 1)[:, :, None, None] < 0
+            images = torch.where(mirrored, images.flip(3), images)
+        labels = None
+        if self._labels is not None:
+            hidden = rng.uniform(seed, "label", index, 1)[:, 0] < self.config.label_dropout
+            labels = torch.where(hidden, self.classes, self._labels[chosen])
+        noise = rng.normal(seed, "noise", index, images.shape[1:])
+        sigma = self.process.icdf(self._levels(counts, rng.uniform(seed, "sigma", index, 1)[:, 0]))
+        repeats = torch.tensor(counts, device=device)
+        weight = torch.tensor(weights, device=device).repeat_interleave(repeats, output_size=size)
+        return Batch(images, noise, sigma, weight, counts, labels)
+
+    def _split(self, step: int) -> tuple[tuple[int, ...], list[float]]:
+        """How many rows each stage has in this step, and the weight of its rows."""
+        if self.config.batches == "mixed":
+            size = self.config.batch_size
+            return self._counts, [share * size / count for share, count in zip(self.shares, self._counts, strict=True)]
+        draw = float(rng.uniform(self.config.seed, "stage", torch.tensor([step]), 1))
+        if self.config.batches == "single-uniform":
+            stage = int(draw * len(self.shares))
+        else:
+            stage = sum(draw > edge for edge in self._cdf[1:-1])
+        counts = tuple(self.config.batch_size if k == stage else 0 for k in range(len(self.shares)))
+        return counts, [1.0] * len(counts)
+
+    def _levels(self, counts: tuple[int, ...], draws: Tensor) -> Float[Tensor, " batch"]:
+        """Positions in the training distribution: a stage's interval cut into as many cells as rows, one draw each."""
+        positions = []
+        for stage, rows in enumerate(draws.split(counts)):
+            cell = (torch.arange(len(rows), device=draws.device) + rows) / max(len(rows), 1)
+            positions.append(torch.lerp(self._edge(stage, cell), self._edge(stage + 1, cell), cell))
+        return torch.cat(positions)
+
+    def _edge(self, index: int, like: Tensor) -> Tensor:
+        return torch.full_like(like, self._cdf[index])
+
+    def _pick(self, step: int) -> Int[Tensor, " batch"]:
+        """Which images: every epoch is a fresh order of all of them; a batch may span epochs."""
+        size, total = self.config.batch_size, len(self._images)
+        position, picked = step * size, []
+        while size > 0:
+            epoch, start = divmod(position, total)
+            if self._order[0] != epoch:
+                order = rng.permutation(self.config.seed, "order", epoch, total).to(self._images.device)
+                self._order = (epoch, order)
+            rows = self._order[1][start : start + size]
+            picked.append(rows)
+            position, size = position + len(rows), size - len(rows)
+        return torch.cat(picked)

@@ -1,0 +1,186 @@
+"""Checkpoints: directories of safetensors and JSON with a SHA-256 manifest, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from multistage_diffusion.config import to_dict
+from multistage_diffusion.errors import CheckpointError
+from multistage_diffusion.files import check_directory, read_json, whole_directory
+from multistage_diffusion.models.denoiser import load_weights
+from multistage_diffusion.training.loop import Trainer
+
+RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: Its directory.
+        step: Steps taken when it was written.
+    """
+
+    path: Path
+    step: int
+
+    def damage(self) -> str | None:
+        """What is wrong with it, naming the file; none if every file agrees with the manifest."""
+        return check_directory(self.path)
+
+    def state(self) -> dict[str, Any]:
+        """Its `state.json`."""
+        return read_json(self.path / STATE)
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints of a run, oldest first, valid or not.
+
+    Args:
+        folder: The run's `checkpoints` folder; may be missing.
+
+    Returns:
+        Checkpoints by increasing step.
+    """
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Checkpoint:
+    """Write everything that a bit-equal continuation needs.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        trainer: What to save.
+        extra: More entries for `state.json`.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; older checkpoints are untouched.
+    """
+    path = folder / f"step-{trainer.step:08d}"
+    optimizer = {
+        f"{index}.{key}": value.contiguous()
+        for index, entry in trainer.optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+    state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}
+    with whole_directory(path) as temporary:
+        safetensors.torch.save_file(trainer.denoiser.network.state_dict(), temporary / RAW)
+        safetensors.torch.save_file(trainer.ema.average, temporary / EMA_WEIGHTS)
+        safetensors.torch.save_file(optimizer, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(to_dict(trainer.config), indent=2) + "\n")
+    return Checkpoint(path, trainer.step)
+
+
+def restore_checkpoint(checkpoint: Checkpoint, trainer: Trainer) -> None:
+    """Load a checkpoint into a trainer of the same configuration.
+
+    Args:
+        checkpoint: A valid checkpoint.
+        trainer: Its weights, average, optimiser state and step count are replaced.
+
+    Raises:
+        CheckpointError: A file is unreadable or belongs to another architecture.
+    """
+    load_weights(trainer.denoiser.network, checkpoint.path / RAW)
+    try:
+        trainer.ema.load(safetensors.torch.load_file(checkpoint.path / EMA_WEIGHTS))
+        tensors = safetensors.torch.load_file(checkpoint.path / OPTIMIZER)
+        document = checkpoint.state()
+        trainer.step, trainer.stage_images = int(document["step"]), [int(n) for n in document["stage_images"]]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = tensor
+    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
+
+
+def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files agree with its manifest.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+
+    Returns:
+        The checkpoint, or none if the folder holds none; and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: There are checkpoints, but all are damaged; nothing is deleted.
+    """
+    damages = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        damage = checkpoint.damage()
+        if damage is None:
+            return checkpoint, damages
+        damages.append(damage)
+    if damages:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged: {damages[0]}; nothing was deleted")
+    return None, []
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    """The `state.json` of a run's newest checkpoint.
+
+    Args:
+        run: The run directory.
+
+    Returns:
+        The document.
+
+    Raises:
+        CheckpointError: The run has no checkpoint, or the newest one is damaged.
+    """
+    return newest(run).state()
+
+
+def newest(run: Path) -> Checkpoint:
+    """A run's newest checkpoint, checked.
+
+    Args:
+        run: The run directory.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: The run has no checkpoint, or the newest one is damaged.
+    """
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise CheckpointError(f"{run} has no checkpoint yet; continue its training with the same msd train command")
+    if damage := checkpoints[-1].damage():
+        raise CheckpointError(f"{damage}; the same msd train command goes on from an older checkpoint")
+    return checkpoints[-1]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints, and what interrupted writes left.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        keep: How many to keep, at least 1.
+    """
+    for checkpoint in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(checkpoint.path, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

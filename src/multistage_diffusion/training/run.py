@@ -1,0 +1,330 @@
+"""The run directory: configuration, stages, metrics, checkpoints and the averaged model; the same command resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import torch
+
+from multistage_diffusion.config import RunConfig, from_dict, to_dict
+from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.errors import CheckpointError, ConfigError, UserError
+from multistage_diffusion.files import read_json, write_atomic, write_json
+from multistage_diffusion.metrics.cost import network_cost
+from multistage_diffusion.models.denoiser import Denoiser, load_weights
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.checkpoint import (
+    EMA_WEIGHTS,
+    RAW,
+    newest,
+    newest_valid,
+    prune,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from multistage_diffusion.training.loop import StepResult, Trainer, build_denoiser
+
+# What may change when a run is resumed: none of these changes what is computed.
+CHANGEABLE = {"training.steps", "training.save_every", "training.keep", "training.log_every", "data.root"}
+
+
+class StoppedError(UserError):
+    """Training was stopped by a signal, after a checkpoint; the exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command resumes there")
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a run ended.
+
+    Attributes:
+        run: The run directory.
+        step: Steps taken in all.
+        images: Images seen in all.
+        loss: Mean loss since the last line of `metrics.jsonl` but one, none if no step was taken.
+        resumed: Step that this call started from.
+        training_flops: Forward and backward FLOPs spent in all, from the images that each stage saw.
+        seconds: Time of this call.
+    """
+
+    run: Path
+    step: int
+    images: int
+    loss: float | None
+    resumed: int
+    training_flops: float
+    seconds: float
+
+
+@dataclass
+class _Window:
+    """Sums since the last line of metrics.jsonl; saved with a checkpoint, so that a resumed log is the same log."""
+
+    steps: int = 0
+    loss: float = 0.0
+    stage_loss: list[float] = field(default_factory=list)
+    stage_steps: list[int] = field(default_factory=list)
+    last: float | None = None
+
+    def add(self, result: StepResult) -> None:
+        if not self.stage_loss:
+            self.stage_loss, self.stage_steps = [0.0] * len(result.stage_loss), [0] * len(result.stage_loss)
+        self.steps += 1
+        self.loss += result.loss
+        for stage, loss in enumerate(result.stage_loss):
+            if loss is not None:
+                self.stage_loss[stage] += loss
+                self.stage_steps[stage] += 1
+
+    def close(self) -> dict[str, Any]:
+        """The means, and a fresh start."""
+        pairs = zip(self.stage_loss, self.stage_steps, strict=True)
+        line = {
+            "loss": self.loss / self.steps,
+            "stage_loss": [total / count if count else None for total, count in pairs],
+        }
+        self.steps, self.loss, self.stage_loss, self.stage_steps, self.last = 0, 0.0, [], [], line["loss"]
+        return line
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    data: Images | None = None,
+    stages: Stages | None = None,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[StepResult, int], None] | None = None,
+) -> TrainingSummary:
+    """Train a model in a run directory; called again with the same arguments, resume it.
+
+    Args:
+        config: The whole configuration.
+        out: The run directory.
+        data: Training images; by default loaded from `config.data`.
+        stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
+        device: Where to train.
+        on_step: Called after each step with its result and the number of steps wanted.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        ConfigError: The directory holds another run, or something else.
+        DataError: The source cannot be read, or has changed since the run began.
+        CheckpointError: The disk is full, or all checkpoints are damaged.
+        NumericsError: The loss is not finite.
+        StoppedError: SIGTERM or SIGINT came; a checkpoint of the last step was written.
+    """
+    started, folder = time.perf_counter(), Path(out)
+    _check_target(folder, config)
+    if data is None:
+        data = load_data(config.data.source, root=config.data.root, resolution=config.data.resolution)
+    trainer = Trainer(config, data, device, stages)
+    cost = network_cost(config.model, data.shape)
+    with _lock(folder), _signals() as stop:
+        write_json(folder / "config.json", to_dict(config))
+        trainer.denoiser.stages.save(folder / "stages.json")
+        window = _resume(folder, trainer, data)
+        resumed = trainer.step
+        fixed = {"data": data.digest, "threads": torch.get_num_threads(), "shape": list(data.shape)}
+        with _open_metrics(folder, resumed) as metrics:
+            for result in trainer.run(config.training.steps):
+                window.add(result)
+                if result.step % config.training.log_every == 0:
+                    line = {
+                        "step": result.step, "images": result.images, **window.close(),
+                        "learning_rate": result.learning_rate, "gradient_norm": result.gradient_norm,
+                        "training_flops": cost.training_flops(trainer.stage_images),
+                        "seconds": round(time.perf_counter() - started, 3),
+                    }  # fmt: skip
+                    metrics.write(json.dumps(line) + "\n")
+                    metrics.flush()
+                if on_step is not None:
+                    on_step(result, config.training.steps)
+                last = result.step == config.training.steps or bool(stop)
+                if last or result.step % config.training.save_every == 0:
+                    os.fsync(metrics.fileno())
+                    save_checkpoint(folder / "checkpoints", trainer, {"window": vars(window), **fixed})
+                    prune(folder / "checkpoints", config.training.keep)
+                if stop:
+                    raise StoppedError(stop[0], trainer.step)
+        trainer.averaged().save_pretrained(folder / "model")
+    flops = cost.training_flops(trainer.stage_images)
+    loss = window.loss / window.steps if window.steps else window.last
+    return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A denoiser read from disk.
+
+    Attributes:
+        denoiser: In evaluation mode.
+        config: The run's configuration; none for a bare folder.
+        step: Steps taken; none for a bare folder.
+        stage_images: Images that each stage was trained on; none for a bare folder.
+    """
+
+    denoiser: Denoiser
+    config: RunConfig | None = None
+    step: int | None = None
+    stage_images: tuple[int, ...] | None = None
+
+
+def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedRun:
+    """Load the newest checkpoint of a run, or a folder written by `Denoiser.save_pretrained`.
+
+    Args:
+        path: The run directory or the folder.
+        weights: `ema` for the averaged weights, `raw` for the trained ones.
+        device: Where the weights go.
+
+    Returns:
+        The denoiser in evaluation mode, and what is known of its run.
+
+    Raises:
+        ConfigError: No such run, or unknown weights.
+        CheckpointError: The newest checkpoint is damaged, or there is none.
+    """
+    folder = Path(path)
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"--weights must be ema or raw, got {weights}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is not a run: it has no config.json; train one with msd train RECIPE --out {folder}"
+        )
+    document = read_json(folder / "config.json")
+    if isinstance(document, dict) and "format" in document:
+        return LoadedRun(Denoiser.from_pretrained(folder, device=device))
+    config = from_dict(RunConfig, document, str(folder / "config.json"))
+    checkpoint = newest(folder)
+    state = checkpoint.state()
+    shape = state["shape"]
+    denoiser = build_denoiser(config, (shape[0], shape[1], shape[2]), Stages.load(folder / "stages.json"))
+    load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
+    return LoadedRun(denoiser.to(device).eval(), config, checkpoint.step, tuple(state["stage_images"]))
+
+
+def _check_target(folder: Path, config: RunConfig) -> None:
+    """Refuse a directory that holds something else, before anything is read or written."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; choose another folder")
+    if not folder.is_dir() or not any(entry.name != ".lock" for entry in folder.iterdir()):
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--out {folder} holds files but no run; choose an empty or new folder")
+    document = read_json(folder / "config.json")
+    if isinstance(document, dict) and "format" in document:
+        raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
+    theirs, ours = _flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), _flat(to_dict(config))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key) and key not in CHANGEABLE:
+            raise ConfigError(
+                f"{folder} holds another run: {key.replace('_', '-')} is {theirs.get(key)} there and {ours.get(key)} "
+                "here; choose another --out, or repeat its options"
+            )
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _resume(folder: Path, trainer: Trainer, data: Images) -> _Window:
+    """Load the newest valid checkpoint, if there is one, after checking that it continues the same run."""
+    checkpoint, damages = newest_valid(folder / "checkpoints")
+    for damage in damages:
+        warnings.warn(f"{damage}; an older checkpoint is used", stacklevel=2)
+    if checkpoint is None:
+        return _Window()
+    state = checkpoint.state()
+    if state.get("data") != data.digest:
+        raise ConfigError(f"the images of {data.name} are not those that {folder} was trained on; choose another --out")
+    if state.get("threads") != torch.get_num_threads():
+        warnings.warn(
+            f"{folder} was trained with {state.get('threads')} threads and is continued with "
+            f"{torch.get_num_threads()}: equal up to rounding, not to the bit",
+            stacklevel=2,
+        )
+    if checkpoint.step > trainer.config.training.steps:
+        raise ConfigError(
+            f"{folder} has {checkpoint.step} steps already; training.steps {trainer.config.training.steps} is less"
+        )
+    restore_checkpoint(checkpoint, trainer)
+    return _Window(**state["window"])
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the run directory; the operating system releases the lock when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise CheckpointError(f"cannot write in {folder}: {error.strerror}; choose another --out") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            owner = handle.read(64).strip() or "another process"
+            raise ConfigError(f"{folder} is being trained by {owner}; wait for it, or choose another --out") from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}")
+        handle.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; the loop stops after the step at hand."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _open_metrics(folder: Path, step: int) -> Iterator[IO[str]]:
+    """Open metrics.jsonl for appending, without the lines that the resumed run will write again."""
+    path, kept = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomic(path, "".join(kept).encode())
+    try:
+        with path.open("a") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; free space, then run the same command"
+        ) from error
