@@ -1,0 +1,249 @@
+"""Exponential integrators in lambda = -ln sigma: DPM-Solver (noise prediction) and DPM-Solver++ (data prediction).
+
+In the coordinate x = x0 + sigma eps the scale alpha of the papers is 1, so the log-SNR is 2 lambda for every process,
+and a step from sigma to sigma' has h = lambda' - lambda = ln(sigma/sigma').
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from multistage_diffusion.sampling.steps import (
+    Callback,
+    Denoise,
+    Levels,
+    Noise,
+    SolverStep,
+    fresh,
+    host_levels,
+    toward,
+    walk,
+)
+
+Images = Float[Tensor, "*shape"]
+FEW_STEPS = 15  # with fewer, the last steps are of lower order, for stability: the number that diffusers uses
+
+
+def dpm(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    order: int = 3, taylor: bool = False,
+) -> Images:  # fmt: skip
+    """DPM-Solver, singlestep: as many evaluations as the schedule has intervals, spent in steps of up to `order` each.
+
+    A step of order k replaces k intervals and evaluates at its beginning and, evenly in lambda, k - 1 times inside. The
+    orders are the paper's for a budget of K evaluations; where the schedule ends in 0, the step to 0 takes one and
+    returns the estimate.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Not used.
+        callback: Sees every step, at its beginning.
+        order: 1, 2 or 3.
+        taylor: End a step of order 3 with the full quadratic of the Taylor expansion and not with the last
+            difference alone (Alg. 2); the order is the same.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing.
+
+    Source: Lu et al. 2022 (DPM-Solver), Eq. 3.6 and 3.7, Alg. 1 and 2; the orders are those of Sec. 3.4.
+    """
+    levels = host_levels(sigmas)
+    start = 0
+    for size in step_orders(len(levels) - 1, order, to_zero=levels[-1] == 0):
+        sigma, after = levels[start], levels[start + size]
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(SolverStep(start, sigma, after, x, denoised))
+        if size == 1:
+            x = toward(x, denoised, after / sigma)
+        elif size == 2:
+            x = _second(denoise, x, (x - denoised) / sigma, sigma, after)
+        else:
+            x = _third(denoise, x, (x - denoised) / sigma, sigma, after, taylor)
+        start += size
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None
+) -> Images:
+    """DPM-Solver++ 2M: second order, multistep, one evaluation a step.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Not used.
+        callback: Sees every step.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing.
+
+    Source: Lu et al. 2023 (DPM-Solver++), Alg. 2.
+    """
+    return _multistep(denoise, x, host_levels(sigmas), callback, order=2)
+
+
+def dpmpp_3m(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    released: bool = False,
+) -> Images:  # fmt: skip
+    """DPM-Solver++ 3M: third order, multistep, one evaluation a step; it begins with a step each of orders 1 and 2.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Not used.
+        callback: Sees every step.
+        released: Weigh the quadratic term as the authors' release does, and with it diffusers; see below.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing.
+
+    Source: Lu et al. 2023 (DPM-Solver++), Sec. 4: the Taylor expansion to order 3 with differences of earlier steps.
+    Deviation: the released solver gives the quadratic term half its weight (it takes the divided difference, which is
+    half the second derivative, for the derivative itself), and so converges with order 2. Here the weight is whole.
+    """
+    return _multistep(denoise, x, host_levels(sigmas), callback, order=3, quadratic=1.0 if released else 2.0)
+
+
+def sde_dpmpp_2m(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None
+) -> Images:
+    """SDE-DPM-Solver++ 2M: the stochastic form, fresh noise in every step, one evaluation a step.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Fresh noise for each step.
+        callback: Sees every step.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing, or there is no noise.
+
+    Source: Lu et al. 2023 (DPM-Solver++), Sec. 5: SDE-DPM-Solver++(2M).
+    """
+    levels = host_levels(sigmas)
+    previous, h_previous = None, 0.0
+    for index, sigma, after in walk(levels):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(SolverStep(index, sigma, after, x, denoised))
+        estimate, ratio = denoised, after / sigma
+        if previous is not None and _order(index, levels, 2) == 2:
+            estimate = denoised + (denoised - previous) * (-math.log(ratio) / h_previous / 2)
+        x = toward(x, estimate, ratio**2)
+        if after > 0:
+            x = x + after * math.sqrt(1 - ratio**2) * fresh(noise, index)
+            previous, h_previous = denoised, -math.log(ratio)
+    return x
+
+
+def step_orders(evaluations: int, order: int, *, to_zero: bool) -> list[int]:
+    """Orders of the singlestep solver's steps; they add up to the evaluations.
+
+    Args:
+        evaluations: The budget, at least 1.
+        order: The order of most steps: 1, 2 or 3.
+        to_zero: Whether the last step goes to sigma = 0, where only order 1 exists.
+
+    Returns:
+        The paper's orders (3, ..., 3, then 2 and 1, or 1, or 2); a last 2 that would go to 0 is split in 1 and 1.
+    """
+    assert order in (1, 2, 3) and evaluations >= 1, "orders 1 to 3 exist"
+    full, rest = divmod(evaluations, order)
+    if order == 3 and rest == 0:
+        orders = [3] * (full - 1) + [2, 1]
+    else:
+        orders = [order] * full + [rest] * (rest > 0)
+    if to_zero and orders[-1] > 1:
+        orders[-1:] = [1] * orders[-1]
+    return orders
+
+
+def _second(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, after: float) -> Tensor:
+    """DPM-Solver-2 (Alg. 1, r1 = 1/2): the noise estimate of the middle in lambda stands for the whole step."""
+    middle = math.sqrt(sigma * after)
+    halfway = x + (middle - sigma) * slope
+    return x + (after - sigma) / middle * (halfway - denoise(halfway, middle))
+
+
+def _third(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, after: float, taylor: bool) -> Tensor:
+    """DPM-Solver-3 (Alg. 2, r1 = 1/3, r2 = 2/3), with e the noise estimate and differences from the beginning."""
+    h = math.log(sigma / after)
+    first, second = sigma * math.exp(-h / 3), sigma * math.exp(-2 * h / 3)
+    u = x + (first - sigma) * slope
+    change_1 = (u - denoise(u, first)) / first - slope
+    u = x + (second - sigma) * slope - 2 * _linear(sigma, second) * change_1
+    change_2 = (u - denoise(u, second)) / second - slope
+    x = x + (after - sigma) * slope
+    if not taylor:
+        return x - 1.5 * _linear(sigma, after) * change_2
+    # Derivatives in units of h at the beginning, from the values at 1/3 and 2/3.
+    derivative, curvature = 6 * change_1 - 1.5 * change_2, 9 * change_2 - 18 * change_1
+    quadratic = ((sigma - after) / h - after) / h - after / 2
+    return x - _linear(sigma, after) * derivative - quadratic * curvature
+
+
+def _linear(sigma: float, after: float) -> float:
+    """sigma' (e^h - 1 - h)/h: the weight of a noise estimate that grows linearly in lambda from 0 to 1."""
+    return (sigma - after) / math.log(sigma / after) - after
+
+
+def _order(index: int, levels: list[float], order: int) -> int:
+    """Order of a multistep solver's step, as far as the end of the schedule limits it."""
+    left = len(levels) - 1 - index
+    if levels[index + 1] == 0:
+        return 1
+    return min(order, left) if len(levels) - 1 < FEW_STEPS else order
+
+
+def _multistep(
+    denoise: Denoise, x: Tensor, levels: list[float], callback: Callback | None, *, order: int, quadratic: float = 2.0
+) -> Tensor:
+    """DPM-Solver++ of order 2 or 3: derivatives of D in lambda from the estimates of earlier steps."""
+    history: list[tuple[float, Tensor]] = []  # (lambda, estimate), the newest last
+    for index, sigma, after in walk(levels):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(SolverStep(index, sigma, after, x, denoised))
+        history = [*history[1 - order :], (-math.log(sigma), denoised)]
+        step_order = min(_order(index, levels, order), len(history))
+        ratio = after / sigma
+        if step_order == 1:
+            x = toward(x, denoised, ratio)
+            continue
+        h = -math.log(ratio)
+        (now, d0), (before, d1) = history[-1], history[-2]
+        r0 = (now - before) / h
+        slope = (d0 - d1) / r0
+        if step_order == 2:
+            x = toward(x, denoised + slope / 2, ratio)
+            continue
+        earlier, d2 = history[-3]
+        r1 = (before - earlier) / h
+        bend = (slope - (d1 - d2) / r1) / (r0 + r1)
+        slope = slope + r0 * bend
+        # Within the step, D is d0 + slope s + bend s^2 with s from 0 to 1.
+        weight = 1 - (1 - ratio) / h
+        x = toward(x, denoised, ratio) + weight * slope - quadratic * (weight / h - 0.5) * bend
+    return x

@@ -1,0 +1,167 @@
+"""Solvers that look at one step at a time: Euler and Heun (EDM), DDIM, ancestral sampling.
+
+All in the coordinate x = x0 + sigma eps, where the probability flow is dx/dsigma = (x - D(x, sigma))/sigma for every
+process (Karras et al. 2022, Eq. 3 with s = 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from multistage_diffusion.config import check
+from multistage_diffusion.sampling.steps import (
+    Callback,
+    Denoise,
+    Levels,
+    Noise,
+    SolverStep,
+    fresh,
+    host_levels,
+    toward,
+    walk,
+)
+
+Images = Float[Tensor, "*shape"]
+MAX_CHURN = math.sqrt(2) - 1  # at most doubles the variance of the noise (Karras et al. 2022, Alg. 2)
+
+
+def euler(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0,
+) -> Images:  # fmt: skip
+    """Euler's method, first order, one evaluation a step; with churn the stochastic sampler of EDM without correction.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Fresh noise for each step; needed with churn only.
+        callback: Sees every step.
+        s_churn: Noise added before the steps, in all; 0 is deterministic.
+        s_min: Lowest level at which noise is added.
+        s_max: Highest level at which noise is added.
+        s_noise: Standard deviation of the added noise.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing, or churn has no noise.
+
+    Source: Karras et al. 2022, Alg. 2, lines 1-7.
+    """
+    return _edm(denoise, x, host_levels(sigmas), noise, callback, (s_churn, s_min, s_max, s_noise), corrected=False)
+
+
+def heun(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0,
+) -> Images:  # fmt: skip
+    """Heun's method, second order, two evaluations a step but one for the step to 0: the sampler of EDM.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Fresh noise for each step; needed with churn only.
+        callback: Sees every step.
+        s_churn: Noise added before the steps, in all; 0 is deterministic.
+        s_min: Lowest level at which noise is added.
+        s_max: Highest level at which noise is added.
+        s_noise: Standard deviation of the added noise.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing, or churn has no noise.
+
+    Source: Karras et al. 2022, Alg. 1 and (with churn) Alg. 2.
+    """
+    return _edm(denoise, x, host_levels(sigmas), noise, callback, (s_churn, s_min, s_max, s_noise), corrected=True)
+
+
+def ddim(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    eta: float = 0.0,
+) -> Images:  # fmt: skip
+    """DDIM, first order, one evaluation a step: from Euler's method (eta = 0) to ancestral sampling (eta = 1).
+
+    A step keeps part of the noise it found and replaces the rest: x' = D + sqrt(sigma'^2 - a^2) (x - D)/sigma + a z,
+    with a = eta sigma' sqrt(1 - sigma'^2/sigma^2).
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Fresh noise for each step; needed for eta > 0 only.
+        callback: Sees every step.
+        eta: Share of the ancestral noise, in [0, 1].
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: eta is outside [0, 1], the levels are not decreasing, or eta > 0 has no noise.
+
+    Source: Song et al. 2021 (DDIM), Eq. 12 and 16, with sigma^2 = (1 - alpha)/alpha and x divided by sqrt(alpha).
+    """
+    check(0 <= eta <= 1, "eta", "between 0 and 1", eta)
+    for index, sigma, after in walk(host_levels(sigmas)):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(SolverStep(index, sigma, after, x, denoised))
+        added = eta * after * math.sqrt(1 - (after / sigma) ** 2)
+        x = toward(x, denoised, math.sqrt(after**2 - added**2) / sigma)
+        if added > 0:
+            x = x + added * fresh(noise, index)
+    return x
+
+
+def ancestral(
+    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None
+) -> Images:
+    """Ancestral sampling, the stochastic sampler of DDPM: DDIM with eta = 1, one evaluation a step.
+
+    Args:
+        denoise: Estimates x0 from (x, sigma).
+        x: Images at the first level.
+        sigmas: Decreasing noise levels.
+        noise: Fresh noise for each step.
+        callback: Sees every step.
+
+    Returns:
+        Images at the last level.
+
+    Raises:
+        ConfigError: The levels are not decreasing, or there is no noise.
+
+    Source: Ho et al. 2020, Alg. 2 with the posterior's variance (Eq. 7).
+    """
+    return ddim(denoise, x, sigmas, noise=noise, callback=callback, eta=1.0)
+
+
+def _edm(
+    denoise: Denoise, x: Tensor, levels: list[float], noise: Noise | None, callback: Callback | None,
+    churn: tuple[float, float, float, float], *, corrected: bool,
+) -> Tensor:  # fmt: skip
+    """Algorithm 2 of Karras et al. 2022, with or without the second-order correction (lines 9-11)."""
+    s_churn, s_min, s_max, s_noise = churn
+    gain = min(s_churn / (len(levels) - 1), MAX_CHURN)
+    for index, sigma, after in walk(levels):
+        if gain > 0 and s_min <= sigma <= s_max:
+            raised = sigma * (1 + gain)
+            x = x + s_noise * math.sqrt(raised**2 - sigma**2) * fresh(noise, index)
+            sigma = raised
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(SolverStep(index, sigma, after, x, denoised))
+        ahead = toward(x, denoised, after / sigma)
+        if corrected and after > 0:
+            slopes = (x - denoised) / sigma + (ahead - denoise(ahead, after)) / after
+            ahead = x + (after - sigma) / 2 * slopes
+        x = ahead
+    return x
