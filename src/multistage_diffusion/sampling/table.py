@@ -60,9 +60,9 @@ SOLVERS: dict[str, Solver] = {
         Solver("dpm-1", partial(dpm, order=1), _once, False, 1, "log-snr"),
         Solver("dpm-2", partial(dpm, order=2), _once, False, 2, "log-snr"),
         Solver("dpm-3", partial(dpm, order=3), _once, False, 3, "log-snr"),
-        Solver("dpmpp-2m", dpmpp_2m, _once, False, 2, "karras"),
-        Solver("dpmpp-3m", dpmpp_3m, _once, False, 3, "karras"),
-        Solver("sde-dpmpp-2m", sde_dpmpp_2m, _once, True, 2, "karras"),
+        Solver("dpmpp-2m", dpmpp_2m, _once, False, 2, "log-snr"),
+        Solver("dpmpp-3m", dpmpp_3m, _once, False, 3, "log-snr"),
+        Solver("sde-dpmpp-2m", sde_dpmpp_2m, _once, True, 2, "log-snr"),
     )
 }
 
