@@ -1,0 +1,121 @@
+"""`msd sample`: draw images from a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multistage_diffusion.sampling import SolverStep
+
+RESULT = "samples.json"
+TRACED = 8  # images in a denoising trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Compute):
+    """Draw images from a run, or from a folder written by save_pretrained: PNGs, a grid, and a JSON file with the cost.
+
+    example: msd sample runs/digits --num 64 --solver heun --steps 18 --out samples
+    """
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+    out: str
+    """Folder for the images; replaced if an earlier msd sample wrote it."""
+    num: int = 16
+    """Number of images."""
+    seed: int = 0
+    """Seed of the first image; the others follow. A seed is the same image in any batch."""
+    solver: str | None = None
+    """Solver; by default the run's."""
+    steps: int | None = None
+    """Steps of the solver; by default the run's."""
+    spacing: str | None = None
+    """Spacing of the noise levels: karras, log-snr, uniform-t, quadratic-t; by default the solver's."""
+    churn: float = 0.0
+    """Noise that heun and euler add in all (S_churn)."""
+    eta: float = 0.0
+    """Share of the ancestral noise in ddim."""
+    label: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of the images, for a class-conditional run."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
+    batch_size: int = 256
+    """Images drawn at once; changes no image."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or the trained ones."""
+    offload: bool = False
+    """Keep only the decoder in use on the device."""
+    denoise_trace: bool = False
+    """Write trace.png too: estimates of the clean image along the steps, framed by the colour of the stage."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Sample.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document.
+    """
+    out = Path(options.out)
+    if out.exists() and not (out / RESULT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds other files; choose an empty or new folder")
+    device = prepare(options)
+
+    from multistage_diffusion.config import SamplingConfig
+    from multistage_diffusion.data import to_uint8
+    from multistage_diffusion.data.pictures import grid, picture, png, stack
+    from multistage_diffusion.files import whole_directory
+    from multistage_diffusion.sampling import sample
+    from multistage_diffusion.training.run import load_run
+
+    loaded = load_run(options.run, weights=options.weights, device=device)
+    default = loaded.config.sampling if loaded.config else SamplingConfig()
+    solver = options.solver or default.solver
+    steps = default.steps if options.steps is None else options.steps
+    spacing = options.spacing or (default.spacing if solver == default.solver else None)
+    trace: list[SolverStep] = []
+    samples = sample(
+        loaded.denoiser, options.num, solver=solver, steps=steps, spacing=spacing, seed=options.seed,
+        batch_size=options.batch_size, labels=options.label, guidance=options.guidance, offload=options.offload,
+        churn=options.churn, eta=options.eta,
+        callback=trace.append if options.denoise_trace else None,
+    )  # fmt: skip
+    names = [f"seed-{seed:08d}.png" for seed in samples.seeds]
+    document = {
+        "run": options.run, "weights": options.weights, "step": loaded.step, "images": len(names),
+        "solver": solver, "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls),
+        "seed": options.seed, "seconds": round(samples.seconds, 3),
+    }  # fmt: skip
+    scale = max(1, 64 // loaded.denoiser.shape[1])
+    with whole_directory(out) as folder:
+        for name, image in zip(names, to_uint8(samples.images), strict=True):
+            (folder / name).write_bytes(png(picture(image)))
+        (folder / "grid.png").write_bytes(png(grid(samples.images, scale=scale)))
+        if options.denoise_trace:
+            first = trace[:steps]
+            frames = [loaded.denoiser.stages.of(step.sigma) for step in first]
+            rows = min(TRACED, len(first[0].denoised))
+            strip = grid(
+                stack([step.denoised[:rows].float().cpu() for step in first]),
+                columns=len(first), scale=scale, gap=3, frames=frames * rows,
+            )  # fmt: skip
+            (folder / "trace.png").write_bytes(png(strip))
+        (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
+    console.print(
+        f"wrote {len(names)} images and grid.png to {out}: {solver}, {samples.nfe} calls of the network an image "
+        f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
+    )
+    return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}

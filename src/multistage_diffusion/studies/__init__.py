@@ -1,0 +1,1 @@
+"""The paper's comparisons as studies, and their reports."""

@@ -1,0 +1,305 @@
+"""The main job: cluster, train multistage and unified models at equal training FLOPs, sample both, evaluate both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multistage_diffusion.clustering import Clustering, cluster
+from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
+from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.evaluation import describe, distances, generated, held_out_loss
+from multistage_diffusion.files import read_json, write_json
+from multistage_diffusion.metrics.cost import Cost, network_cost, training_shares
+from multistage_diffusion.metrics.features import FeatureExtractor, source_features
+from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.noise import make_process
+from multistage_diffusion.sampling import SolverStep, sample
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.batches import stage_counts
+from multistage_diffusion.training.loop import StepResult
+from multistage_diffusion.training.run import TrainingSummary, load_run, train
+
+ARCHITECTURES = ("multistage", "unified")
+CLAIM, RESULTS = "demo.json", "results.json"
+FINAL_SETS = 3  # sets of generated images behind the final distance and its standard error
+Say = Callable[[str], None]
+Step = Callable[[StepResult, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the demo trains and measures.
+
+    Attributes:
+        tflops: Training budget of each model, in TFLOPs (forward and backward).
+        points: How many times each model is measured on its way, the end included.
+        samples: Generated images behind each distance.
+        shown: Images in a sample grid.
+        seed: Seed of everything.
+    """
+
+    tflops: float = 8.0
+    points: int = 5
+    samples: int = 500
+    shown: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement on the way.
+
+    Attributes:
+        tflops: Training FLOPs spent, in 10^12.
+        fd: Fréchet distance to the held-out images, mean over the sets of generated images.
+        fd_error: Its standard error over the sets; none for a single set.
+        loss: Held-out denoising loss.
+        loss_error: Its standard error over images.
+        stage_loss: Held-out loss within each of the clustering's stages.
+        seconds: Training time since the point before.
+    """
+
+    tflops: float
+    fd: float
+    fd_error: float | None
+    loss: float
+    loss_error: float
+    stage_loss: tuple[float | None, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One trained model.
+
+    Attributes:
+        run: Its run directory.
+        config: Its configuration.
+        cost: Cost of its network.
+        shares: Share of each of its stages in training.
+        steps: Steps taken.
+        stage_images: Images each stage was trained on.
+        points: Measurements, the last one at the end.
+        grid: Images generated from the same seeds for every model.
+        trace: Estimates of the clean image along the sampling steps: (sigma, images).
+        nfe: Network evaluations of an image.
+        sampling_gflops: FLOPs of one image's sampling, in 10^9.
+        seconds: Training time.
+    """
+
+    run: Path
+    config: RunConfig
+    cost: Cost
+    shares: tuple[float, ...]
+    steps: int
+    stage_images: tuple[int, ...]
+    points: tuple[Point, ...]
+    grid: Tensor
+    trace: tuple[tuple[float, Tensor], ...]
+    nfe: int
+    sampling_gflops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the report shows.
+
+    Attributes:
+        source: Name of the data.
+        clustering: The stages and the curves behind them.
+        models: A result for each architecture.
+        real: Real images beside the generated ones.
+        features: What the distance was measured with.
+        floor: Distance of the training images themselves to the held-out ones.
+        reference: Number of held-out images.
+        options: What was asked.
+        seconds: Wall time.
+    """
+
+    source: str
+    clustering: Clustering
+    models: dict[str, ModelResult]
+    real: Tensor
+    features: dict[str, Any]
+    floor: float
+    reference: int
+    options: DemoOptions
+    seconds: float
+
+
+def run_demo(
+    config: RunConfig,
+    out: Path,
+    options: DemoOptions = DemoOptions(),
+    *,
+    device: torch.device | str = "cpu",
+    say: Say = print,
+    on_step: Callable[[str], Step] | None = None,
+) -> DemoResult:
+    """Do the main job.
+
+    Args:
+        config: The multistage recipe; its edges are replaced by those found here.
+        out: Folder of the two run directories; a finished or interrupted demo goes on from what is there.
+        options: Budget and measurements.
+        device: Where to compute.
+        say: Told what happens, in lines.
+        on_step: Makes the function that is called after each training step of an architecture.
+
+    Returns:
+        What the report shows.
+
+    Raises:
+        ConfigError: The folder holds another demo.
+        DataError: The source cannot be read, or has no labels to learn features from.
+    """
+    begin = time.perf_counter()
+    data, test = (load_data(config.data.source, split=split, root=config.data.root) for split in ("train", "test"))
+    say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
+    clustering = cluster(
+        data.floats(), make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed,
+        source=data.name, digest=data.digest,
+    )  # fmt: skip
+    edges = clustering.stages.edges
+    say(f"stages at sigma {', '.join(f'{edge:.3g}' for edge in edges)} in {clustering.seconds:.1f} s")
+    extractor = source_features(data, test)
+    say(f"features: {extractor.name}, {extractor.accuracy:.1%} of the held-out images named right")
+    config = replace(
+        config, stages=StagesConfig(edges=edges), training=replace(config.training, seed=options.seed)
+    )  # fmt: skip
+    _claim(out, config, options)
+    models = {}
+    for architecture in ARCHITECTURES:
+        own = replace(config, model=replace(config.model, architecture=architecture))
+        step = on_step(architecture) if on_step is not None else None
+        models[architecture] = _train_and_measure(
+            own, out / architecture, data, test, clustering.stages, extractor, options, device, say, step
+        )
+    floor = distances(extractor, test, data.floats().split(500), ["fd"])["fd"]
+    return DemoResult(
+        data.name, clustering, models, data.floats(torch.arange(options.shown)), describe(extractor), floor, len(test),
+        options, time.perf_counter() - begin,
+    )  # fmt: skip
+
+
+def step_flops(config: RunConfig, cost: Cost) -> float:
+    """Training FLOPs of one step.
+
+    Args:
+        config: The run.
+        cost: Cost of its network.
+
+    Returns:
+        Forward and backward FLOPs of one batch.
+    """
+    shares = training_shares(make_process(config.process), Stages(config.edges))
+    return cost.training_flops(stage_counts(config.training.quotas or shares, config.training.batch_size))
+
+
+def _train_and_measure(
+    config: RunConfig,
+    run: Path,
+    data: Images,
+    test: Images,
+    stages: Stages,
+    extractor: FeatureExtractor,
+    options: DemoOptions,
+    device: torch.device | str,
+    say: Say,
+    on_step: Step | None,
+) -> ModelResult:
+    """Train to the budget, measuring on the way; a run directory that is there is continued."""
+    cost = network_cost(config.model, data.shape)
+    last = max(options.points, round(options.tflops * 1e12 / step_flops(config, cost)))
+    points = _read_points(run)
+    for index in range(len(points), options.points):
+        steps = round(last * (index + 1) / options.points)
+        part = replace(config, training=replace(config.training, steps=steps, save_every=last))
+        summary = train(part, run, data=data, stages=stages, device=device, on_step=on_step)
+        sets = FINAL_SETS if index + 1 == options.points else 1
+        denoiser = load_run(run, device=device).denoiser
+        point = _measure(denoiser, config, test, stages, extractor, options, sets, summary)
+        points.append(point)
+        write_json(run / RESULTS, {"points": [asdict(point) for point in points]})
+        say(f"{run.name}: {point.tflops:.2f} TFLOPs, FD {point.fd:.2f}, held-out loss {point.loss:.4f}")
+    loaded = load_run(run, device=device)
+    trace: list[SolverStep] = []
+    sampling = config.sampling
+    drawn = sample(
+        loaded.denoiser, options.shown, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing,
+        seed=options.seed, callback=trace.append,
+    )  # fmt: skip
+    return ModelResult(
+        run=run,
+        config=config,
+        cost=cost,
+        shares=training_shares(make_process(config.process), loaded.denoiser.stages),
+        steps=last,
+        stage_images=loaded.stage_images or (),
+        points=tuple(points),
+        grid=drawn.images,
+        trace=tuple((step.sigma, step.denoised.float().cpu()) for step in trace),
+        nfe=drawn.nfe,
+        sampling_gflops=cost.flops(drawn.stage_calls) / 1e9,
+        seconds=sum(point.seconds for point in points),
+    )
+
+
+def _measure(
+    denoiser: Denoiser,
+    config: RunConfig,
+    test: Images,
+    stages: Stages,
+    extractor: FeatureExtractor,
+    options: DemoOptions,
+    sets: int,
+    summary: TrainingSummary,
+) -> Point:
+    """Distance over sets of generated images, seeds after those of the grid, and the held-out loss."""
+    found = []
+    for index in range(sets):
+        seed = options.seed + 1_000 + index * options.samples
+        images = generated(denoiser, options.samples, config.sampling, seed=seed)
+        found.append(distances(extractor, test, images, ["fd"])["fd"])
+    loss = held_out_loss(denoiser, test, stages=stages, seed=options.seed)
+    return Point(
+        summary.training_flops / 1e12, *_mean_and_error(found), loss.loss, loss.error, loss.stage_loss, summary.seconds
+    )
+
+
+def _claim(out: Path, config: RunConfig, options: DemoOptions) -> None:
+    """Mark the folder as this demo's, or go on with it if it is; refuse a folder of anything else."""
+    document = {"config": to_dict(config), "options": to_dict(options)}
+    if (out / CLAIM).is_file():
+        if read_json(out / CLAIM) != document:
+            raise ConfigError(
+                f"--out {out} holds a demo with other options; choose another folder, or repeat its options"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds other files; choose an empty or new folder")
+    else:
+        write_json(out / CLAIM, document)
+
+
+def _read_points(run: Path) -> list[Point]:
+    """The measurements that an interrupted demo has made."""
+    if not (run / RESULTS).is_file():
+        return []
+    return [
+        Point(**{**point, "stage_loss": tuple(point["stage_loss"])}) for point in read_json(run / RESULTS)["points"]
+    ]
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard error where there is more than one value."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return float(numbers.mean()), float(numbers.std() / len(values) ** 0.5) if len(values) > 1 else None

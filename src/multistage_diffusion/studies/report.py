@@ -1,0 +1,221 @@
+"""The demo's report: one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import math
+import platform
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from multistage_diffusion.clustering.plots import similarity_figure
+from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png, stack
+from multistage_diffusion.files import write_atomic
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.studies.demo import DemoResult, ModelResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MODEL_STYLE = {"multistage": ("#111827", "o", "-"), "unified": ("#8a8f98", "s", "--")}  # colour, marker, line
+TRACED = 6  # images whose denoising is shown
+
+
+def summary(result: DemoResult) -> dict[str, Any]:
+    """The demo's figures as a JSON document.
+
+    Args:
+        result: The demo.
+
+    Returns:
+        `stages`, `models.<architecture>.{fd, val_loss, gflops, training_pflops}`, `verdict`, `features`, `seconds`.
+    """
+    models = {}
+    for name, model in result.models.items():
+        last = model.points[-1]
+        models[name] = {
+            "fd": last.fd,
+            "fd_error": last.fd_error,
+            "val_loss": last.loss,
+            "val_loss_error": last.loss_error,
+            "stage_val_loss": list(last.stage_loss),
+            "gflops": model.cost.flops(model.shares) / 1e9,
+            "training_pflops": last.tflops / 1e3,
+            "steps": model.steps,
+            "parameters": model.cost.parameters,
+            "nfe": model.nfe,
+            "gflops_per_sample": model.sampling_gflops,
+            "training_seconds": round(model.seconds, 1),
+            "run": str(model.run),
+        }
+    edges = result.clustering.stages.edges
+    return {
+        "source": result.source,
+        "stages": {"edges": list(edges), "edges_t": list(result.clustering.edges_t)},
+        "models": models,
+        "verdict": verdict(result),
+        "features": result.features,
+        "fd_of_training_images": result.floor,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def verdict(result: DemoResult) -> str:
+    """One sentence on which model is ahead at the end, and whether the difference is larger than its error.
+
+    Args:
+        result: The demo.
+
+    Returns:
+        The sentence; it says so when the figures favour the unified model, or neither.
+    """
+    ours, theirs = result.models["multistage"].points[-1], result.models["unified"].points[-1]
+    parts = []
+    for name, low, high, error in (
+        ("Fréchet distance", ours.fd, theirs.fd, math.hypot(ours.fd_error or 0, theirs.fd_error or 0)),
+        ("held-out loss", ours.loss, theirs.loss, math.hypot(ours.loss_error, theirs.loss_error)),
+    ):
+        change = low / high - 1
+        word = "lower" if change < 0 else "higher"
+        within = "" if abs(low - high) > 2 * error else ", within two standard errors"
+        parts.append(f"{name} {low:.3g} against {high:.3g} ({abs(change):.0%} {word}{within})")
+    saved = _matched(result)
+    reach = (
+        f" It reaches the unified model's final held-out loss at {saved:.0%} of its training FLOPs." if saved else ""
+    )
+    return f"At equal training FLOPs the multistage model has {' and '.join(parts)}.{reach}"
+
+
+def write_report(result: DemoResult, path: Path, command: str) -> None:
+    """Write the report.
+
+    Args:
+        result: The demo.
+        path: The HTML file.
+        command: The command that made it, shown in the report.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    import jinja2
+
+    source = files("multistage_diffusion.studies").joinpath("report.html.j2").read_text()
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    pictures = {name: model.grid for name, model in result.models.items()} | {"real": result.real}
+    document = environment.from_string(source).render(
+        result=result,
+        summary=summary(result),
+        colours=STAGE_COLOURS,
+        rows=_cost_rows(result),
+        similarity=_svg(similarity_figure(result.clustering)),
+        quality=_svg(_quality_figure(result)),
+        grids={name: _image(grid(images, columns=8, scale=8, gap=4, smooth=True)) for name, images in pictures.items()},
+        trace=_trace(result.models["multistage"]),
+        command=command,
+        versions={
+            "multistage-diffusion": version("multistage-diffusion"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        threads=torch.get_num_threads(),
+    )
+    write_atomic(path, document.encode())
+
+
+def _matched(result: DemoResult) -> float | None:
+    """Share of the unified model's FLOPs at which the multistage one reaches its final loss, interpolated."""
+    target = result.models["unified"].points[-1]
+    points = result.models["multistage"].points
+    for before, after in itertools.pairwise(points):
+        if before.loss > target.loss >= after.loss:
+            place = (math.log(before.loss) - math.log(target.loss)) / (math.log(before.loss) - math.log(after.loss))
+            return (before.tflops + place * (after.tflops - before.tflops)) / target.tflops
+    return points[0].tflops / target.tflops if points[0].loss <= target.loss else None
+
+
+def _cost_rows(result: DemoResult) -> list[dict[str, Any]]:
+    rows = []
+    for name, model in result.models.items():
+        stages = Stages(model.config.edges)
+        final = model.points[-1].stage_loss
+        for index, stage in enumerate(model.cost.stages):
+            low, high = stages.bounds(index)
+            rows.append({
+                "model": name, "stage": index, "single": len(stages) == 1,
+                "sigma": f"{low:.3g} to {'∞' if math.isinf(high) else format(high, '.3g')}",
+                "decoder": model.cost.decoders[index] / 1e6, "parameters": stage.parameters / 1e6,
+                "mflops": stage.flops / 1e6, "share": model.shares[index],
+                "images": model.stage_images[index],
+                "spent": model.stage_images[index] * stage.training_flops / 1e12,
+                "loss": final[index] if len(stages) > 1 else model.points[-1].loss,
+            })  # fmt: skip
+    return rows
+
+
+def _trace(model: ModelResult) -> dict[str, Any]:
+    """A row an image, a column a step: PNGs with frames in the colour of the step's stage."""
+    stages = Stages(model.config.edges)
+    frames = [stages.of(sigma) for sigma, _ in model.trace]
+    images = stack([denoised[:TRACED] for _, denoised in model.trace])
+    strip = grid(images, columns=len(frames), scale=5, gap=4, frames=frames * TRACED, smooth=True)
+    return _image(strip)
+
+
+def _quality_figure(result: DemoResult) -> Figure:
+    """Fréchet distance and held-out loss against training FLOPs."""
+    figure, axes = _figure(1, 2, 7.6, 3.1)
+    for name, model in result.models.items():
+        spent = [point.tflops for point in model.points]
+        colour, marker, line = MODEL_STYLE[name]
+        fd, loss = [point.fd for point in model.points], [point.loss for point in model.points]
+        errors = [point.loss_error for point in model.points]
+        axes[0].plot(spent, fd, color=colour, marker=marker, linestyle=line, markersize=4, label=name)
+        axes[0].errorbar(spent[-1], fd[-1], yerr=model.points[-1].fd_error or 0, color=colour, capsize=3)
+        axes[1].errorbar(
+            spent, loss, yerr=errors, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2
+        )  # fmt: skip
+    axes[0].axhline(result.floor, color="#6b7280", linewidth=0.8)
+    axes[0].text(0.98, result.floor, "training images", color="#6b7280", fontsize=8, va="bottom", ha="right",
+                 transform=axes[0].get_yaxis_transform())  # fmt: skip
+    axes[0].set(xlabel="training TFLOPs", ylabel="Fréchet distance (lower is better)", yscale="log")
+    axes[1].set(xlabel="training TFLOPs", ylabel="held-out denoising loss", yscale="log")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _figure(rows: int, columns: int, wide: float, high: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as SVG text, the same for the same figure: no date, fixed identifiers, text as text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "multistage", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _image(image: Image.Image) -> dict[str, Any]:
+    data = base64.b64encode(png(image)).decode()
+    return {"url": f"data:image/png;base64,{data}", "width": image.width, "height": image.height}
