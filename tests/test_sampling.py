@@ -354,6 +354,7 @@ def test_an_image_that_is_not_finite_names_its_seed():
         ({"spacing": "karas"}, 'no spacing karas; did you mean "karras"'),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"num": 0}, "num must be at least 1"),
+        ({"seeds": []}, "seeds must be at least one"),
         ({"batch_size": 0}, "batch-size must be at least 1"),
         ({"labels": 1}, "model is unconditional"),
         ({"guidance": 2.0}, "needs labels"),

@@ -126,7 +126,8 @@ def sample_batches(
     check(num >= 1, "num", "at least 1", num)
     check(batch_size >= 1, "batch-size", "at least 1", batch_size)
     chosen, sigmas = _schedule(denoiser, solver, steps, spacing, churn, eta)
-    numbers = torch.arange(seed, seed + num) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
+    numbers = torch.arange(seed, seed + num) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64).cpu()
+    check(len(numbers) >= 1, "seeds", "at least one", "none")
     known = _labels(denoiser, labels, len(numbers))
     interval = (0.0, float("inf")) if guidance_interval is None else guidance_interval
     check(interval[0] <= interval[1], "guidance-interval", "a low and a high sigma", guidance_interval)

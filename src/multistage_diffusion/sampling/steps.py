@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError
 
-Denoise = Callable[[Any, float], Any]  # (x, sigma) -> estimate of x0, of the shape of x
-Noise = Callable[[int], Any]  # step -> standard normal numbers of the shape of x
+Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> estimate of x0, of the shape of x
+Noise = Callable[[int], Tensor]  # step -> standard normal numbers of the shape of x
 Levels = Sequence[float] | Float[Tensor, " levels"]
 
 
@@ -98,7 +98,7 @@ def toward(x: Float[Tensor, "*shape"], denoised: Float[Tensor, "*shape"], ratio:
     return torch.lerp(denoised, x, ratio)
 
 
-def fresh(noise: Noise | None, step: int) -> Any:
+def fresh(noise: Noise | None, step: int) -> Tensor:
     """The fresh noise of a step.
 
     Args:
