@@ -272,7 +272,7 @@ class TrainingConfig:
     """Share of each stage in a mixed batch; by default its probability under the training distribution."""
     label_dropout: float = 0.1
     """Share of labels hidden from a class-conditional network, for classifier-free guidance."""
-    ema_half_life: float = 500_000
+    ema_half_life: float = 500_000.0
     """Half-life of the weights' average, in images."""
     ema_ramp_up: float | None = 0.05
     """The half-life is at most this share of the images seen; none: constant from the start."""

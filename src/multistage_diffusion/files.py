@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from multistage_diffusion.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 64 * 1024 * 1024  # a JSON file larger than this is not one of ours
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -29,7 +31,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: The disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = path.absolute()
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -39,11 +42,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path} ({len(content)} bytes): {error.strerror}; free space or choose another folder"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -69,14 +73,18 @@ def read_json(path: Path) -> Any:
         The document.
 
     Raises:
-        ConfigError: Missing, not a regular file, too large, or not JSON.
+        ConfigError: Missing, unreadable, not a regular file, too large, or not JSON.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a file of this program")
     try:
-        return json.loads(path.read_bytes())
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a file of this program")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({str(error).splitlines()[0][:120]})") from error
 
@@ -111,23 +119,30 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: Path, *, size: int = 0, replace: bool = False) -> Iterator[Path]:
     """Write a directory so that after a crash the old one is there, or the new one, never a part.
 
     The caller fills a temporary directory beside `path`. At the end a `manifest.json` with the size and SHA-256 of each
     file is added, everything is flushed to disk, and the directory takes its name.
 
     Args:
-        path: The directory's final name; what is there is replaced.
+        path: The directory's final name. An empty directory is replaced, and one that holds nothing but what this
+            function wrote.
+        size: Bytes that will be written, about; for the message of a full disk.
+        replace: Replace a directory that holds anything else, too.
 
     Yields:
         The temporary directory.
 
     Raises:
-        CheckpointError: The disk is full, or the folder cannot be written; nothing is left behind.
+        CheckpointError: The disk is full, the folder cannot be written, or something else is there; nothing is left
+            behind, and what is there stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    displaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path = path.absolute()
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    displaced = path.parent / f".{path.name}.{os.getpid()}.old"
+    if not replace and (foreign := _foreign(path)):
+        raise CheckpointError(f"cannot write {path}: {foreign}; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -140,24 +155,61 @@ def whole_directory(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
         shutil.rmtree(displaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; free space or choose another folder") from error
+        reason = getattr(error, "strerror", None) or error
+        needed = f" ({size} bytes)" if size else ""
+        raise CheckpointError(f"cannot write {path}{needed}: {reason}; free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if displaced.exists() and not path.exists():
             displaced.rename(path)
 
 
-def check_directory(path: Path) -> str | None:
+def remove_leftovers(directory: Path) -> None:
+    """Delete what interrupted writes left in a directory; nobody else may be writing there.
+
+    A directory that a kill caught between its two renames gets its name back.
+
+    Args:
+        directory: Where files and directories are written; may be missing.
+    """
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if match := _LEFTOVER.fullmatch(path.name):
+            name = directory / match["name"]
+            if match["kind"] == "old" and not name.exists():
+                path.rename(name)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or directory of this name was left by an interrupted write.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        Whether `remove_leftovers` would take it.
+    """
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def check_directory(path: Path, required: Sequence[str] = ()) -> str | None:
     """Compare each file of a directory with its manifest.
 
     Args:
         path: A directory written by `whole_directory`.
+        required: Files that the manifest must name.
 
     Returns:
         None if all is well, else what is wrong, naming the file.
     """
     try:
         files = read_json(path / MANIFEST)["files"]
+        for name in required:
+            if name not in files:
+                return f"{path / MANIFEST} does not name {name}"
         for name, expected in files.items():
             file = path / name
             if Path(name).name != name or not file.is_file():
@@ -166,17 +218,35 @@ def check_directory(path: Path) -> str | None:
                 return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
             if sha256(file) != expected["sha256"]:
                 return f"{file} is damaged (SHA-256 differs from the manifest)"
-    except (ConfigError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ConfigError, KeyError, TypeError, AttributeError, OSError, ValueError) as error:
         return f"{path / MANIFEST} is unreadable: {error}"
     return None
 
 
+def _foreign(path: Path) -> str | None:
+    """What is at `path` that `whole_directory` did not write."""
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        return "it is a file"
+    try:
+        ours = {MANIFEST, *read_json(path / MANIFEST)["files"]}
+    except (ConfigError, KeyError, TypeError):
+        ours = set()
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    return f"it holds {foreign[0]}, which would be lost" if foreign else None
+
+
 def _seal(directory: Path) -> None:
-    """Flush every file of a directory and add the manifest."""
-    files = {}
-    for file in sorted(directory.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    """Flush every file of a directory and add the manifest; the files are as readable as any other that one makes."""
+    contents = sorted(directory.iterdir())
+    write_json(
+        directory / MANIFEST,
+        {"files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in contents}},
+    )
+    mode = (directory / MANIFEST).stat().st_mode & 0o777
+    for file in contents:
+        file.chmod(mode)  # safetensors makes its files readable by the owner alone
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    write_json(directory / MANIFEST, {"files": files})
     sync_directory(directory)

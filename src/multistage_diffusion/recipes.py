@@ -32,7 +32,7 @@ def digits() -> RunConfig:
         stages=StagesConfig(edges=preset.edges),
         model=preset.model,
         training=TrainingConfig(
-            steps=1_000, batch_size=128, learning_rate=2e-3, warmup_images=6_400, ema_half_life=6_400, save_every=250
+            steps=1_000, batch_size=128, learning_rate=2e-3, warmup_images=6_400, ema_half_life=6_400.0, save_every=250
         ),
         sampling=SamplingConfig(solver="dpmpp-2m", steps=20),
     )
@@ -47,7 +47,7 @@ def fashion_mnist() -> RunConfig:
         stages=StagesConfig(edges=preset.edges),
         model=preset.model,
         training=TrainingConfig(
-            steps=5_000, batch_size=64, learning_rate=1e-3, warmup_images=12_800, ema_half_life=25_000, save_every=500
+            steps=5_000, batch_size=64, learning_rate=1e-3, warmup_images=12_800, ema_half_life=25_000.0, save_every=500
         ),
         sampling=SamplingConfig(solver="dpmpp-2m", steps=20),
     )
@@ -79,7 +79,7 @@ def edm_cifar10() -> RunConfig:
         model=preset.model,
         training=TrainingConfig(
             steps=200_000_000 // 512, batch_size=512, learning_rate=1e-3, warmup_images=10_000_000, clip_norm=None,
-            ema_half_life=500_000, ema_ramp_up=0.05,
+            ema_half_life=500_000.0, ema_ramp_up=0.05,
         ),
         sampling=SamplingConfig(solver="heun", steps=18, spacing="karras"),
     )  # fmt: skip

@@ -6,6 +6,7 @@ no attention on the CPU's fused kernels, so the network is built and run without
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -58,7 +59,7 @@ class Cost:
         """All parameters."""
         return self.encoder + sum(self.decoders)
 
-    def flops(self, shares: Sequence[float]) -> float:
+    def flops(self, shares: Sequence[int | float]) -> float:
         """Forward FLOPs of one image, weighted over stages.
 
         Args:
@@ -67,9 +68,9 @@ class Cost:
         Returns:
             The weighted sum.
         """
-        return sum(share * stage.flops for share, stage in zip(shares, self.stages, strict=True))
+        return math.fsum(share * stage.flops for share, stage in zip(shares, self.stages, strict=True))
 
-    def training_flops(self, images: Sequence[float]) -> float:
+    def training_flops(self, images: Sequence[int | float]) -> float:
         """Forward and backward FLOPs of training.
 
         Args:
@@ -78,7 +79,7 @@ class Cost:
         Returns:
             The sum over stages.
         """
-        return sum(count * stage.training_flops for count, stage in zip(images, self.stages, strict=True))
+        return math.fsum(count * stage.training_flops for count, stage in zip(images, self.stages, strict=True))
 
 
 @lru_cache(maxsize=64)

@@ -14,12 +14,14 @@ import torch
 from safetensors import SafetensorError
 
 from multistage_diffusion.config import to_dict
-from multistage_diffusion.errors import CheckpointError
+from multistage_diffusion.errors import CheckpointError, ConfigError, NumericsError
 from multistage_diffusion.files import check_directory, read_json, whole_directory
 from multistage_diffusion.models.denoiser import load_weights
 from multistage_diffusion.training.loop import Trainer
 
 RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE)
+_STATE_KEYS = {"step", "stage_images", "shape"}
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -37,11 +39,21 @@ class Checkpoint:
 
     def damage(self) -> str | None:
         """What is wrong with it, naming the file; none if every file agrees with the manifest."""
-        return check_directory(self.path)
+        return check_directory(self.path, FILES)
 
     def state(self) -> dict[str, Any]:
-        """Its `state.json`."""
-        return read_json(self.path / STATE)
+        """Its `state.json`.
+
+        Raises:
+            CheckpointError: It is unreadable, or not one of ours.
+        """
+        try:
+            document = read_json(self.path / STATE)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        if not isinstance(document, dict) or not _STATE_KEYS <= document.keys():
+            raise CheckpointError(f"{self.path / STATE} lacks entries: it must have {', '.join(sorted(_STATE_KEYS))}")
+        return document
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -73,16 +85,20 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; older checkpoints are untouched.
+        NumericsError: A weight is not finite; nothing is written.
     """
     path = folder / f"step-{trainer.step:08d}"
+    weights = trainer.denoiser.network.state_dict()
     optimizer = {
         f"{index}.{key}": value.contiguous()
         for index, entry in trainer.optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
     state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}
-    with whole_directory(path) as temporary:
-        safetensors.torch.save_file(trainer.denoiser.network.state_dict(), temporary / RAW)
+    _require_finite(weights, trainer.step)
+    size = sum(tensor.nbytes for group in (weights, trainer.ema.average, optimizer) for tensor in group.values())
+    with whole_directory(path, size=size, replace=True) as temporary:  # a damaged one of this step gives way
+        safetensors.torch.save_file(weights, temporary / RAW)
         safetensors.torch.save_file(trainer.ema.average, temporary / EMA_WEIGHTS)
         safetensors.torch.save_file(optimizer, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
@@ -103,15 +119,14 @@ def restore_checkpoint(checkpoint: Checkpoint, trainer: Trainer) -> None:
     load_weights(trainer.denoiser.network, checkpoint.path / RAW)
     try:
         trainer.ema.load(safetensors.torch.load_file(checkpoint.path / EMA_WEIGHTS))
-        tensors = safetensors.torch.load_file(checkpoint.path / OPTIMIZER)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in safetensors.torch.load_file(checkpoint.path / OPTIMIZER).items():
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
         document = checkpoint.state()
         trainer.step, trainer.stage_images = int(document["step"]), [int(n) for n in document["stage_images"]]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = tensor
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
 
 
@@ -173,14 +188,26 @@ def newest(run: Path) -> Checkpoint:
     return checkpoints[-1]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints, and what interrupted writes left.
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Delete all but the newest checkpoints.
 
     Args:
         folder: The run's `checkpoints` folder.
         keep: How many to keep, at least 1.
+        step: The step just saved. Later ones are damaged checkpoints that training went back from, and go too: kept as
+            the newest, they would drive out the valid ones.
     """
-    for checkpoint in list_checkpoints(folder)[:-keep]:
+    checkpoints = list_checkpoints(folder)
+    later = [checkpoint for checkpoint in checkpoints if checkpoint.step > step]
+    for checkpoint in later + [other for other in checkpoints if other.step <= step][:-keep]:
         shutil.rmtree(checkpoint.path, ignore_errors=True)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _require_finite(weights: dict[str, torch.Tensor], step: int) -> None:
+    """Keep a checkpoint that cannot be continued from ever being written."""
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(
+                f"weight {name} is not finite after step {step}; no checkpoint was written, the older ones are whole; "
+                "lower training.learning-rate"
+            )

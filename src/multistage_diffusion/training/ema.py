@@ -70,6 +70,14 @@ class EMA:
 
         Args:
             average: Tensors by the parameters' names.
+
+        Raises:
+            ValueError: A name or a shape differs.
         """
+        if average.keys() != self.average.keys():
+            raise ValueError(f"the average has other names: {sorted(average.keys() ^ self.average.keys())[0]}")
+        for name, tensor in self.average.items():
+            if average[name].shape != tensor.shape:
+                raise ValueError(f"the average of {name} has shape {tuple(average[name].shape)}")
         for name, tensor in self.average.items():
             tensor.copy_(average[name])

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from multistage_diffusion.config import RunConfig, from_dict, to_dict
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import CheckpointError, ConfigError, UserError
-from multistage_diffusion.files import read_json, write_atomic, write_json
+from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_atomic, write_json
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
 from multistage_diffusion.stages import Stages
@@ -125,8 +125,8 @@ def train(
         How the run ended.
 
     Raises:
-        ConfigError: The directory holds another run, or something else.
-        DataError: The source cannot be read, or has changed since the run began.
+        ConfigError: The directory holds another run (of other options, or of other images), or something else.
+        DataError: The source cannot be read.
         CheckpointError: The disk is full, or all checkpoints are damaged.
         NumericsError: The loss is not finite.
         StoppedError: SIGTERM or SIGINT came; a checkpoint of the last step was written.
@@ -135,15 +135,20 @@ def train(
     _check_target(folder, config)
     if data is None:
         data = load_data(config.data.source, root=config.data.root, resolution=config.data.resolution)
+    if stages is None and (folder / "stages.json").is_file():
+        stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
     trainer = Trainer(config, data, device, stages)
     cost = network_cost(config.model, data.shape)
     with _lock(folder), _signals() as stop:
+        _check_target(folder, config)  # once more: another process may have trained here while the data was read
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
         write_json(folder / "config.json", to_dict(config))
         trainer.denoiser.stages.save(folder / "stages.json")
         window = _resume(folder, trainer, data)
         resumed = trainer.step
         fixed = {"data": data.digest, "threads": torch.get_num_threads(), "shape": list(data.shape)}
-        with _open_metrics(folder, resumed) as metrics:
+        with _Metrics(folder / "metrics.jsonl", resumed) as metrics:
             for result in trainer.run(config.training.steps):
                 window.add(result)
                 if result.step % config.training.log_every == 0:
@@ -153,17 +158,17 @@ def train(
                         "training_flops": cost.training_flops(trainer.stage_images),
                         "seconds": round(time.perf_counter() - started, 3),
                     }  # fmt: skip
-                    metrics.write(json.dumps(line) + "\n")
-                    metrics.flush()
+                    metrics.write(line)
                 if on_step is not None:
                     on_step(result, config.training.steps)
-                last = result.step == config.training.steps or bool(stop)
+                stopped = stop[:1]  # read once: a signal from here on stops after the next step
+                last = result.step == config.training.steps or bool(stopped)
                 if last or result.step % config.training.save_every == 0:
-                    os.fsync(metrics.fileno())
+                    metrics.sync()
                     save_checkpoint(folder / "checkpoints", trainer, {"window": vars(window), **fixed})
-                    prune(folder / "checkpoints", config.training.keep)
-                if stop:
-                    raise StoppedError(stop[0], trainer.step)
+                    prune(folder / "checkpoints", config.training.keep, result.step)
+                if stopped:
+                    raise StoppedError(stopped[0], trainer.step)
         trainer.averaged().save_pretrained(folder / "model")
     flops = cost.training_flops(trainer.stage_images)
     loss = window.loss / window.steps if window.steps else window.last
@@ -225,7 +230,8 @@ def _check_target(folder: Path, config: RunConfig) -> None:
     """Refuse a directory that holds something else, before anything is read or written."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; choose another folder")
-    if not folder.is_dir() or not any(entry.name != ".lock" for entry in folder.iterdir()):
+    entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if all(name == ".lock" or is_leftover(name) for name in entries):
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--out {folder} holds files but no run; choose an empty or new folder")
@@ -256,6 +262,9 @@ def _resume(folder: Path, trainer: Trainer, data: Images) -> _Window:
     if checkpoint is None:
         return _Window()
     state = checkpoint.state()
+    window = state.get("window")
+    if not isinstance(window, dict) or window.keys() != vars(_Window()).keys():
+        raise CheckpointError(f"{checkpoint.path}/state.json has no window of losses; it is of another version")
     if state.get("data") != data.digest:
         raise ConfigError(f"the images of {data.name} are not those that {folder} was trained on; choose another --out")
     if state.get("threads") != torch.get_num_threads():
@@ -269,7 +278,7 @@ def _resume(folder: Path, trainer: Trainer, data: Images) -> _Window:
             f"{folder} has {checkpoint.step} steps already; training.steps {trainer.config.training.steps} is less"
         )
     restore_checkpoint(checkpoint, trainer)
-    return _Window(**state["window"])
+    return _Window(**window)
 
 
 @contextlib.contextmanager
@@ -312,19 +321,39 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _open_metrics(folder: Path, step: int) -> Iterator[IO[str]]:
-    """Open metrics.jsonl for appending, without the lines that the resumed run will write again."""
-    path, kept = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_atomic(path, "".join(kept).encode())
-    try:
-        with path.open("a") as file:
-            yield file
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; free space, then run the same command"
-        ) from error
+class _Metrics:
+    """metrics.jsonl, opened for appending, without the lines that a resumed run will write again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, kept = path, []
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+        write_atomic(path, b"".join(kept))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self._named_errors():
+            content = (json.dumps(line) + "\n").encode()
+            while content:
+                content = content[os.write(self._file, content) :]
+
+    def sync(self) -> None:
+        with self._named_errors():
+            os.fsync(self._file)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}; free space, then run the same command"
+            ) from error
