@@ -1,0 +1,125 @@
+"""The source's classifier: accuracy, determinism, cache, what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.errors import DataError, NumericsError
+from multistage_diffusion.metrics.features import FeatureExtractor, source_features
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits"), load_data("digits", split="test")
+
+
+@pytest.fixture(scope="module")
+def extractor(digits, tmp_path_factory):
+    return source_features(*digits, cache=tmp_path_factory.mktemp("cache"))
+
+
+def two_bars(count, seed, classes=("upright", "lying")):
+    """Noisy bars, upright or lying: learnt in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    pixels = torch.randint(0, 60, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    pixels[labels == 0, :, :, 3:5] = 255
+    pixels[labels == 1, :, 3:5] = 255
+    return Images("bars", pixels, labels, classes)
+
+
+def test_digits_are_told_apart(extractor, digits):
+    assert extractor.accuracy > 0.97
+    seen = extractor(digits[1].floats())
+    assert (seen.logits.argmax(1) == digits[1].labels).float().mean().item() == pytest.approx(extractor.accuracy)
+    assert seen.features.shape == (500, extractor.num_features) == (500, 64)
+    assert seen.logits.shape == (500, extractor.num_classes) == (500, 10)
+    assert extractor.name == "digits-classifier"
+    assert torch.linalg.matrix_rank(seen.features.T.double().cov()) == 64
+
+
+def test_an_image_does_not_feel_its_batch_mates(extractor, digits):
+    images = digits[1].floats()[:23]
+    together = extractor(images)
+    for size in (1, 4, 23):
+        apart = torch.cat([extractor(part).features for part in images.split(size)])
+        torch.testing.assert_close(apart, together.features, rtol=0, atol=3e-5)
+
+
+def test_pixels_and_floats_give_the_same(extractor, digits):
+    pixels = digits[1].images[:9]
+    assert torch.equal(extractor(pixels).features, extractor(digits[1].floats()[:9]).features)
+
+
+def test_training_repeats_to_the_bit_and_leaves_the_generator_alone(tmp_path):
+    train, test = two_bars(80, 0), two_bars(20, 1)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = source_features(train, test, cache=tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        second = source_features(train, test, cache=tmp_path / "b")
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert first.digest == second.digest
+    assert first.accuracy == second.accuracy == 1.0
+    other = source_features(two_bars(80, 2), test, cache=tmp_path / "a")
+    assert other.digest != first.digest
+
+
+def test_the_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch):
+    train, test = two_bars(80, 0), two_bars(20, 1)
+    digest = source_features(train, test, cache=tmp_path).digest
+    (weights,) = tmp_path.glob("*.safetensors")
+    (document,) = tmp_path.glob("*.json")
+    assert json.loads(document.read_text())["accuracy"] == 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr("multistage_diffusion.metrics.features._train", None)  # so it cannot be trained again
+        assert source_features(train, test, cache=tmp_path).digest == digest
+    whole, written = weights.read_bytes(), document.read_text()
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1
+    for content, text in [
+        (bytes(flipped), written),
+        (whole[:1000], written),
+        (b"", written),
+        (whole, written[:20]),
+        (whole, "[]"),
+        (whole, json.dumps({"accuracy": "1", "sha256": json.loads(written)["sha256"]})),
+    ]:
+        weights.write_bytes(content)
+        document.write_text(text)
+        assert source_features(train, test, cache=tmp_path).digest == digest
+        assert weights.read_bytes() == whole
+        assert document.read_text() == written
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert source_features(two_bars(80, 0), two_bars(20, 1), cache=tmp_path / "file").accuracy == 1.0
+
+
+def test_large_and_oblong_images_are_averaged_down():
+    for shape in ((3, 64, 64), (1, 48, 20), (3, 16, 16), (1, 4, 4), (1, 200, 5)):
+        extractor = FeatureExtractor("x", shape, ("a", "b"))
+        assert extractor(torch.zeros(2, *shape)).features.shape == (2, 64)
+
+
+def test_what_is_refused(extractor):
+    with pytest.raises(DataError, match=r"for images of shape \(1, 8, 8\), got \(3, 8, 8\)"):
+        extractor(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(DataError, match=r"must lie in \[-1, 1\], got 0\.\.255"):
+        extractor(torch.linspace(0, 255, 64).reshape(1, 1, 8, 8))
+    with pytest.raises(NumericsError, match="NaN"):
+        extractor(torch.full((1, 1, 8, 8), torch.nan))
+    plain = Images("plain", torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(DataError, match="features need labels"):
+        source_features(plain, plain)
+    with pytest.raises(DataError, match="differ in shape or classes"):
+        source_features(two_bars(4, 0), two_bars(4, 0, ("a", "b")))
