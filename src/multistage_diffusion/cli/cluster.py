@@ -1,0 +1,175 @@
+"""`msd cluster`: find the stages of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.config import check, process_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from multistage_diffusion.clustering import Clustering
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Compute):
+    """Cut the noise levels of a data set into stages, by the exact denoiser of its images or by a baseline.
+
+    Example: msd cluster fashion-mnist --process vp --stages 3 --eta 0.0078125 --alpha 0.9 --out stages.json
+    """
+
+    source: tyro.conf.Positional[str]
+    """Source of the images, like digits, fashion-mnist or folder:PATH."""
+    process: str = "vp"
+    """Process that will be trained: vp, vp-cosine, ve, edm, ldm or flow."""
+    method: Literal["optimal-denoiser", "timestep", "snr", "gradient"] = "optimal-denoiser"
+    """Compare optimal denoisers, or a baseline: uniform in time, log-SNR, gradients of a network."""
+    stages: int = 3
+    """Number of stages, 2 to 8."""
+    eta: float = 2 / 256
+    """Largest difference of optimal noise predictions that counts as similar."""
+    alpha: float = 0.9
+    """Least mean similarity of an outer stage to its end."""
+    samples: int = 4000
+    """Number of draws of image, noise and noise level."""
+    reference: Literal["data-mean", "definition"] = "data-mean"
+    """What the high-noise end is: the constant denoiser (the paper's code) or the denoiser there (its text)."""
+    measure: Literal["time", "log-sigma", "training"] = "time"
+    """What averages over noise levels are taken in: the process's time, log sigma, its training distribution."""
+    objective: Literal["crossing", "similarity", "variance"] | None = None
+    """crossing: Algorithm 1, three stages; similarity, variance: exact partition of a matrix over noise levels. By
+    default crossing for three stages, else variance."""
+    paper: bool = False
+    """The published reading: images in [0, 1], eta 2/256, alpha 0.9, data-mean, averages over time."""
+    by_class: bool = False
+    """Take posteriors within each image's class, for class-conditional models."""
+    max_images: int | None = None
+    """Use at most so many images; the lower edge of Algorithm 1 is extrapolated to all of them."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the stages to this file, for msd train --stages FILE."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw the similarity with the edges into this file (png, svg or pdf)."""
+    strip: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw what the optimal denoiser sees of a few images along the noise levels into this file."""
+    data_root: str | None = None
+    """Folder that holds the source's files."""
+    resolution: int | None = None
+    """Resize the images to this many pixels a side."""
+    seed: int = 0
+    """Seed of all draws."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Find the stages, print a table, write the files asked for.
+
+    Args:
+        options: The command's options.
+        console: Where the table goes.
+
+    Returns:
+        The JSON document.
+    """
+    process_config(options.process)  # a misspelt name fails before anything is read
+    check(not options.by_class or options.method == "optimal-denoiser", "by-class", "used with optimal-denoiser", True)
+    device = prepare(options)
+    from multistage_diffusion.data import load_data
+
+    data = load_data(options.source, split="train", root=options.data_root, resolution=options.resolution)
+    check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
+    found = _cluster(options, data, device, console)
+    if options.out is not None:
+        found.stages.save(options.out)
+    document = _document(options, found)
+    _print(document, console)
+    return document
+
+
+def _cluster(options: Options, data: Any, device: Any, console: Console) -> Clustering:
+    """Call the library, with a progress bar, and draw the plots."""
+    from rich.progress import Progress
+
+    from multistage_diffusion.clustering import cluster, plots
+    from multistage_diffusion.noise import make_process
+
+    process = make_process(process_config(options.process))
+    images = data.floats()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("comparing denoisers", total=None)
+        found = cluster(
+            images,
+            process,
+            method=options.method,
+            stages=options.stages,
+            eta=2 / 256 if options.paper else options.eta,
+            alpha=0.9 if options.paper else options.alpha,
+            samples=options.samples,
+            reference="data-mean" if options.paper else options.reference,
+            measure="time" if options.paper else options.measure,
+            objective=options.objective,
+            unit_range=options.paper,
+            labels=data.labels if options.by_class else None,
+            max_images=options.max_images,
+            seed=options.seed,
+            device=device,
+            source=data.name,
+            digest=data.digest,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if options.plot is not None:
+        plots.save(plots.similarity_figure(found), options.plot)
+    if options.strip is not None:
+        plots.save(plots.strip_figure(images, found.stages, process, seed=options.seed), options.strip)
+    return found
+
+
+def _document(options: Options, found: Clustering) -> dict[str, Any]:
+    record = found.stages.found
+    return {
+        "edges": list(found.stages.edges),
+        "edges_t": list(found.edges_t),
+        "intervals": record["intervals"],
+        "intervals_t": record["intervals_t"],
+        "method": options.method,
+        "objective": record["objective"],
+        "process": options.process,
+        "images": record["data"]["images"],
+        "extrapolation": record["extrapolation"],
+        "elbow": list(found.elbow),
+        "shares": found.shares,
+        "out": None if options.out is None else str(options.out),
+        "seconds": found.seconds,
+    }
+
+
+def _print(document: dict[str, Any], console: Console) -> None:
+    """A row an edge, then what the stages hold."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{document['process']}, {document['method']}, {document['images']} images", title_justify="left"
+    )
+    for heading in ("edge", "sigma", "95% interval", "t", "95% interval"):
+        table.add_column(heading, justify="right")
+    blank = [None] * len(document["edges"])
+    rows = zip(document["edges"], document["intervals"] or blank, document["edges_t"],
+               document["intervals_t"] or blank, strict=True)  # fmt: skip
+    for number, (sigma, bounds, t, bounds_t) in enumerate(rows, 1):
+        table.add_row(str(number), f"{sigma:.4f}", _span(bounds), f"{t:.4f}", _span(bounds_t))
+    console.print(table)
+    shares = ", ".join(f"{share:.1%}" for share in document["shares"])
+    console.print(f"training draws in each stage, low to high noise: {shares}")
+    if document["extrapolation"] is not None:
+        sizes = ", ".join(str(size) for size in document["extrapolation"]["sizes"])
+        console.print(f"edge 1 extrapolated in ln N from {sizes} images to {document['images']}")
+    written = f"; written to {document['out']}" if document["out"] else ""
+    console.print(f"{document['seconds']:.1f} s{written}")
+
+
+def _span(bounds: list[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"

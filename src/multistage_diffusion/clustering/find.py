@@ -1,0 +1,211 @@
+"""Finding the stages: one function for every method, process and number of stages."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from multistage_diffusion import rng
+from multistage_diffusion.clustering.gradient import gradient_affinity
+from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.optimal import Found, algorithm_1, dynamic_programme
+from multistage_diffusion.clustering.options import Options
+from multistage_diffusion.clustering.partition import affinity_cost, distance_cost, partition, size_limits
+from multistage_diffusion.clustering.similarity import Progress, Similarities, Similarity
+from multistage_diffusion.config import to_dict
+from multistage_diffusion.errors import ConfigError, DataError
+from multistage_diffusion.noise import Process
+from multistage_diffusion.stages import Stages
+
+_BASELINE_LEVELS = 1000  # levels of the timestep and log-SNR baselines
+_GRADIENT_LEVELS = 100  # levels of the gradient baseline
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Stages, and what they were found from.
+
+    Attributes:
+        stages: The partition; `stages.save(path)` writes it with everything `found` holds.
+        edges_t: The edges in the process's own time.
+        intervals: 95% bootstrap interval of each edge in sigma; empty for the baselines.
+        seconds: Time it took.
+        process: The process that gave the levels.
+        measure: What u is uniform in.
+        similarity: Similarity of each draw to both ends, where Algorithm 1 was run.
+        matrices: Similarity of every two levels, where a dynamic programme was run on them.
+        elbow: Objective of the best partition into 1, 2, ... 8 stages, where matrices were made.
+    """
+
+    stages: Stages
+    edges_t: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+    seconds: float
+    process: Process
+    measure: str
+    similarity: Similarity | None = None
+    matrices: Similarities | None = None
+    elbow: tuple[float, ...] = ()
+
+    @property
+    def ceiling(self) -> float:
+        """What `elbow` would reach with a stage for every level."""
+        if self.matrices is None:
+            return 1.0
+        matrix = self.matrices.similar if self.stages.found["objective"] == "similarity" else self.matrices.gram
+        return float(matrix.diagonal(dim1=1, dim2=2).mean())
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the training draws in each stage."""
+        cdf = self.process.cdf(torch.tensor(self.stages.edges, dtype=torch.float64)).tolist()
+        return [high - low for low, high in itertools.pairwise((0.0, *cdf, 1.0))]
+
+
+def cluster(
+    images: Float[Tensor, "count chan high wide"],
+    process: Process,
+    *,
+    method: str = "optimal-denoiser",
+    stages: int = 3,
+    eta: float = 2 / 256,
+    alpha: float = 0.9,
+    samples: int = 4000,
+    reference: str = "data-mean",
+    measure: str = "time",
+    objective: str | None = None,
+    unit_range: bool = False,
+    labels: Int[Tensor, " count"] | None = None,
+    max_images: int | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+    denoiser: nn.Module | None = None,
+    device: torch.device | None = None,
+    source: str = "",
+    digest: str | None = None,
+    progress: Progress | None = None,
+) -> Clustering:
+    """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
+
+    Args:
+        images: Images in [-1, 1] (or latents).
+        process: The process that will be trained.
+        method: `optimal-denoiser` compares the exact denoiser of the images at different levels; `timestep`, `snr` and
+            `gradient` are the baselines of Go et al. 2023.
+        stages: Number of stages, 2 to 8.
+        eta: Largest difference of optimal noise predictions that counts as similar.
+        alpha: Least mean similarity of an outer stage to its end.
+        samples: Number of draws (x0, eps, t).
+        reference: What the high-noise end is compared with: `data-mean` (the paper's code) or `definition` (its text).
+        measure: What averages over noise levels are taken in: `time`, `log-sigma` or `training`.
+        objective: `crossing` is Algorithm 1 (three stages); `similarity` and `variance` are exact partitions of a
+            matrix over levels. By default `crossing` for three stages, else `variance`.
+        unit_range: Read the images in [0, 1], as the paper's code does; the edges stay on the process's own clock.
+        labels: Class of each image; posteriors are then within an image's class.
+        max_images: Use at most so many images, and extrapolate the lower edge of Algorithm 1 to all of them.
+        resamples: Number of bootstrap resamples behind the intervals.
+        seed: Seed of all draws.
+        denoiser: A trained module called as `denoiser(x, sigma)`, for the method `gradient`.
+        device: Where to compute; by default where the images are.
+        source: Name of the data, for the record.
+        digest: SHA-256 of the data, for the record; by default that of `images`.
+        progress: Called with the work done and all of it.
+
+    Returns:
+        The stages, with intervals, and what they were found from.
+
+    Raises:
+        ConfigError: An option is out of range, or the criterion has no answer with these options.
+        DataError: The images cannot be clustered: fewer than two, all equal, or fewer than stages.
+    """
+    start = time.perf_counter()
+    options = Options(method=method, stages=stages, eta=eta, alpha=alpha, samples=samples, reference=reference,
+                      measure=measure, objective=objective, unit_range=unit_range, within_class=labels is not None,
+                      max_images=max_images, resamples=resamples, seed=seed)  # fmt: skip
+    _check_images(images, options)
+    match method:
+        case "timestep" | "snr":
+            found = _baseline(process, options)
+        case "gradient":
+            found = _gradient(images, process, denoiser, options, progress)
+        case _:
+            search = algorithm_1 if options.chosen == "crossing" else dynamic_programme
+            found = search(images, labels, process, options, device, progress)
+    data = {"source": source, "sha256": digest or _digest(images), "images": len(images),
+            "shape": list(images.shape[1:])}  # fmt: skip
+    return _result(found, process, options, data, time.perf_counter() - start)
+
+
+def _result(found: Found, process: Process, options: Options, data: dict[str, Any], seconds: float) -> Clustering:
+    """Edges in sigma and in the process's time, with the record that `stages.json` holds."""
+    edges = level(process, options.measure, torch.tensor(found.u, dtype=torch.float64))
+    bounds = level(process, options.measure, torch.tensor(found.intervals, dtype=torch.float64).reshape(-1, 2))
+    record = {
+        "method": options.method,
+        "objective": options.chosen if options.method == "optimal-denoiser" else None,
+        "process": to_dict(process.config),
+        "edges_t": process.t(edges).tolist(),
+        "intervals": bounds.tolist(),
+        "intervals_t": process.t(bounds).tolist(),
+        "extrapolation": found.extrapolation,
+        "options": asdict(options),
+        "data": data,
+    }
+    return Clustering(
+        stages=Stages(tuple(edges.tolist()), record),
+        edges_t=tuple(record["edges_t"]),
+        intervals=tuple((low, high) for low, high in bounds.tolist()),
+        seconds=seconds,
+        process=process,
+        measure=options.measure,
+        similarity=found.similarity,
+        matrices=found.matrices,
+        elbow=found.elbow,
+    )
+
+
+def _check_images(images: Tensor, options: Options) -> None:
+    if len(images) < 2:
+        raise DataError(f"clustering needs at least two images, got {len(images)}")
+    if len(images) < options.stages:
+        raise DataError(f"{len(images)} images cannot tell {options.stages} stages apart; use more images")
+    if not bool((images.amin(0) < images.amax(0)).any()):
+        raise DataError(f"all {len(images)} images are equal: every noise level has the same denoiser")
+    if not bool(images.isfinite().all()):
+        raise DataError("the images hold values that are not finite")
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.contiguous().cpu().numpy().data).hexdigest()
+
+
+def _baseline(process: Process, options: Options) -> Found:
+    """Uniform in the measure's coordinate, or in log-SNR."""
+    u = (torch.arange(_BASELINE_LEVELS, dtype=torch.float64) + 0.5) / _BASELINE_LEVELS
+    values = u if options.method == "timestep" else level(process, options.measure, u).log()
+    smallest, largest = size_limits(len(u), options.stages)
+    cuts = partition(distance_cost(values), options.stages, smallest=smallest, largest=largest)
+    return Found(tuple(cut / len(u) for cut in cuts))
+
+
+def _gradient(
+    images: Tensor, process: Process, denoiser: nn.Module | None, options: Options, progress: Progress | None
+) -> Found:
+    """Levels whose gradients point the same way."""
+    if denoiser is None:
+        raise ConfigError("the method gradient needs a trained denoiser")
+    u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
+    chosen = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-options.samples // len(u))]
+    affinity = gradient_affinity(
+        denoiser, images[chosen], level(process, options.measure, u), process, seed=options.seed, progress=progress
+    )
+    smallest, largest = size_limits(len(u), options.stages)
+    cuts = partition(affinity_cost(affinity), options.stages, smallest=smallest, largest=largest)
+    return Found(tuple(cut / len(u) for cut in cuts))

@@ -1,0 +1,150 @@
+"""The stages of the optimal denoiser: Algorithm 1, and any number of stages by a dynamic programme."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from multistage_diffusion import rng
+from multistage_diffusion.analytic import OptimalDenoiser
+from multistage_diffusion.clustering.options import Options
+from multistage_diffusion.clustering.partition import MAX_STAGES, block_cost, partition
+from multistage_diffusion.clustering.similarity import (
+    Progress,
+    Similarities,
+    Similarity,
+    bootstrap_weights,
+    compare_levels,
+    compare_to_ends,
+    draw_grid,
+    draw_random,
+    edge_samples,
+    first_crossings,
+    interval,
+)
+from multistage_diffusion.noise import Process
+
+_GRID = 64  # levels of the similarity matrices
+
+
+@dataclass(frozen=True)
+class Found:
+    """Edges as shares u of the measure, with what they came from."""
+
+    u: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...] = ()
+    similarity: Similarity | None = None
+    matrices: Similarities | None = None
+    elbow: tuple[float, ...] = ()
+    extrapolation: dict[str, Any] | None = None
+
+
+def _denoiser(images: Tensor, labels: Tensor | None, options: Options, device: torch.device | None) -> OptimalDenoiser:
+    """The exact denoiser of the entries that vary; a constant border agrees everywhere and would only dilute."""
+    varies = images.amin(0) < images.amax(0)
+    if not bool(varies.all()):
+        images = images[:, varies][:, :, None, None]
+    return OptimalDenoiser(images / 2 if options.unit_range else images, labels=labels, device=device)
+
+
+def algorithm_1(
+    images: Tensor,
+    labels: Tensor | None,
+    process: Process,
+    options: Options,
+    device: torch.device | None,
+    progress: Progress | None,
+) -> Found:
+    """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N."""
+    limit = options.max_images or len(images)
+    sizes = [limit // 4, limit // 2, limit] if limit < len(images) else [len(images)]
+    order = rng.permutation(options.seed, "cluster/subset", 0, len(images)) if len(sizes) > 1 else None
+    pairs = draw_random(process, options.measure, sizes[0], options.samples, options.seed)
+    results = []
+    for size in sizes:
+        part = slice(None) if order is None else order[:size]
+        exact = _denoiser(images[part], None if labels is None else labels[part], options, device)
+        results.append(
+            compare_to_ends(exact, pairs, options.eta, options.reference, process.sigma_max,
+                            within_class=labels is not None, progress=progress)
+        )  # fmt: skip
+    found = first_crossings(results[-1], options.alpha, resamples=options.resamples, seed=options.seed)
+    if len(sizes) == 1:
+        return Found(found.edges, found.intervals if options.resamples else (), similarity=results[-1])
+    return _extrapolated(results, sizes, len(images), found.edges[1], found.intervals[1], options)
+
+
+def _extrapolated(
+    results: list[Similarity],
+    sizes: list[int],
+    images: int,
+    upper: float,
+    upper_interval: tuple[float, float],
+    options: Options,
+) -> Found:
+    """The lower edge by a straight line in ln N through nested parts of the images; the upper one does not move."""
+    weights = bootstrap_weights(len(results[0].u), options.resamples, options.seed)
+    lower = torch.stack([edge_samples(result, weights, options.alpha)[0] for result in results])
+    logs = torch.tensor(sizes, dtype=torch.float64).log()
+    ahead = math.log(images) - logs.mean()
+    slope = ((logs - logs.mean())[:, None] * lower).sum(0) / (logs - logs.mean()).square().sum()
+    line = lower.mean(0) + slope * ahead
+    last = lower[-1] + (lower[-1] - lower[-2]) / (logs[-1] - logs[-2]) * (math.log(images) - logs[-1])
+    curvature = float((line - last)[0].abs())
+    low, high = interval(line[1:]) if options.resamples else (float(line[0]), float(line[0]))
+    edge = min(max(float(line[0]), 0.0), upper)
+    record = {"sizes": sizes, "images": images, "u": lower[:, 0].tolist(), "extrapolated_u": edge,
+              "curvature_error_u": curvature}  # fmt: skip
+    bounds = (max(low - curvature, 0.0), min(high + curvature, 1.0))
+    intervals = (bounds, upper_interval) if options.resamples else ()
+    return Found((edge, upper), intervals, similarity=results[-1], extrapolation=record)
+
+
+def dynamic_programme(
+    images: Tensor,
+    labels: Tensor | None,
+    process: Process,
+    options: Options,
+    device: torch.device | None,
+    progress: Progress | None,
+) -> Found:
+    """Any number of stages by the dynamic programme on a matrix over levels."""
+    limit = min(options.max_images or len(images), len(images))
+    if limit < len(images):
+        order = rng.permutation(options.seed, "cluster/subset", 0, len(images))[:limit]
+        images, labels = images[order], None if labels is None else labels[order]
+    pairs = draw_grid(process, options.measure, limit, options.samples, _GRID, options.seed)
+    exact = _denoiser(images, labels, options, device)
+    found = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
+    by_pair = (found.similar if options.chosen == "similarity" else found.gram).double()
+    weights = bootstrap_weights(len(by_pair), options.resamples, options.seed)
+    means = torch.einsum("rp,pab->rab", weights / weights.sum(1, keepdim=True), by_pair)
+    cuts = torch.tensor([partition(block_cost(mean), options.stages) for mean in means], dtype=torch.float64) / _GRID
+    return Found(
+        tuple(cuts[0].tolist()),
+        tuple(interval(column) for column in cuts[1:].T) if options.resamples else (),
+        matrices=found,
+        elbow=elbow(means[0]),
+    )
+
+
+def elbow(matrix: Float[Tensor, "levels levels"]) -> tuple[float, ...]:
+    """What each number of stages reaches: the length-weighted mean of the matrix within stages, for 1 to 8 stages.
+
+    Args:
+        matrix: Similarity or inner product of each pair of levels.
+
+    Returns:
+        One value a number of stages, never decreasing.
+    """
+    cost, values = block_cost(matrix), []
+    for stages in range(1, min(MAX_STAGES, len(matrix)) + 1):
+        ends = (0, *partition(cost, stages), len(matrix))
+        values.append(-sum(float(cost[a, b]) for a, b in itertools.pairwise(ends)) / len(matrix))
+    return tuple(values)

@@ -1,0 +1,236 @@
+"""Pictures of a clustering: similarity along the noise levels with its edges, and what the optimal denoiser sees."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from multistage_diffusion import rng
+from multistage_diffusion.analytic import OptimalDenoiser
+from multistage_diffusion.clustering.find import Clustering
+from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.similarity import running_mean
+from multistage_diffusion.errors import CheckpointError, ConfigError
+from multistage_diffusion.noise import Process
+from multistage_diffusion.stages import Stages
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito 2008: distinct for every common kind of colour vision, and in grey.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+STAGE_COLOURS = ("#56B4E9", "#F0E442", "#E69F00", "#CC79A7", "#009E73", "#0072B2", "#D55E00", "#999999")
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",
+}
+_BINS = 50  # points of a similarity curve
+_MEASURES = {"time": "share of the noise levels below (uniform in time)",
+             "log-sigma": "share of the noise levels below (uniform in log sigma)",
+             "training": "share of the training draws below"}  # fmt: skip
+
+
+def similarity_figure(clustering: Clustering) -> Figure:
+    """The picture that explains the edges: curves for Algorithm 1, matrix and elbow for a dynamic programme.
+
+    Args:
+        clustering: What `cluster` found.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ConfigError: The method measured no similarity (the baselines).
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        if clustering.similarity is not None:
+            return _curves(clustering)
+        if clustering.matrices is not None:
+            return _matrix(clustering)
+    method = clustering.stages.found["method"]
+    raise ConfigError(f"the method {method} measures no similarity of denoisers to plot; use optimal-denoiser")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure and let it go.
+
+    Args:
+        figure: What to write.
+        path: Destination; its ending says the format.
+
+    Raises:
+        ConfigError: No such format.
+        CheckpointError: The file cannot be written.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(f"{path}: a plot's name must end in png, svg or pdf")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(path, bbox_inches="tight")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _curves(clustering: Clustering) -> Figure:
+    """Similarity of each level to both ends, with the running means that alpha cuts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    similarity, options = clustering.similarity, clustering.stages.found["options"]
+    assert similarity is not None
+    u, order = similarity.u.flatten().sort()
+    bins = min(_BINS, len(u) // 8)
+    centres = torch.stack([part.mean() for part in u.tensor_split(bins)])
+    ends = ((similarity.low, BLUE, "low-noise end", False), (similarity.high, ORANGE, "high-noise end", True))
+    for values, colour, name, backwards in ends:
+        draws = values.flatten()[order]
+        local = torch.stack([part.mean() for part in draws.tensor_split(bins)])
+        axes.plot(centres.numpy(), local.numpy(), color=colour, lw=1, alpha=0.55, label=f"similarity to the {name}")
+        turned = draws.flip(0) if backwards else draws
+        mean = running_mean(torch.ones(1, len(u), dtype=torch.float64), turned.double())[0]
+        mean = mean.flip(0) if backwards else mean
+        keep = slice(0, len(u) - 20) if backwards else slice(20, None)
+        axes.plot(u[keep].numpy(), mean[keep].numpy(), color=colour, lw=2, label="its mean from that end")
+    axes.axhline(options["alpha"], color=GREY, lw=0.8, ls=":")
+    axes.annotate(f"alpha = {options['alpha']:g}", (1.0, options["alpha"]), color=GREY, fontsize=8, ha="right",
+                  va="bottom")  # fmt: skip
+    axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=_MEASURES[clustering.measure],
+             ylabel=f"entries within eta = {options['eta']:.4g}")  # fmt: skip
+    _shade(axes, clustering)
+    _sigma_axis(axes, clustering)
+    axes.legend(loc="lower center", ncols=2, fontsize=8, bbox_to_anchor=(0.5, -0.42))
+    return figure
+
+
+def _matrix(clustering: Clustering) -> Figure:
+    """Similarity of every two levels, the stages as squares, and what each added stage buys."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    matrices, record = clustering.matrices, clustering.stages.found
+    assert matrices is not None
+    figure = Figure(figsize=(7.6, 3.7), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    image = left.imshow(
+        matrices.similar.mean(0).numpy(), origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=1, cmap="cividis"
+    )
+    figure.colorbar(image, ax=left, label=f"entries within eta = {record['options']['eta']:.4g}", shrink=0.8)
+    edges = [0.0, *_shares(clustering), 1.0]
+    for low, high in itertools.pairwise(edges):
+        left.add_patch(Rectangle((low, low), high - low, high - low, fill=False, ec="white", lw=1.4))
+    left.set(xlabel=_MEASURES[clustering.measure], ylabel="the same")
+    left.set_xticks([0, *edges[1:-1], 1], ["0", *(f"{edge:.2f}" for edge in edges[1:-1]), "1"])
+    left.spines[:].set_visible(False)
+    counts = list(range(1, len(clustering.elbow) + 1))
+    gain = [100 * value / clustering.ceiling for value in clustering.elbow]
+    right.plot(counts, gain, "o-", color=BLUE, lw=1.5, ms=4)
+    chosen = len(clustering.stages)
+    right.plot(chosen, gain[chosen - 1], "o", color=ORANGE, ms=8)
+    explained = "similarity within stages" if record["objective"] == "similarity" else "of the denoiser explained"
+    right.set(xlabel="stages", ylabel=f"{explained} (%)", xticks=counts, ylim=(0, 102))
+    right.grid(axis="y", lw=0.4, color="#DDDDDD")
+    return figure
+
+
+def _shares(clustering: Clustering) -> list[float]:
+    """The edges as shares u of the measure."""
+    grid = torch.linspace(0, 1, 4001, dtype=torch.float64)[1:-1]
+    levels = level(clustering.process, clustering.measure, grid)
+    return [float(grid[torch.searchsorted(levels, edge).clamp(max=len(grid) - 1)]) for edge in clustering.stages.edges]
+
+
+def _shade(axes: Axes, clustering: Clustering) -> None:
+    """Stages as bands, edges as lines with their noise level."""
+    shares = _shares(clustering)
+    for stage, (low, high) in enumerate(zip([0.0, *shares], [*shares, 1.0], strict=True)):
+        axes.axvspan(low, high, color=STAGE_COLOURS[stage], alpha=0.13, lw=0)
+        axes.text((low + high) / 2, 0.03, f"stage {stage}", ha="center", fontsize=8, color=GREY)
+    for share, sigma in zip(shares, clustering.stages.edges, strict=True):
+        axes.axvline(share, color="black", lw=1)
+        axes.annotate(f" {share:.3f}\n sigma {sigma:.3g}", (share, 0.13), fontsize=8)
+
+
+def _sigma_axis(axes: Axes, clustering: Clustering) -> None:
+    """Noise levels along the top."""
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[1:-1]
+    levels = level(clustering.process, clustering.measure, grid)
+    marks = [mark for mark in (0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50) if levels[0] < mark < levels[-1]]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks([float(grid[torch.searchsorted(levels, mark)]) for mark in marks], [f"{mark:g}" for mark in marks])
+    top.set_xlabel("noise level sigma")
+
+
+def strip_figure(
+    images: Float[Tensor, "count chan high wide"],
+    stages: Stages,
+    process: Process,
+    *,
+    rows: int = 4,
+    columns: int = 10,
+    seed: int = 0,
+) -> Figure:
+    """A few images with growing noise, and below each what the optimal denoiser makes of it.
+
+    Args:
+        images: The data set, in [-1, 1].
+        stages: The partition; each column is framed in its stage's colour.
+        process: Gives the range of levels, uniform in time.
+        rows: Number of images.
+        columns: Number of levels.
+        seed: Seed of the images chosen and of the noise.
+
+    Returns:
+        A matplotlib figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    u = torch.linspace(0.06, 0.94, columns, dtype=torch.float64)
+    sigmas = level(process, "time", u)
+    chosen = rng.permutation(seed, "cluster/image", 0, len(images))[:rows]
+    noise = rng.normal(seed, "cluster/noise", torch.arange(len(chosen)), images.shape[1:])
+    denoiser = OptimalDenoiser(images)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(columns * 0.72, 2 * len(chosen) * 0.72 + 0.5), layout="constrained")
+        grid: Any = figure.subplots(2 * len(chosen), columns, squeeze=False)
+        for column, sigma in enumerate(sigmas.tolist()):
+            noisy = images[chosen] + sigma * noise
+            shown = noisy / (1 + sigma**2) ** 0.5
+            denoised = denoiser(noisy, sigma)
+            colour = STAGE_COLOURS[stages.of(sigma) % len(STAGE_COLOURS)]
+            grid[0, column].set_title(f"{sigma:.2g}", fontsize=8, loc="center")
+            for row in range(len(chosen)):
+                _picture(grid[2 * row, column], shown[row], colour)
+                _picture(grid[2 * row + 1, column], denoised[row], colour)
+        figure.suptitle("noise level sigma; noisy image above, optimal denoiser below; frames: stages", fontsize=9)
+    return figure
+
+
+def _picture(axes: Axes, image: Tensor, colour: str) -> None:
+    """One image in a coloured frame; grey, or the first three channels."""
+    picture = ((image[:3] if len(image) >= 3 else image[:1]).clamp(-1, 1) + 1) / 2
+    pixels = picture.permute(1, 2, 0) if len(picture) == 3 else picture[0]
+    axes.imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color=colour, linewidth=2)
