@@ -205,6 +205,37 @@ def evaluate(
     }
 
 
+def evaluate_images(
+    images: Images, reference: Images, extractor: FeatureExtractor, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Measure a set of images, whoever made them.
+
+    Args:
+        images: The images.
+        reference: Real images of the same shape.
+        extractor: Gives the features.
+        metrics: Some of `metrics.distance.METRICS`.
+
+    Returns:
+        One key a metric, and what they were measured with.
+
+    Raises:
+        ConfigError: Unknown metric, or `loss`, which needs a model.
+    """
+    if "loss" in metrics:
+        raise ConfigError("the metric loss needs a run: a folder of images has no denoiser")
+    begin = time.perf_counter()
+    batches = (images.floats(rows) for rows in torch.arange(len(images)).split(500))
+    figures = distances(extractor, reference, batches, metrics)
+    return {
+        **figures,
+        "features": describe(extractor),
+        "samples": len(images),
+        "reference": {"source": reference.name, "images": len(reference), "digest": reference.digest},
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+
+
 def describe(extractor: FeatureExtractor) -> dict[str, Any]:
     """What a distance was measured with, to stand beside the figure.
 

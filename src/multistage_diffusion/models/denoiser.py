@@ -38,6 +38,8 @@ class Denoiser(nn.Module):
         ConfigError: The number of decoders is not the number of stages, or the shape does not fit.
     """
 
+    _home: Tensor
+
     def __init__(
         self, model: ModelConfig, process: ProcessConfig | str, shape: tuple[int, int, int], stages: Stages = UNDIVIDED
     ) -> None:
@@ -52,6 +54,7 @@ class Denoiser(nn.Module):
         self.process = make_process(process_config(process) if isinstance(process, str) else process)
         self.stages = stages
         self.network = MultiDecoderUNet(model, shape)
+        self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,8 +68,8 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder lives."""
-        return next(self.network.encoders.parameters()).device
+        """Where the denoiser was put; `hold` may keep some of its weights elsewhere for a while."""
+        return self._home.device
 
     def forward(
         self,
@@ -108,13 +111,10 @@ class Denoiser(nn.Module):
         Args:
             stage: The stage to hold; none brings all back.
         """
-        home = next(self.network.encoder(0 if stage is None else stage).parameters()).device
-        modules = [self.network.decoders] if len(self.network.encoders) == 1 else [
-            self.network.decoders, self.network.encoders
-        ]  # fmt: skip
-        for group in modules:
+        groups = [self.network.decoders, self.network.encoders]
+        for group in groups[: 1 if len(self.network.encoders) == 1 else 2]:
             for index, module in enumerate(group):
-                module.to(home if stage is None or index == stage else "cpu")
+                module.to(self.device if stage is None or index == stage else "cpu")
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, whole or not at all; replaces what was there.

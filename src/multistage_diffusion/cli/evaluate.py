@@ -1,0 +1,119 @@
+"""`msd evaluate`: measure a run, or a folder of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multistage_diffusion.data import Images
+    from multistage_diffusion.metrics.features import FeatureExtractor
+    from multistage_diffusion.training.run import LoadedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Compute):
+    """Measure a run, or a folder of images, against real images that were held out from training.
+
+    Metrics: fd (Fréchet distance), fd_infinity (the same, extrapolated to infinitely many images), kid (kernel
+    distance), is (inception score's formula), prdc (precision, recall, density, coverage), loss (held-out denoising
+    loss, by stage). The features are those of a small classifier of the source, so none of the figures is FID.
+
+    example: msd evaluate runs/digits --metrics fd,prdc,loss --num 1000
+    """
+
+    target: tyro.conf.Positional[str]
+    """Run directory, or folder of images."""
+    data: str | None = None
+    """Source of the real images; by default that of the run."""
+    metrics: str = "fd,loss"
+    """Metrics, separated by commas."""
+    num: int = 1_000
+    """Generated images behind the distances, for a run."""
+    reference: Literal["test", "train"] = "test"
+    """Which real images: the held-out ones, or the training set, as published FIDs do."""
+    solver: str | None = None
+    """Solver; by default the run's."""
+    steps: int | None = None
+    """Steps of the solver; by default the run's."""
+    seed: int = 0
+    """Seed of the first image and of the held-out loss."""
+    batch_size: int = 256
+    """Images drawn at once; changes no image."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or the trained ones."""
+    data_root: str | None = None
+    """Folder that holds the source's files."""
+    out: str | None = None
+    """Write the JSON document to this file too."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document.
+    """
+    device = prepare(options)
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    target = Path(options.target)
+    if not target.is_dir():
+        raise ConfigError(f"{target} is neither a run directory nor a folder of images")
+
+    from multistage_diffusion.data import load_data
+    from multistage_diffusion.evaluation import evaluate, evaluate_images
+    from multistage_diffusion.files import write_json
+    from multistage_diffusion.metrics.features import source_features
+    from multistage_diffusion.training.run import load_run
+
+    loaded = load_run(target, weights=options.weights, device=device) if (target / "config.json").is_file() else None
+    source = options.data or (loaded.config.data.source if loaded and loaded.config else None)
+    if source is None:
+        raise ConfigError(f"--data is needed: {target} does not say which images it should resemble")
+    size = loaded.config.data.resolution if loaded and loaded.config else None
+    root = options.data_root or (loaded.config.data.root if loaded and loaded.config else None)
+    train, test = (load_data(source, split=split, root=root, resolution=size) for split in ("train", "test"))
+    real = test if options.reference == "test" else train
+
+    def extractor() -> FeatureExtractor:
+        return source_features(train, test, device=device)
+
+    if loaded is None:
+        document = evaluate_images(load_data(f"folder:{target}", split="all"), real, extractor(), names)
+    else:
+        _check_shape(loaded, real)
+        document = evaluate(
+            loaded.denoiser, real, metrics=names, extractor=extractor if train.labels is not None else None,
+            num=options.num, sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
+        )  # fmt: skip
+    document = {"target": str(target), "step": loaded.step if loaded else None, **document}
+    if options.out is not None:
+        write_json(Path(options.out), document)
+    for key, value in document.items():
+        console.print(f"{key}: {value}")
+    return document
+
+
+def _sampling(loaded: LoadedRun, options: Options) -> SamplingConfig:
+    """The run's sampling, with the options in place of its own."""
+    default = loaded.config.sampling if loaded.config else SamplingConfig()
+    if options.solver is not None and options.solver != default.solver:
+        default = replace(default, solver=options.solver, spacing=None)
+    return default if options.steps is None else replace(default, steps=options.steps)
+
+
+def _check_shape(loaded: LoadedRun, real: Images) -> None:
+    if loaded.denoiser.shape != real.shape:
+        raise ConfigError(f"the run makes images of {loaded.denoiser.shape}, but those of {real.name} are {real.shape}")
