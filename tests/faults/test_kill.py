@@ -1,0 +1,86 @@
+"""A run killed at any moment and started again ends as if nothing had happened."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny
+from multistage_diffusion.training.checkpoint import list_checkpoints, newest_valid
+from runs import log, tensors
+
+SAVE_EVERY = 4
+
+
+def options(steps: int) -> list[str]:
+    return ["--training.steps", str(steps), "--training.save-every", str(SAVE_EVERY)]
+
+
+def wait_a_moment(out: Path, chance: random.Random) -> None:
+    time.sleep(chance.uniform(0.02, 0.4))
+
+
+def wait_for_a_write(out: Path, chance: random.Random) -> None:
+    """Until a checkpoint is being written, and up to 20 ms more: it takes about 30."""
+    deadline = time.monotonic() + 5
+    skip = chance.randrange(3)
+    seen: set[str] = set()
+    while time.monotonic() < deadline and len(seen) <= skip:
+        seen |= {path.name for path in out.glob("checkpoints/.step-*.tmp")}
+    time.sleep(chance.uniform(0, 0.02))
+
+
+def torture(lives, tmp_path, kills, steps, moment):
+    """Kill runs as often as asked; return how many kills fell inside a write. A run that gets to its end is compared."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert lives.train(whole, *options(steps)).wait() == 0
+    chance, inside, killed = random.Random(0), 0, 0
+    while killed < kills:
+        life = lives.train(out, *options(steps))
+        moment(out, chance)
+        life.kill()
+        code = life.wait()
+        assert code in (0, -9), life.errors
+        if code == 0:
+            same(out, whole)
+            out = tmp_path / f"run-{killed}"
+            continue
+        killed += 1
+        inside += any(path.name.startswith(".step-") for path in out.glob("checkpoints/*"))
+        undamaged(out)
+    assert lives.train(out, *options(steps)).wait() == 0
+    same(out, whole)
+    return inside
+
+
+def undamaged(out: Path) -> None:
+    """No checkpoint is damaged, and the kill cost no more than the steps since the last one was due."""
+    assert all(found.damage() is None for found in list_checkpoints(out / "checkpoints"))
+    text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+    logged = max((json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")), default=0)
+    found, damages = newest_valid(out / "checkpoints")
+    assert damages == []
+    assert (found.step if found else 0) >= logged - SAVE_EVERY
+
+
+def same(out: Path, whole: Path) -> None:
+    assert tiny.bits_equal(tensors(out), tensors(whole))
+    assert log(out) == log(whole)
+    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+def test_killed_5_times(lives, tmp_path):
+    torture(lives, tmp_path, 5, 40, wait_a_moment)
+
+
+@pytest.mark.slow
+def test_killed_20_times(lives, tmp_path):
+    torture(lives, tmp_path, 20, 200, wait_a_moment)
+
+
+@pytest.mark.slow
+def test_killed_20_times_inside_a_write(lives, tmp_path):
+    assert torture(lives, tmp_path, 20, 200, wait_for_a_write) >= 8
