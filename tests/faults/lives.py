@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 MODEL = [
@@ -79,6 +80,8 @@ def live(document: dict) -> None:
     code = 99  # a traceback
     try:
         code = dispatch(document["arguments"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)

@@ -33,7 +33,7 @@ def wait_for_a_write(out: Path, chance: random.Random) -> None:
 
 
 def torture(lives, tmp_path, kills, steps, moment):
-    """Kill runs as often as asked; return how many kills fell inside a write. A run that gets to its end is compared."""
+    """Kill runs as often as asked, compare those that get to their end; return the number of kills inside a write."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert lives.train(whole, *options(steps)).wait() == 0
     chance, inside, killed = random.Random(0), 0, 0

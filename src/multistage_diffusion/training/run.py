@@ -228,9 +228,12 @@ def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | s
 
 def _check_target(folder: Path, config: RunConfig) -> None:
     """Refuse a directory that holds something else, before anything is read or written."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; choose another folder")
-    entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--out {folder} is a file; choose another folder")
+        entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror}; choose another folder") from error
     if all(name == ".lock" or is_leftover(name) for name in entries):
         return
     if not (folder / "config.json").is_file():
