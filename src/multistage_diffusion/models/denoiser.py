@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from multistage_diffusion.config import ModelConfig, ProcessConfig, from_dict, process_config, to_dict
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.files import read_json, whole_directory
+from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
 from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
@@ -149,19 +149,22 @@ class Denoiser(nn.Module):
             The denoiser, in evaluation mode.
 
         Raises:
-            CheckpointError: A file is missing, damaged or of another architecture.
+            CheckpointError: A file is missing, disagrees with the manifest, or belongs to another architecture.
         """
         folder = Path(directory)
+        if (folder / MANIFEST).exists() and (damage := check_directory(folder, (CONFIG, WEIGHTS))):
+            raise CheckpointError(f"{damage}; if you changed it on purpose, delete {folder / MANIFEST}")
         try:
             document = read_json(folder / CONFIG)
-            process = process_config(document["process"]["kind"])
-            denoiser = cls(
-                from_dict(ModelConfig, document["model"], str(folder / CONFIG)),
-                from_dict(type(process), document["process"], str(folder / CONFIG)),
-                tuple(document["shape"]),
-                Stages(tuple(document["stages"].pop("edges")), document["stages"]),
-            )
-        except (ConfigError, KeyError, TypeError, AttributeError) as error:
+            model = from_dict(ModelConfig, document["model"], str(folder / CONFIG))
+            process = type(process_config(document["process"]["kind"]))
+            shape = _shape(document["shape"])
+            stages = Stages(tuple(document["stages"].pop("edges")), document["stages"])
+            with torch.device("meta"):
+                skeleton = MultiDecoderUNet(model, shape)
+            _require_fit(skeleton, folder / WEIGHTS)  # before memory is taken for what a strange file asks
+            denoiser = cls(model, from_dict(process, document["process"], str(folder / CONFIG)), shape, stages)
+        except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
         load_weights(denoiser.network, folder / WEIGHTS)
         return denoiser.to(device).eval()
@@ -177,12 +180,32 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: The file is missing or damaged, or belongs to another architecture.
     """
+    _require_fit(network, path)
     try:
-        state = safetensors.torch.load_file(path)
+        network.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read weights {path}: {' '.join(str(error).split())}") from error
+
+
+def _require_fit(network: nn.Module, path: Path) -> None:
+    """Compare the names and shapes in a file's header with those of a network, which may be on the meta device."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read weights {path}: {error}") from error
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(f"{path} belongs to another architecture: {reason[:200]}") from error
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{path} belongs to another architecture: {name} is {found.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'missing')} here"
+            )
+
+
+def _shape(document: Any) -> tuple[int, int, int]:
+    """The shape of an image, from JSON."""
+    if not isinstance(document, list) or any(type(size) is not int or not 1 <= size <= 65_536 for size in document):
+        raise ConfigError(f"shape must be [channels, height, width], got {document}")
+    channels, high, wide = document
+    return channels, high, wide
