@@ -11,14 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from multistage_diffusion.cli.common import Common
-from multistage_diffusion.config import Architecture, RunConfig, from_dict, to_dict
+from multistage_diffusion.config import Architecture, RunConfig, SamplingConfig, from_dict, to_dict
 from multistage_diffusion.files import read_json
 from multistage_diffusion.models.presets import Preset, preset
+from multistage_diffusion.recipes import recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
     """Parameters and FLOPs, stage by stage, counted on every matrix product and convolution of one image.
+
+    FLOPs an image are weighted over stages in three ways: time (length of a stage's interval in the process's time),
+    training (its probability under the training distribution), sampling (its share of the sampler's calls).
 
     example: msd profile vp-cifar10 --architecture multistage
     """
@@ -28,7 +32,7 @@ class Options(Common):
     architecture: Architecture | None = None
     """Architecture in place of the preset's or the run's own."""
     paper: bool = False
-    """Show the paper's GFLOPs too: multiply-accumulates, attention left out."""
+    """Show the paper's GFLOPs too: multiply-accumulates of convolutions and linear layers outside attention."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -41,15 +45,20 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The command's document.
     """
-    found = _find(options.target, options.architecture)
+    found, sampling = _find(options.target, options.architecture)
 
     from multistage_diffusion.metrics.cost import network_cost, stage_shares
     from multistage_diffusion.noise import make_process
+    from multistage_diffusion.sampling import sampling_shares
     from multistage_diffusion.stages import Stages
 
     cost = network_cost(found.model, found.shape)
     stages = Stages() if found.model.architecture == "unified" else Stages(found.edges)
-    shares = stage_shares(make_process(found.process), stages)
+    process = make_process(found.process)
+    shares = {
+        **stage_shares(process, stages),
+        "sampling": sampling_shares(process, stages, sampling.solver, sampling.steps, sampling.spacing),
+    }
     rows = [
         {
             "stage": index,
@@ -68,20 +77,22 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "architecture": found.model.architecture,
         "process": to_dict(found.process),
         "shape": list(found.shape),
+        "sampling": to_dict(sampling),
         "parameters": {"total": cost.parameters, "encoder": cost.encoder, "decoders": list(cost.decoders)},
         "stages": rows,
         "gflops": cost.flops(shares["training"]) / 1e9,
         "weighted_gflops": {name: cost.flops(values) / 1e9 for name, values in shares.items()},
+        "weighted_paper_gflops": {name: cost.paper_gflops(values) for name, values in shares.items()},
     }
     _show(document, options, console)
     return document
 
 
-def _find(target: str, architecture: Architecture | None) -> Preset:
-    """A preset, or the network of a run."""
+def _find(target: str, architecture: Architecture | None) -> tuple[Preset, SamplingConfig]:
+    """A preset with its recipe's sampler, or the network of a run with the run's own."""
     if not (Path(target) / "config.json").is_file():
-        return preset(target, architecture)
-    document = read_json(Path(target) / "config.json")
+        return preset(target, architecture), recipe(target).sampling
+    sampling, document = SamplingConfig(), read_json(Path(target) / "config.json")
     if isinstance(document, dict) and "format" in document:
         from multistage_diffusion.models.denoiser import Denoiser
 
@@ -92,12 +103,12 @@ def _find(target: str, architecture: Architecture | None) -> Preset:
         from multistage_diffusion.training.checkpoint import newest_state
 
         config = from_dict(RunConfig, document, f"{target}/config.json")
-        model, process, edges = config.model, config.process, config.stages.edges
+        model, process, edges, sampling = config.model, config.process, config.stages.edges, config.sampling
         size = newest_state(Path(target))["shape"]
         shape = (size[0], size[1], size[2])
     if architecture is not None:
         model = replace(model, architecture=architecture)
-    return Preset(model=model, process=process, shape=shape, edges=edges)
+    return Preset(model=model, process=process, shape=shape, edges=edges), sampling
 
 
 def _show(document: dict[str, Any], options: Options, console: Console) -> None:
@@ -107,7 +118,7 @@ def _show(document: dict[str, Any], options: Options, console: Console) -> None:
         f"{options.target}, {document['architecture']}, {channels}x{high}x{wide}: "
         f"{parameters['total'] / 1e6:.2f} M parameters, {parameters['encoder'] / 1e6:.2f} M in the encoder"
     )
-    table = Table("stage", "sigma", "decoder M", "in use M", "GMACs", "GFLOPs", "share of training")
+    table = Table("stage", "sigma", "decoder M", "in use M", "GMACs", "GFLOPs", "time", "training", "sampling")
     if options.paper:
         table.add_column("paper's GFLOPs")
     for row, decoder in zip(document["stages"], parameters["decoders"], strict=True):
@@ -115,9 +126,10 @@ def _show(document: dict[str, Any], options: Options, console: Console) -> None:
         cells = [
             str(row["stage"]), f"{low:.4g} to {'inf' if high_edge is None else format(high_edge, '.4g')}",
             f"{decoder / 1e6:.2f}", f"{row['parameters'] / 1e6:.2f}", f"{row['gmacs']:.4g}", f"{row['gflops']:.4g}",
-            f"{row['share']['training']:.2%}",
+            *(f"{row['share'][name]:.1%}" for name in ("time", "training", "sampling")),
         ]  # fmt: skip
         table.add_row(*cells, *([f"{row['paper_gflops']:.4g}"] if options.paper else []))
     console.print(table)
-    weighted = ", ".join(f"{value:.4g} by {name}" for name, value in document["weighted_gflops"].items())
-    console.print(f"GFLOPs an image, weighted over stages: {weighted}")
+    for title, key in (("GFLOPs", "weighted_gflops"), ("paper's GFLOPs", "weighted_paper_gflops"))[: 1 + options.paper]:
+        weighted = ", ".join(f"{value:.4g} by {name}" for name, value in document[key].items())
+        console.print(f"{title} an image, weighted over stages: {weighted}")

@@ -7,7 +7,7 @@ from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, s
 from multistage_diffusion.sampling.images import Samples, call_plan, sample, sample_batches
 from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
 from multistage_diffusion.sampling.steps import SolverStep
-from multistage_diffusion.sampling.table import SOLVERS, Solver, evaluations, find_solver, plan
+from multistage_diffusion.sampling.table import SOLVERS, Solver, evaluations, find_solver, plan, sampling_shares
 
 __all__ = [
     "SOLVERS",
@@ -27,5 +27,6 @@ __all__ = [
     "plan",
     "sample",
     "sample_batches",
+    "sampling_shares",
     "sde_dpmpp_2m",
 ]

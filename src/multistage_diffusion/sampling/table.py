@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multistage_diffusion.config import check
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.noise import Spacing
+from multistage_diffusion.noise import Process, Spacing, sigma_schedule
 from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
 from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
 from multistage_diffusion.sampling.steps import Levels, Run
@@ -142,3 +142,26 @@ def plan(solver: Solver | str, sigmas: Levels, stages: Stages) -> tuple[int, ...
         ConfigError: Unknown solver, or levels that are not decreasing.
     """
     return tuple(stages.of(sigma) for sigma in evaluations(solver, sigmas))
+
+
+def sampling_shares(
+    process: Process, stages: Stages, solver: str, steps: int, spacing: str | None = None
+) -> tuple[float, ...]:
+    """Share of each stage in the network evaluations of a solver.
+
+    Args:
+        process: Gives the schedule.
+        stages: The partition of the noise levels.
+        solver: A key of `SOLVERS`.
+        steps: Steps of the solver.
+        spacing: Spacing of the noise levels; by default the solver's own.
+
+    Returns:
+        Shares that sum to 1.
+
+    Raises:
+        ConfigError: An unknown solver or spacing, or steps below 1.
+    """
+    chosen = find_solver(solver)
+    calls = plan(chosen, sigma_schedule(process, spacing or chosen.default_spacing, steps), stages)
+    return tuple(calls.count(stage) / len(calls) for stage in range(len(stages)))

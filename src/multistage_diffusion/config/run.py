@@ -1,36 +1,15 @@
-"""The whole configuration of a run, as frozen dataclasses. Imports no torch, so `--help` and `--dry-run` are quick.
-
-Recipes return a whole `RunConfig`; the command line changes single fields; a run's `config.json` holds it whole.
-"""
+"""Configuration of a run: data, process, stages, network, training, sampling."""
 
 from __future__ import annotations
 
-import json
 import math
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
-from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.config.process import ProcessConfig, VPConfig
+from multistage_diffusion.config.values import check
 
-T = TypeVar("T")
 Architecture = Literal["multistage", "unified", "separate"]
-
-
-def check(condition: bool, option: str, wanted: str, value: object) -> None:
-    """Refuse a configuration value.
-
-    Args:
-        condition: Whether the value is right.
-        option: Its name, as on the command line without dashes.
-        wanted: What would be right.
-        value: What came.
-
-    Raises:
-        ConfigError: `condition` is false.
-    """
-    if not condition:
-        raise ConfigError(f"{option} must be {wanted}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,143 +27,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self.resolution is None or self.resolution >= 4, "data.resolution", "at least 4", self.resolution)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VPConfig:
-    """Variance-preserving process, linear beta (Song et al. 2021), noise prediction. Time t in [t_min, 1]."""
-
-    kind: Literal["vp"] = "vp"
-    beta_min: float = 0.1
-    """Noise rate at t = 0."""
-    beta_max: float = 20.0
-    """Noise rate at t = 1."""
-    t_min: float = 1e-4
-    """Smallest time in training and sampling."""
-
-    def __post_init__(self) -> None:
-        check(0 < self.beta_min < self.beta_max, "process.beta-min", "positive and below beta-max", self.beta_min)
-        check(0 < self.t_min < 1, "process.t-min", "between 0 and 1", self.t_min)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CosineConfig:
-    """Variance-preserving, cosine schedule (Nichol and Dhariwal 2021), noise prediction. Time in [t_min, t_max]."""
-
-    kind: Literal["vp-cosine"] = "vp-cosine"
-    offset: float = 0.008
-    """Keeps the noise at t = 0 above zero."""
-    t_min: float = 1e-3
-    """Smallest time in training and sampling."""
-    t_max: float = 0.9946
-    """Largest time; the signal vanishes at t = 1."""
-
-    def __post_init__(self) -> None:
-        check(0 < self.offset < 1, "process.offset", "between 0 and 1", self.offset)
-        check(0 <= self.t_min < self.t_max < 1, "process.t-min", "at least 0 and below t-max < 1", self.t_min)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VEConfig:
-    """Variance-exploding process (Song et al. 2021), noise prediction. Log-uniform sigma; t = position in log sigma."""
-
-    kind: Literal["ve"] = "ve"
-    sigma_min: float = 0.01
-    """Lowest noise level."""
-    sigma_max: float = 50.0
-    """Highest noise level."""
-
-    def __post_init__(self) -> None:
-        check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EDMConfig:
-    """EDM (Karras et al. 2022): log-normal training distribution, sigma_data preconditioning. The time is sigma."""
-
-    kind: Literal["edm"] = "edm"
-    p_mean: float = -1.2
-    """Mean of ln sigma in training."""
-    p_std: float = 1.2
-    """Standard deviation of ln sigma in training."""
-    sigma_data: float = 0.5
-    """Standard deviation of the data."""
-    sigma_min: float = 0.002
-    """Lowest noise level of sampling."""
-    sigma_max: float = 80.0
-    """Highest noise level of sampling."""
-
-    def __post_init__(self) -> None:
-        check(self.p_std > 0, "process.p-std", "positive", self.p_std)
-        check(self.sigma_data > 0, "process.sigma-data", "positive", self.sigma_data)
-        check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LDMConfig:
-    """Discrete process of latent diffusion (Rombach et al. 2022): betas linear in their square roots, noise prediction.
-
-    Time t is the step's index, 0 to num_steps - 1.
-    """
-
-    kind: Literal["ldm"] = "ldm"
-    num_steps: int = 1000
-    """Number of noise levels."""
-    beta_first: float = 0.0015
-    """First beta."""
-    beta_last: float = 0.0195
-    """Last beta."""
-
-    def __post_init__(self) -> None:
-        check(self.num_steps >= 2, "process.num-steps", "at least 2", self.num_steps)
-        check(0 < self.beta_first < self.beta_last < 1, "process.beta-first", "0 < first < last < 1", self.beta_first)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """Flow matching, x_t = (1 - t) x0 + t eps, velocity prediction, logit-normal times (Esser et al. 2024)."""
-
-    kind: Literal["flow"] = "flow"
-    logit_mean: float = 0.0
-    """Mean of logit t = ln sigma in training."""
-    logit_std: float = 1.0
-    """Standard deviation of logit t in training."""
-    t_min: float = 1e-3
-    """Smallest time of sampling."""
-    t_max: float = 0.999
-    """Largest time of sampling; sigma is infinite at t = 1."""
-
-    def __post_init__(self) -> None:
-        check(self.logit_std > 0, "process.logit-std", "positive", self.logit_std)
-        check(0 < self.t_min < self.t_max < 1, "process.t-min", "0 < t-min < t-max < 1", self.t_min)
-
-
-ProcessConfig = VPConfig | CosineConfig | VEConfig | EDMConfig | LDMConfig | FlowConfig
-PROCESSES: dict[str, type[ProcessConfig]] = {
-    "vp": VPConfig,
-    "vp-cosine": CosineConfig,
-    "ve": VEConfig,
-    "edm": EDMConfig,
-    "ldm": LDMConfig,
-    "flow": FlowConfig,
-}
-
-
-def process_config(kind: str) -> ProcessConfig:
-    """The default configuration of a process, by name.
-
-    Args:
-        kind: One of `PROCESSES`.
-
-    Returns:
-        Its configuration.
-
-    Raises:
-        ConfigError: No such process.
-    """
-    if kind not in PROCESSES:
-        raise ConfigError(f"no process {kind}{suggest(kind, PROCESSES)}")
-    return PROCESSES[kind]()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,59 +183,3 @@ class RunConfig:
     def edges(self) -> tuple[float, ...]:
         """Edges that the network sees: none for a unified one."""
         return () if self.model.architecture == "unified" else self.stages.edges
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types.
-
-    Args:
-        config: A dataclass of this file.
-
-    Returns:
-        Nested dictionaries; tuples become lists.
-    """
-    return json.loads(json.dumps(asdict(config)))
-
-
-def from_dict(kind: type[T], document: Any, where: str = "configuration") -> T:
-    """Read and check a configuration: every key known, every value of its type.
-
-    Args:
-        kind: The dataclass wanted.
-        document: Nested dictionaries, as from JSON. Missing keys take their defaults.
-        where: What the document is, for messages.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: An unknown key (the nearest known one is named), or a value of the wrong type or range.
-    """
-    import pydantic
-
-    _check_keys(kind, document, where, "")
-    try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(document), strict=True)
-    except pydantic.ValidationError as error:
-        first = next((item for item in error.errors() if item["loc"][-1:] != ("kind",)), error.errors()[0])
-        key = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Config"))
-        cause = first.get("ctx", {}).get("error")
-        message = str(cause) if cause else f"{key}: {first['msg'].lower()}, got {first['input']!r}"
-        raise ConfigError(f"{where}: {message}") from error
-
-
-def _check_keys(kind: Any, document: Any, where: str, path: str) -> None:
-    """Name the first unknown key of a nested document, with the nearest known one."""
-    if not isinstance(document, dict):
-        raise ConfigError(f"{where}: {path.rstrip('.') or 'the document'} must hold named values, got {document!r}")
-    hints = typing.get_type_hints(kind)
-    known = {item.name for item in fields(kind)}
-    for key, value in document.items():
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {path}{key}{suggest(str(key), known)}")
-        inner = hints[key]
-        if inner == ProcessConfig:
-            tag = value.get("kind", "") if isinstance(value, dict) else ""
-            inner = type(process_config(str(tag)))
-        if is_dataclass(inner):
-            _check_keys(inner, value, where, f"{path}{key}.")

@@ -1,0 +1,49 @@
+"""The whole configuration of a run, as frozen dataclasses. Imports no torch, so `--help` and `--dry-run` are quick.
+
+Recipes return a whole `RunConfig`; the command line changes single fields; a run's `config.json` holds it whole.
+"""
+
+from multistage_diffusion.config.document import from_dict, to_dict
+from multistage_diffusion.config.process import (
+    PROCESSES,
+    CosineConfig,
+    EDMConfig,
+    FlowConfig,
+    LDMConfig,
+    ProcessConfig,
+    VEConfig,
+    VPConfig,
+    process_config,
+)
+from multistage_diffusion.config.run import (
+    Architecture,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    StagesConfig,
+    TrainingConfig,
+)
+from multistage_diffusion.config.values import check
+
+__all__ = [
+    "PROCESSES",
+    "Architecture",
+    "CosineConfig",
+    "DataConfig",
+    "EDMConfig",
+    "FlowConfig",
+    "LDMConfig",
+    "ModelConfig",
+    "ProcessConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "StagesConfig",
+    "TrainingConfig",
+    "VEConfig",
+    "VPConfig",
+    "check",
+    "from_dict",
+    "process_config",
+    "to_dict",
+]
