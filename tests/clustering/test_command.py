@@ -1,32 +1,51 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.clustering import plots
+from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
+
+SHAPE, STAGES = (1, 8, 8), Stages((0.6, 3.0))
+SMALLEST = ModelConfig(width=8, decoder_widths=(8, 8, 4), multipliers=(1,), blocks=1, attention=(), dropout=0.0)
 
 
 def test_one_json_document_with_edges_files_and_plots(tmp_path, capsys):
-    names = [str(tmp_path / name) for name in ("stages.json", "curves.png", "strip.svg")]
-    words = [
-        "digits",
-        "--process",
-        "edm",
-        "--samples",
-        "1000",
-        "--out",
-        names[0],
-        "--plot",
-        names[1],
-        "--strip",
-        names[2],
-    ]
-    assert dispatch(["cluster", *words, "--json"]) == 0
+    words = ["digits", "--process", "edm", "--samples", "1000", "--json"]
+    files = ["--out", str(tmp_path / "stages.json"), "--plot", str(tmp_path / "curves.png")]
+    assert dispatch(["cluster", *words, *files]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {"edges", "edges_t", "method", "process", "seconds", "intervals"} <= document.keys()
     assert Stages.load(tmp_path / "stages.json").edges == tuple(document["edges"])
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("curves.png", "strip.svg"))
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert document["effective_images"][0]["images"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_strip_of_what_the_optimal_denoiser_sees(tmp_path):
+    assert dispatch(["cluster", "digits", "--samples", "1000", "--strip", str(tmp_path / "strip.svg")]) == 0
+    assert (tmp_path / "strip.svg").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_gradients_of_a_short_run_and_of_a_unified_run(tmp_path, capsys):
+    words = ["digits", "--method", "gradient", "--samples", "200", "--json"]
+    assert dispatch(["cluster", *words, "--proxy-steps", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["edges"]) == 2
+    Denoiser(SMALLEST, "vp", SHAPE, STAGES).save_pretrained(tmp_path / "staged")
+    assert dispatch(["cluster", *words, "--run", str(tmp_path / "staged")]) == 2
+    assert "run must be a unified run" in capsys.readouterr().err
+    run = tmp_path / "unified"
+    Denoiser(replace(SMALLEST, architecture="unified"), "vp", SHAPE).save_pretrained(run)
+    assert dispatch(["cluster", *words, "--run", str(run)]) == 0
+    assert dispatch(["cluster", *words, "--run", str(run), "--process", "edm"]) == 2
+    assert dispatch(["cluster", *words, "--run", str(tmp_path / "nothing")]) == 2
+    (run / "model.safetensors").write_bytes(b"cut")
+    assert dispatch(["cluster", *words, "--run", str(run)]) == 5
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_a_matrix_is_drawn_with_its_elbow(tmp_path, capsys):
@@ -51,7 +70,7 @@ def test_the_table_names_edges_and_shares(capsys):
         (["digits", "--alpha", "1.5"], 2, "error: alpha must be between 0 and 1, got 1.5"),
         (["digits", "--process", "edn"], 2, 'error: no process edn; did you mean "edm"?'),
         (["digits", "--method", "snr", "--by-class"], 2, "error: by-class must be used with optimal-denoiser"),
-        (["digits", "--method", "snr", "--plot", "x.png"], 2, "error: the method snr measures no similarity"),
+        (["digits", "--method", "snr", "--plot", "x.png"], 2, "error: plot must be used with optimal-denoiser"),
         (["digits", "--samples", "500", "--plot", "x.gif9"], 2, "error: x.gif9: a plot's name must end in"),
         (["nowhere"], 3, "error: "),
     ],

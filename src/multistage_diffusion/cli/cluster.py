@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,9 +14,13 @@ from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.config import check, process_config
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from multistage_diffusion.clustering import Clustering
+    from multistage_diffusion.data import Images
+    from multistage_diffusion.models.denoiser import Denoiser
+    from multistage_diffusion.noise import Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +42,8 @@ class Options(Compute):
     """Largest difference of optimal noise predictions that counts as similar."""
     alpha: float = 0.9
     """Least mean similarity of an outer stage to its end."""
-    samples: int = 4000
-    """Number of draws of image, noise and noise level."""
+    samples: int | None = None
+    """Number of draws of image, noise and noise level; by default 4000, or 16000 for a matrix."""
     reference: Literal["data-mean", "definition"] = "data-mean"
     """What the high-noise end is: the constant denoiser (the paper's code) or the denoiser there (its text)."""
     measure: Literal["time", "log-sigma", "training"] = "time"
@@ -51,6 +57,10 @@ class Options(Compute):
     """Take posteriors within each image's class, for class-conditional models."""
     max_images: int | None = None
     """Use at most so many images; the lower edge of Algorithm 1 is extrapolated to all of them."""
+    run: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """Unified run whose gradients the method gradient compares; by default a short run of its own."""
+    proxy_steps: int = 300
+    """Steps of that short run."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the stages to this file, for msd train --stages FILE."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -75,14 +85,23 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The JSON document.
     """
-    process_config(options.process)  # a misspelt name fails before anything is read
+    process_config(options.process)  # what can be refused at once is, before anything is read or trained
+    check(2 <= options.stages <= 8, "stages", "from 2 to 8", options.stages)
     check(not options.by_class or options.method == "optimal-denoiser", "by-class", "used with optimal-denoiser", True)
+    check(options.run is None or options.method == "gradient", "run", "used with the method gradient", options.run)
+    check(
+        options.plot is None or options.method == "optimal-denoiser", "plot", "used with optimal-denoiser", options.plot
+    )
     device = prepare(options)
     from multistage_diffusion.data import load_data
 
+    rank = _join()
     data = load_data(options.source, split="train", root=options.data_root, resolution=options.resolution)
     check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
     found = _cluster(options, data, device, console)
+    if rank > 0:
+        sys.exit(0)  # the first process writes and prints
+    _draw(options, data, found)
     if options.out is not None:
         found.stages.save(options.out)
     document = _document(options, found)
@@ -90,19 +109,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
-def _cluster(options: Options, data: Any, device: Any, console: Console) -> Clustering:
-    """Call the library, with a progress bar, and draw the plots."""
+def _cluster(options: Options, data: Images, device: torch.device, console: Console) -> Clustering:
+    """Call the library, with a progress bar."""
     from rich.progress import Progress
 
-    from multistage_diffusion.clustering import cluster, plots
+    from multistage_diffusion.clustering import cluster
     from multistage_diffusion.noise import make_process
 
     process = make_process(process_config(options.process))
-    images = data.floats()
+    network = _network(options, data, process, device) if options.method == "gradient" else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
         found = cluster(
-            images,
+            data.floats(),
             process,
             method=options.method,
             stages=options.stages,
@@ -116,16 +135,65 @@ def _cluster(options: Options, data: Any, device: Any, console: Console) -> Clus
             labels=data.labels if options.by_class else None,
             max_images=options.max_images,
             seed=options.seed,
+            denoiser=network,
             device=device,
             source=data.name,
             digest=data.digest,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    return found
+
+
+def _draw(options: Options, data: Images, found: Clustering) -> None:
+    """The pictures asked for."""
+    from multistage_diffusion.clustering import plots
+
     if options.plot is not None:
         plots.save(plots.similarity_figure(found), options.plot)
     if options.strip is not None:
-        plots.save(plots.strip_figure(images, found.stages, process, seed=options.seed), options.strip)
-    return found
+        figure = plots.strip_figure(data.floats(), found.stages, found.process, seed=options.seed)
+        plots.save(figure, options.strip)
+
+
+def _join() -> int:
+    """Under `torchrun`, join the other processes, which share the work; the number of this one."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # only small results travel
+    return dist.get_rank()
+
+
+def _network(options: Options, data: Images, process: Process, device: torch.device) -> Denoiser:
+    """The trained network whose gradients are compared: a run's, or a small unified one trained for a moment."""
+    from multistage_diffusion.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+    from multistage_diffusion.training.loop import Trainer
+    from multistage_diffusion.training.run import load_run
+
+    if options.run is not None:
+        denoiser = load_run(options.run, device=device).denoiser
+        check(
+            len(denoiser.stages) == 1, "run", "a unified run, so that all noise levels share their weights", options.run
+        )
+        same = denoiser.process.config == process.config and denoiser.shape == data.shape
+        check(same, "run", f"of the process {options.process} on images of shape {data.shape}", options.run)
+        return denoiser
+    multipliers = (1, 2) if data.shape[1] % 2 == data.shape[2] % 2 == 0 else (1,)
+    model = ModelConfig(
+        architecture="unified", width=16, decoder_widths=(16,), multipliers=multipliers, blocks=1, attention=(),
+        dropout=0.0,
+    )  # fmt: skip
+    training = TrainingConfig(
+        steps=options.proxy_steps, batch_size=64, learning_rate=2e-3, warmup_images=3_200, ema_half_life=3_200.0,
+        seed=options.seed,
+    )  # fmt: skip
+    config = RunConfig(data=DataConfig(source=data.name), process=process.config, model=model, training=training)
+    trainer = Trainer(config, data, device)
+    for _ in trainer.run(options.proxy_steps):
+        pass
+    return trainer.averaged()
 
 
 def _document(options: Options, found: Clustering) -> dict[str, Any]:
@@ -141,6 +209,7 @@ def _document(options: Options, found: Clustering) -> dict[str, Any]:
         "images": record["data"]["images"],
         "extrapolation": record["extrapolation"],
         "elbow": list(found.elbow),
+        "effective_images": [{"sigma": sigma, "images": count} for sigma, count in found.effective],
         "shares": found.shares,
         "out": None if options.out is None else str(options.out),
         "seconds": found.seconds,

@@ -25,6 +25,7 @@ from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 
 _BASELINE_LEVELS = 1000  # levels of the timestep and log-SNR baselines
+_POINTS = 16  # noise levels at which the effective number of images is reported
 _GRADIENT_LEVELS = 100  # levels of the gradient baseline
 
 
@@ -63,6 +64,21 @@ class Clustering:
         return float(matrix.diagonal(dim1=1, dim2=2).mean())
 
     @property
+    def effective(self) -> tuple[tuple[float, float], ...]:
+        """Noise levels, each with the effective number of images in the posterior there (geometric mean over draws)."""
+        if self.similarity is not None:
+            u, counts = self.similarity.u, self.similarity.effective
+        elif self.matrices is not None:
+            counts = self.matrices.effective
+            u = ((torch.arange(counts.shape[1], dtype=torch.float64) + 0.5) / counts.shape[1]).expand_as(counts)
+        else:
+            return ()
+        order = u.flatten().argsort()
+        sigma = level(self.process, self.measure, u.flatten()[order])
+        pieces = zip(sigma.tensor_split(_POINTS), counts.flatten()[order].tensor_split(_POINTS), strict=True)
+        return tuple((float(levels.median()), float(part.log().mean().exp())) for levels, part in pieces)
+
+    @property
     def shares(self) -> list[float]:
         """Share of the training draws in each stage."""
         cdf = self.process.cdf(torch.tensor(self.stages.edges, dtype=torch.float64)).tolist()
@@ -77,7 +93,7 @@ def cluster(
     stages: int = 3,
     eta: float = 2 / 256,
     alpha: float = 0.9,
-    samples: int = 4000,
+    samples: int | None = None,
     reference: str = "data-mean",
     measure: str = "time",
     objective: str | None = None,
@@ -102,7 +118,8 @@ def cluster(
         stages: Number of stages, 2 to 8.
         eta: Largest difference of optimal noise predictions that counts as similar.
         alpha: Least mean similarity of an outer stage to its end.
-        samples: Number of draws (x0, eps, t).
+        samples: Number of draws (x0, eps, t); by default 4000 for Algorithm 1, 16000 for the matrices of a dynamic
+            programme.
         reference: What the high-noise end is compared with: `data-mean` (the paper's code) or `definition` (its text).
         measure: What averages over noise levels are taken in: `time`, `log-sigma` or `training`.
         objective: `crossing` is Algorithm 1 (three stages); `similarity` and `variance` are exact partitions of a
@@ -202,7 +219,7 @@ def _gradient(
     if denoiser is None:
         raise ConfigError("the method gradient needs a trained denoiser")
     u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
-    chosen = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-options.samples // len(u))]
+    chosen = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-(options.samples or 4_000) // len(u))]
     affinity = gradient_affinity(
         denoiser, images[chosen], level(process, options.measure, u), process, seed=options.seed, progress=progress
     )

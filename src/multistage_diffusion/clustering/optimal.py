@@ -65,7 +65,7 @@ def algorithm_1(
     limit = options.max_images or len(images)
     sizes = [limit // 4, limit // 2, limit] if limit < len(images) else [len(images)]
     order = rng.permutation(options.seed, "cluster/subset", 0, len(images)) if len(sizes) > 1 else None
-    pairs = draw_random(process, options.measure, sizes[0], options.samples, options.seed)
+    pairs = draw_random(process, options.measure, sizes[0], options.draws, options.seed)
     results = []
     for size in sizes:
         part = slice(None) if order is None else order[:size]
@@ -119,7 +119,7 @@ def dynamic_programme(
     if limit < len(images):
         order = rng.permutation(options.seed, "cluster/subset", 0, len(images))[:limit]
         images, labels = images[order], None if labels is None else labels[order]
-    pairs = draw_grid(process, options.measure, limit, options.samples, _GRID, options.seed)
+    pairs = draw_grid(process, options.measure, limit, options.draws, _GRID, options.seed)
     exact = _denoiser(images, labels, options, device)
     found = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
     by_pair = (found.similar if options.chosen == "similarity" else found.gram).double()

@@ -37,7 +37,8 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
     "svg.fonttype": "none",
 }
-_BINS = 50  # points of a similarity curve
+_BINS = 40  # points of a similarity curve
+_APART = 0.045  # least distance between marks on the axis of noise levels
 _MEASURES = {"time": "share of the noise levels below (uniform in time)",
              "log-sigma": "share of the noise levels below (uniform in log sigma)",
              "training": "share of the training draws below"}  # fmt: skip
@@ -113,8 +114,7 @@ def _curves(clustering: Clustering) -> Figure:
         keep = slice(0, len(u) - 20) if backwards else slice(20, None)
         axes.plot(u[keep].numpy(), mean[keep].numpy(), color=colour, lw=2, label="its mean from that end")
     axes.axhline(options["alpha"], color=GREY, lw=0.8, ls=":")
-    axes.annotate(f"alpha = {options['alpha']:g}", (1.0, options["alpha"]), color=GREY, fontsize=8, ha="right",
-                  va="bottom")  # fmt: skip
+    axes.annotate(f" alpha = {options['alpha']:g}", (0.0, options["alpha"]), color=GREY, fontsize=8, va="top")
     axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=_MEASURES[clustering.measure],
              ylabel=f"entries within eta = {options['eta']:.4g}")  # fmt: skip
     _shade(axes, clustering)
@@ -175,9 +175,13 @@ def _sigma_axis(axes: Axes, clustering: Clustering) -> None:
     """Noise levels along the top."""
     grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[1:-1]
     levels = level(clustering.process, clustering.measure, grid)
-    marks = [mark for mark in (0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50) if levels[0] < mark < levels[-1]]
+    marks: dict[float, str] = {}
+    for mark in (1, 2, 5, 10, 20, 50, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
+        share = float(grid[torch.searchsorted(levels, mark).clamp(max=len(grid) - 1)])
+        if levels[0] < mark < levels[-1] and all(abs(share - other) > _APART for other in marks):
+            marks[share] = f"{mark:g}"
     top = axes.secondary_xaxis("top")
-    top.set_xticks([float(grid[torch.searchsorted(levels, mark)]) for mark in marks], [f"{mark:g}" for mark in marks])
+    top.set_xticks(list(marks), list(marks.values()))
     top.set_xlabel("noise level sigma")
 
 
