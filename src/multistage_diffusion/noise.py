@@ -20,6 +20,7 @@ from multistage_diffusion.config import (
     EDMConfig,
     FlowConfig,
     LDMConfig,
+    Prediction,
     ProcessConfig,
     VEConfig,
     VPConfig,
@@ -96,6 +97,18 @@ def _predict_noise(sigma: Tensor, scale: Tensor, c_noise: Tensor) -> Preconditio
     return Preconditioning(torch.ones_like(sigma), -sigma, scale, c_noise)
 
 
+def _variance_preserving(prediction: Prediction, sigma: Tensor, scale: Tensor, c_noise: Tensor) -> Preconditioning:
+    """Prediction of eps, or of v = s eps - s sigma x0: D = s^2 x - s sigma F (Salimans and Ho 2022, Appendix D)."""
+    if prediction == "eps":
+        return _predict_noise(sigma, scale, c_noise)
+    return Preconditioning(scale * scale, -sigma * scale, scale, c_noise)
+
+
+def _prediction_weight(prediction: Prediction, sigma: Tensor) -> Tensor:
+    """1/c_out^2: the plain squared error of what the network predicts."""
+    return sigma**-2 if prediction == "eps" else sigma**-2 + 1
+
+
 def _positive(tensor: Tensor) -> Tensor:
     """Noise levels with 0 lifted just above it, where a logarithm or a quotient is taken."""
     return tensor.clamp(min=torch.finfo(tensor.dtype).tiny)
@@ -103,7 +116,7 @@ def _positive(tensor: Tensor) -> Tensor:
 
 @final
 class VP(Process[VPConfig]):
-    """Variance-preserving, beta linear in t; the network predicts eps. Source: Song et al. 2021, Eq. 32-33."""
+    """Variance-preserving, beta linear in t. Source: Song et al. 2021, Eq. 32-33."""
 
     def __init__(self, config: VPConfig = VPConfig()) -> None:  # noqa: B008  (frozen)
         self.config = config
@@ -133,17 +146,17 @@ class VP(Process[VPConfig]):
         return self.sigma(self.config.t_min + u * (1.0 - self.config.t_min))
 
     def loss_weight(self, sigma: Levels) -> Levels:
-        """1/sigma^2: the plain squared error of the predicted noise."""
-        return sigma**-2
+        """The plain squared error of the predicted noise, 1/sigma^2, or velocity, 1 + 1/sigma^2."""
+        return _prediction_weight(self.config.prediction, sigma)
 
     def preconditioning(self, sigma: Levels) -> Preconditioning:
-        """Noise prediction, conditioned on 999 t (score_sde's convention)."""
-        return _predict_noise(sigma, self.scale(sigma), 999 * self.t(sigma))
+        """Prediction of eps or v, conditioned on 999 t (score_sde's convention)."""
+        return _variance_preserving(self.config.prediction, sigma, self.scale(sigma), 999 * self.t(sigma))
 
 
 @final
 class Cosine(Process[CosineConfig]):
-    """Variance-preserving, cosine schedule; the network predicts eps. Source: Nichol and Dhariwal 2021, Eq. 17."""
+    """Variance-preserving, cosine schedule. Source: Nichol and Dhariwal 2021, Eq. 17."""
 
     def __init__(self, config: CosineConfig = CosineConfig()) -> None:  # noqa: B008
         self.config = config
@@ -174,12 +187,12 @@ class Cosine(Process[CosineConfig]):
         return self.sigma(self.config.t_min + u * (self.config.t_max - self.config.t_min))
 
     def loss_weight(self, sigma: Levels) -> Levels:
-        """1/sigma^2: the plain squared error of the predicted noise."""
-        return sigma**-2
+        """The plain squared error of the predicted noise, 1/sigma^2, or velocity, 1 + 1/sigma^2."""
+        return _prediction_weight(self.config.prediction, sigma)
 
     def preconditioning(self, sigma: Levels) -> Preconditioning:
-        """Noise prediction, conditioned on 999 t."""
-        return _predict_noise(sigma, self.scale(sigma), 999 * self.t(sigma))
+        """Prediction of eps or v, conditioned on 999 t."""
+        return _variance_preserving(self.config.prediction, sigma, self.scale(sigma), 999 * self.t(sigma))
 
     def _angle(self, t: Tensor) -> Tensor:
         return (t + self.config.offset) / (1 + self.config.offset) * (math.pi / 2)
@@ -268,7 +281,7 @@ class EDM(Process[EDMConfig]):
 
 @final
 class LDM(Process[LDMConfig]):
-    """Discrete variance-preserving process of latent diffusion; the network predicts eps. Source: Rombach et al. 2022.
+    """Discrete variance-preserving process of latent diffusion. Source: Rombach et al. 2022.
 
     Time is the step's index, 0 to num_steps - 1; between steps, ln sigma is interpolated linearly in the index.
     """
@@ -307,12 +320,12 @@ class LDM(Process[LDMConfig]):
         return self._levels.to(u)[index.clamp(0, self.config.num_steps - 1)]
 
     def loss_weight(self, sigma: Levels) -> Levels:
-        """1/sigma^2: the plain squared error of the predicted noise."""
-        return sigma**-2
+        """The plain squared error of the predicted noise, 1/sigma^2, or velocity, 1 + 1/sigma^2."""
+        return _prediction_weight(self.config.prediction, sigma)
 
     def preconditioning(self, sigma: Levels) -> Preconditioning:
-        """Noise prediction, conditioned on the step's index."""
-        return _predict_noise(sigma, self.scale(sigma), self.t(sigma))
+        """Prediction of eps or v, conditioned on the step's index."""
+        return _variance_preserving(self.config.prediction, sigma, self.scale(sigma), self.t(sigma))
 
 
 @final

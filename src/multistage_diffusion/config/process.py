@@ -8,12 +8,16 @@ from typing import Literal
 from multistage_diffusion.config.values import check
 from multistage_diffusion.errors import ConfigError, suggest
 
+Prediction = Literal["eps", "v"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class VPConfig:
-    """Variance-preserving process, linear beta (Song et al. 2021), noise prediction. Time t in [t_min, 1]."""
+    """Variance-preserving process, linear beta (Song et al. 2021). Time t in [t_min, 1]."""
 
     kind: Literal["vp"] = "vp"
+    prediction: Prediction = "eps"
+    """What the network predicts: the noise (eps), or the velocity (v), which stays accurate at high noise."""
     beta_min: float = 0.1
     """Noise rate at t = 0."""
     beta_max: float = 20.0
@@ -28,9 +32,11 @@ class VPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CosineConfig:
-    """Variance-preserving, cosine schedule (Nichol and Dhariwal 2021), noise prediction. Time in [t_min, t_max]."""
+    """Variance-preserving, cosine schedule (Nichol and Dhariwal 2021). Time in [t_min, t_max]."""
 
     kind: Literal["vp-cosine"] = "vp-cosine"
+    prediction: Prediction = "eps"
+    """What the network predicts: the noise (eps), or the velocity (v), which stays accurate at high noise."""
     offset: float = 0.008
     """Keeps the noise at t = 0 above zero."""
     t_min: float = 1e-3
@@ -81,12 +87,14 @@ class EDMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LDMConfig:
-    """Discrete process of latent diffusion (Rombach et al. 2022): betas linear in their square roots, noise prediction.
+    """Discrete process of latent diffusion (Rombach et al. 2022): betas linear in their square roots.
 
     Time t is the step's index, 0 to num_steps - 1.
     """
 
     kind: Literal["ldm"] = "ldm"
+    prediction: Prediction = "eps"
+    """What the network predicts: the noise (eps), or the velocity (v), which stays accurate at high noise."""
     num_steps: int = 1000
     """Number of noise levels."""
     beta_first: float = 0.0015
