@@ -375,7 +375,17 @@ def make_process(config: ProcessConfig) -> Process:
 
     Returns:
         The process.
+
+    Raises:
+        ConfigError: Its noise levels are beyond what float32 can square.
     """
+    process = _build(config)
+    low, high = process.sigma_min, process.sigma_max
+    check(1e-15 < low < high < 1e15, "process", "one whose noise levels lie in 1e-15..1e15", f"{low:g} to {high:g}")
+    return process
+
+
+def _build(config: ProcessConfig) -> Process:
     match config:
         case VPConfig():
             return VP(config)

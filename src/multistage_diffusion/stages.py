@@ -98,8 +98,26 @@ class Stages:
         Raises:
             ConfigError: The file is missing or malformed.
         """
-        document = read_json(path)
+        return cls.parse(read_json(path), str(path))
+
+    @classmethod
+    def parse(cls, document: Any, where: str) -> Stages:
+        """Read the document that `save` writes.
+
+        Args:
+            document: From JSON; at least `edges`.
+            where: What the document is, for messages.
+
+        Returns:
+            The partition.
+
+        Raises:
+            ConfigError: It is malformed.
+        """
         edges = document.get("edges") if isinstance(document, dict) else None
         if not isinstance(edges, list) or any(type(edge) not in (int, float) for edge in edges):
-            raise ConfigError(f'{path}: "edges" must be a list of noise levels sigma, like {{"edges": [0.5, 3.0]}}')
-        return cls(tuple(edges), {key: value for key, value in document.items() if key != "edges"})
+            raise ConfigError(f'{where}: "edges" must be a list of noise levels sigma, like {{"edges": [0.5, 3.0]}}')
+        try:
+            return cls(tuple(map(float, edges)), {key: value for key, value in document.items() if key != "edges"})
+        except (ConfigError, OverflowError) as error:
+            raise ConfigError(f"{where}: {error}") from error

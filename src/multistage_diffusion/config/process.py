@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from multistage_diffusion.config.values import check
+from multistage_diffusion.config.values import check, check_numbers
 from multistage_diffusion.errors import ConfigError, suggest
 
 Prediction = Literal["eps", "v"]
@@ -26,6 +26,7 @@ class VPConfig:
     """Smallest time in training and sampling."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "process")
         check(0 < self.beta_min < self.beta_max, "process.beta-min", "positive and below beta-max", self.beta_min)
         check(0 < self.t_min < 1, "process.t-min", "between 0 and 1", self.t_min)
 
@@ -45,6 +46,7 @@ class CosineConfig:
     """Largest time; the signal vanishes at t = 1."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "process")
         check(0 < self.offset < 1, "process.offset", "between 0 and 1", self.offset)
         check(0 <= self.t_min < self.t_max < 1, "process.t-min", "at least 0 and below t-max < 1", self.t_min)
 
@@ -60,6 +62,7 @@ class VEConfig:
     """Highest noise level."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "process")
         check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
 
 
@@ -80,6 +83,7 @@ class EDMConfig:
     """Highest noise level of sampling."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "process")
         check(self.p_std > 0, "process.p-std", "positive", self.p_std)
         check(self.sigma_data > 0, "process.sigma-data", "positive", self.sigma_data)
         check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
@@ -103,7 +107,8 @@ class LDMConfig:
     """Last beta."""
 
     def __post_init__(self) -> None:
-        check(self.num_steps >= 2, "process.num-steps", "at least 2", self.num_steps)
+        check_numbers(self, "process")
+        check(2 <= self.num_steps <= 1_000_000, "process.num-steps", "in 2..1000000", self.num_steps)
         check(0 < self.beta_first < self.beta_last < 1, "process.beta-first", "0 < first < last < 1", self.beta_first)
 
 
@@ -122,6 +127,7 @@ class FlowConfig:
     """Largest time of sampling; sigma is infinite at t = 1."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "process")
         check(self.logit_std > 0, "process.logit-std", "positive", self.logit_std)
         check(0 < self.t_min < self.t_max < 1, "process.t-min", "0 < t-min < t-max < 1", self.t_min)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from multistage_diffusion.config.process import ProcessConfig, VPConfig
-from multistage_diffusion.config.values import check
+from multistage_diffusion.config.values import check, check_numbers
 
 Architecture = Literal["multistage", "unified", "separate"]
 
@@ -26,6 +26,7 @@ class DataConfig:
     """Mirror half of the training images left to right."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data")
         check(self.resolution is None or self.resolution >= 4, "data.resolution", "at least 4", self.resolution)
 
 
@@ -35,6 +36,11 @@ class StagesConfig:
 
     edges: tuple[float, ...] = ()
     """Edges between stages in sigma, increasing; --stages FILE sets them from `msd cluster`."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "stages")
+        increasing = all(low < high for low, high in zip((0.0, *self.edges), self.edges, strict=False))
+        check(increasing, "stages.edges", "positive and increasing in sigma", self.edges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +83,23 @@ class ModelConfig:
     """Number of class labels; 0 trains an unconditional network."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "model")
         widths = (self.width, *self.decoder_widths)
-        check(all(width >= 4 and width % 4 == 0 for width in widths), "model.width and model.decoder-widths",
-              "multiples of 4", widths)  # fmt: skip
-        check(len(self.decoder_widths) > 0, "model.decoder-widths", "one width a stage", self.decoder_widths)
-        check(
-            len(self.multipliers) > 0 and min(self.multipliers) > 0, "model.multipliers", "positive", self.multipliers
-        )
-        check(self.blocks >= 1, "model.blocks", "at least 1", self.blocks)
+        check(all(4 <= width <= 8192 and width % 4 == 0 for width in widths), "model.width and model.decoder-widths",
+              "multiples of 4 up to 8192", widths)  # fmt: skip
+        check(1 <= len(self.decoder_widths) <= 64, "model.decoder-widths", "one width a stage, 64 at most",
+              self.decoder_widths)  # fmt: skip
+        check(1 <= len(self.multipliers) <= 12 and all(1 <= factor <= 64 for factor in self.multipliers),
+              "model.multipliers", "1 to 12 numbers in 1..64", self.multipliers)  # fmt: skip
+        check(1 <= self.blocks <= 64, "model.blocks", "in 1..64", self.blocks)
+        check(all(pixels >= 1 for pixels in self.attention), "model.attention", "positive", self.attention)
+        check(self.head_channels is None or self.head_channels >= 1, "model.head-channels", "at least 1",
+              self.head_channels)  # fmt: skip
+        check(self.skip_scale > 0, "model.skip-scale", "positive", self.skip_scale)
+        check(self.norm_eps > 0, "model.norm-eps", "positive", self.norm_eps)
         check(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
         check(self.groups >= 1, "model.groups", "at least 1", self.groups)
-        check(self.classes >= 0, "model.classes", "at least 0", self.classes)
+        check(0 <= self.classes <= 1_000_000, "model.classes", "in 0..1000000", self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +140,11 @@ class TrainingConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "training")
         for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
             check(getattr(self, name) >= 1, f"training.{name.replace('_', '-')}", "at least 1", getattr(self, name))
+        check(self.steps <= 10**12, "training.steps", "at most 10^12", self.steps)
+        check(self.batch_size <= 10**6, "training.batch-size", "at most 10^6", self.batch_size)
         check(self.learning_rate > 0, "training.learning-rate", "positive", self.learning_rate)
         check(all(0 <= beta < 1 for beta in self.betas), "training.betas", "in [0, 1)", self.betas)
         check(self.weight_decay >= 0, "training.weight-decay", "at least 0", self.weight_decay)
@@ -154,6 +169,7 @@ class SamplingConfig:
     """Spacing of the noise levels; by default the solver's own."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sampling")
         check(self.steps >= 1, "sampling.steps", "at least 1", self.steps)
 
 

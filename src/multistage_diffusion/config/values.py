@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 from multistage_diffusion.errors import ConfigError
+
+_LARGEST = 1e30  # fits float32, and no sensible value comes near it
 
 
 def check(condition: bool, option: str, wanted: str, value: object) -> None:
@@ -19,3 +24,20 @@ def check(condition: bool, option: str, wanted: str, value: object) -> None:
     """
     if not condition:
         raise ConfigError(f"{option} must be {wanted}, got {value}")
+
+
+def check_numbers(config: Any, section: str) -> None:
+    """Refuse NaN, infinity and numbers out of all proportion in any field.
+
+    Args:
+        config: A dataclass.
+        section: Its name on the command line, for the message.
+
+    Raises:
+        ConfigError: A field holds such a number.
+    """
+    for item in fields(config):
+        value = getattr(config, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                check(abs(number) <= _LARGEST, f"{section}.{item.name.replace('_', '-')}", "a finite number", value)

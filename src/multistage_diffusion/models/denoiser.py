@@ -157,9 +157,9 @@ class Denoiser(nn.Module):
         try:
             document = read_json(folder / CONFIG)
             model = from_dict(ModelConfig, document["model"], str(folder / CONFIG))
-            process = type(process_config(document["process"]["kind"]))
+            process = type(process_config(str(document["process"]["kind"])))
             shape = _shape(document["shape"])
-            stages = Stages(tuple(document["stages"].pop("edges")), document["stages"])
+            stages = Stages.parse(document["stages"], f"{folder / CONFIG}, stages")
             with torch.device("meta"):
                 skeleton = MultiDecoderUNet(model, shape)
             _require_fit(skeleton, folder / WEIGHTS)  # before memory is taken for what a strange file asks
@@ -205,7 +205,7 @@ def _require_fit(network: nn.Module, path: Path) -> None:
 
 def _shape(document: Any) -> tuple[int, int, int]:
     """The shape of an image, from JSON."""
-    if not isinstance(document, list) or any(type(size) is not int or not 1 <= size <= 65_536 for size in document):
-        raise ConfigError(f"shape must be [channels, height, width], got {document}")
-    channels, high, wide = document
-    return channels, high, wide
+    match document:
+        case [int(channels), int(high), int(wide)] if all(1 <= size <= 65_536 for size in document):
+            return channels, high, wide
+    raise ConfigError(f"shape must be [channels, height, width], got {document}")

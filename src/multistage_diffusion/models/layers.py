@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.errors import ConfigError
 
 Maps = Float[Tensor, "batch chan high wide"]
 Direction = Literal["down", "up"]
@@ -124,7 +125,10 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = 1 if config.head_channels is None else max(1, channels // config.head_channels)
+        size = min(channels, config.head_channels or channels)
+        if channels % size:
+            raise ConfigError(f"model.head-channels {size} must divide the {channels} channels of an attention layer")
+        self.heads = channels // size
         self.scale = config.skip_scale
         self.norm = group_norm(channels, config)
         self.qkv = initialise(nn.Conv2d(channels, 3 * channels, 1))

@@ -1,0 +1,66 @@
+"""Layers against what they stand for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from multistage_diffusion.models.layers import Attention, NoiseEmbedding, Resample, ResidualBlock, group_norm
+
+
+@pytest.mark.parametrize("kind", ["box", "fir"])
+def test_resampling_keeps_constants_and_halves_or_doubles(kind):
+    x = torch.full((2, 3, 8, 12), 0.7)
+    down, up = Resample("down", kind)(x), Resample("up", kind)(x)
+    assert down.shape == (2, 3, 4, 6) and up.shape == (2, 3, 16, 24)
+    torch.testing.assert_close(down[:, :, 1:-1, 1:-1], torch.full((2, 3, 2, 4), 0.7))
+    torch.testing.assert_close(up[:, :, 2:-2, 2:-2], torch.full((2, 3, 12, 20), 0.7))
+
+
+def test_fir_down_is_the_separable_1_3_3_1_filter():
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    rows = F.conv2d(x, taps.view(1, 1, 4, 1), stride=(2, 1), padding=(1, 0))
+    both = F.conv2d(rows, taps.view(1, 1, 1, 4), stride=(1, 2), padding=(0, 1))
+    torch.testing.assert_close(Resample("down", "fir")(x), both)
+
+
+def test_fir_up_is_the_transpose_of_down_times_4():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1, 2, 8, 8, generator=generator), torch.randn(1, 2, 4, 4, generator=generator)
+    down, up = Resample("down", "fir"), Resample("up", "fir")
+    torch.testing.assert_close((down(x) * y).sum() * 4, (x * up(y)).sum())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_equals_its_definition(heads):
+    config = replace(tiny.MODEL, head_channels=8 // heads, skip_scale=0.7)
+    layer = tiny.randomise(Attention(8, config))
+    x = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0))
+    qkv = layer.qkv(layer.norm(x)).reshape(2, 3, heads, 8 // heads, 15)
+    query, key, value = qkv.unbind(1)
+    weight = torch.einsum("bhci,bhcj->bhij", query, key).mul((8 // heads) ** -0.5).softmax(dim=-1)
+    mixed = torch.einsum("bhij,bhcj->bhci", weight, value).reshape(2, 8, 3, 5)
+    torch.testing.assert_close(layer(x), (x + layer.out(mixed)) * 0.7, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_block_is_its_shortcut():
+    x, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
+    torch.testing.assert_close(ResidualBlock(8, 8, tiny.MODEL)(x, embedding), x * tiny.MODEL.skip_scale)
+
+
+def test_the_embedding_is_the_sinusoid_of_ddpm():
+    embedding = NoiseEmbedding(replace(tiny.MODEL, width=8))
+    embedding.first, embedding.second = torch.nn.Identity(), torch.nn.Identity()
+    embedding.first.weight = torch.zeros(1)
+    c_noise = torch.tensor([0.0, 3.5])
+    rates = torch.tensor([10_000 ** (-i / 3) for i in range(4)])
+    wave = torch.cat(((c_noise[:, None] * rates).cos(), (c_noise[:, None] * rates).sin()), 1)
+    torch.testing.assert_close(embedding(c_noise, None), F.silu(F.silu(wave)))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (12, 3), (16, 4), (128, 16), (320, 16), (144, 16), (4, 1)])
+def test_group_norms_have_at_least_4_channels_a_group(channels, groups):
+    assert group_norm(channels, tiny.MODEL).num_groups == groups
