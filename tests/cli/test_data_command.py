@@ -35,7 +35,7 @@ def test_grid_is_a_picture(tmp_path, capsys):
     assert "1,297 images" in capsys.readouterr().out
     with Image.open(file) as picture:
         assert picture.mode == "L"
-        assert picture.size == (8 * 49 - 1, 8 * 49 - 1)
+        assert picture.size == (8 * 50, 8 * 50)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multistage_diffusion.data import Images, to_uint8
-from multistage_diffusion.data.images import content_key, fit, grid
+from multistage_diffusion.data.images import content_key, fit
 from multistage_diffusion.errors import DataError, NumericsError
 
 
@@ -91,11 +91,3 @@ def test_content_key_sees_pixels_not_channels():
     assert content_key(grey) == content_key(grey.expand(3, -1, -1))
     assert content_key(grey) != content_key(grey.flip(1))
     assert content_key(grey) != content_key(grey.reshape(1, 4, 16))
-
-
-def test_grid_places_images_row_by_row():
-    pixels = some_images(5, 1, 4)
-    sheet = grid(pixels)
-    assert sheet.shape == (1, 9, 14)
-    assert torch.equal(sheet[:, 5:9, 5:9], pixels[4])
-    assert (sheet[:, 4] == 255).all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +36,8 @@ class Options(Common):
     """The part to train on, the part held out, or both."""
     resolution: int | None = None
     """Crop to the central square and resize to this many pixels a side; by default no resizing."""
+    on_bad_file: Literal["error", "skip"] = "skip"
+    """What to do with a picture that cannot be read: stop, or list it; training stops at the first."""
     grid: str | None = None
     """Write a picture of 64 of the images to this PNG file."""
 
@@ -59,7 +60,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     if options.grid is not None and Path(options.grid).suffix.lower() != ".png":
         raise ConfigError(f"--grid must name a .png file, got {options.grid}")
-    images = load_data(options.source, split=options.split, root=options.data_root, resolution=options.resolution)
+    images = load_data(
+        options.source,
+        split=options.split,
+        root=options.data_root,
+        resolution=options.resolution,
+        max_bad=1.0 if options.on_bad_file == "skip" else 0.0,
+    )
     document = _describe(images, options.split)
     if options.grid is not None:
         write_atomic(Path(options.grid), _picture(images))
@@ -118,14 +125,8 @@ def _print(document: dict[str, Any], console: Console) -> None:
 def _picture(images: Images) -> bytes:
     """A PNG file of up to 64 images."""
     import torch
-    from PIL import Image
 
-    from multistage_diffusion.data.images import grid
+    from multistage_diffusion.data.pictures import grid, png
 
     chosen = torch.linspace(0, len(images) - 1, min(_GRID, len(images))).round().long()
-    factor = max(1, _GRID_SIDE // max(images.shape[1:]))
-    pixels = images.images[chosen].repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    sheet = grid(pixels).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[:, :, 0]).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return png(grid(images.floats(chosen), scale=max(1, _GRID_SIDE // max(images.shape[1:])), gap=1))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
 from multistage_diffusion.errors import DataError, NumericsError
 
 MAX_SET_BYTES = 16 * 2**30  # a set larger than this, at one byte a channel, is not loaded into memory
-_CHUNK = 1024  # images resized at a time
+_FILTER = Image.Resampling.BILINEAR
 
 Pixels: TypeAlias = UInt8[Tensor, "batch chan high wide"]
 
@@ -128,7 +128,7 @@ def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch chan resolution resolution"]:
-    """Central square of each image, resized by an antialiased triangle filter (`torch`, bilinear, antialias=True).
+    """Central square of each image, resized by Pillow's antialiased triangle filter (`Resampling.BILINEAR`).
 
     Args:
         images: Pixels.
@@ -137,20 +137,17 @@ def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch chan resolution
     Returns:
         Square images. Those that have the size already pass unchanged; an image's result ignores its batch-mates.
     """
-    height, width = images.shape[2:]
-    if height == width == resolution:
+    high, wide = images.shape[2:]
+    if high == wide == resolution:
         return images
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[:, :, top : top + side, left : left + side]
-    if side == resolution:
-        return square.contiguous()
+    side = min(high, wide)
+    top, left = (high - side) // 2, (wide - side) // 2
+    squares = np.moveaxis(images[:, :, top : top + side, left : left + side].numpy(), 1, 3)
+    if squares.shape[3] == 1:
+        squares = squares[..., 0]
     size = (resolution, resolution)
-    parts = [
-        F.interpolate(part.float(), size, mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
-        for part in square.split(_CHUNK)
-    ]
-    return torch.cat(parts)
+    resized = np.stack([np.asarray(Image.fromarray(square).resize(size, _FILTER)) for square in squares])
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(resized.reshape(len(images), *size, -1), 3, 1)))
 
 
 def content_key(picture: UInt8[Tensor, "chan high wide"]) -> int:
@@ -162,30 +159,10 @@ def content_key(picture: UInt8[Tensor, "chan high wide"]) -> int:
     Returns:
         The first 64 bits of a BLAKE2b hash.
     """
-    colour = picture.expand(3, -1, -1).contiguous()
-    content = hashlib.blake2b(repr(tuple(colour.shape)).encode(), digest_size=8)
-    content.update(colour.numpy().data)
+    content = hashlib.blake2b(repr(tuple(picture.shape[1:])).encode(), digest_size=8)
+    for plane in picture.expand(3, -1, -1).numpy():
+        content.update(np.ascontiguousarray(plane).data)
     return int.from_bytes(content.digest(), "little")
-
-
-def grid(images: Pixels, columns: int | None = None) -> UInt8[Tensor, "chan sheet_high sheet_wide"]:
-    """One picture of many, row by row, with a white line between them.
-
-    Args:
-        images: Pixels.
-        columns: Images a row; by default about as many as rows.
-
-    Returns:
-        The picture; places without an image are white.
-    """
-    count, channels, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    sheet = images.new_full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        sheet[:, top : top + height, left : left + width] = image
-    return sheet
 
 
 def _first(skipped: tuple[str, ...]) -> str:

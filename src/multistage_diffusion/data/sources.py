@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from multistage_diffusion.data.arrays import read_npz
+from multistage_diffusion.data.cifar import read_cifar10
+from multistage_diffusion.data.emoji import read_emoji
+from multistage_diffusion.data.files import read_folder, read_webdataset, read_zip
+from multistage_diffusion.data.hub import read_hub
 from multistage_diffusion.data.idx import read_mnist_like
 from multistage_diffusion.data.images import Images
 from multistage_diffusion.errors import DataError, suggest
@@ -15,19 +21,32 @@ from multistage_diffusion.rng import permutation
 
 Split: TypeAlias = Literal["train", "test", "all"]
 
-_NAMES = ("digits", "mnist", "fashion-mnist")
+_NAMES = (
+    "digits", "mnist", "fashion-mnist", "cifar10", "noto-emoji",
+    "folder:PATH", "zip:PATH", "npz:PATH", "hf:NAME", "webdataset:PATTERN",
+)  # fmt: skip
 _DIGITS_TEST = 500  # of 1,797
 _SPLIT_SEED = 0  # the split is a property of the data: it does not change with a run's seed
 
 
-def load_data(source: str, *, split: Split = "train", root: str | None = None, resolution: int | None = None) -> Images:
+def load_data(
+    source: str,
+    *,
+    split: Split = "train",
+    root: str | None = None,
+    resolution: int | None = None,
+    max_bad: float = 0.0,
+) -> Images:
     """Images of a source.
 
     Args:
-        source: `digits`, `mnist` or `fashion-mnist`.
-        split: The part to train on, the part held out, or both (training part first).
-        root: Folder that holds the source's files; looked in first.
+        source: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `noto-emoji`, `folder:PATH`, `zip:PATH`, `npz:PATH`,
+            `hf:NAME` or `webdataset:PATTERN`.
+        split: The part to train on, the part held out, or both (training part first). A source without parts of its own
+            holds out about a tenth, chosen by the images' content.
+        root: Folder that holds the source's files, looked in first; relative paths in the source start there.
         resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
+        max_bad: Largest share of a collection's pictures that may be unreadable and skipped; 0 refuses the first.
 
     Returns:
         The images, 8 bits a channel.
@@ -37,12 +56,25 @@ def load_data(source: str, *, split: Split = "train", root: str | None = None, r
     """
     if resolution is not None and not 4 <= resolution <= 4096:
         raise DataError(f"resolution must lie in 4..4096, got {resolution}")
-    kind = source.partition(":")[0]
-    match kind:
-        case "digits":
+    kind, _, rest = source.partition(":")
+    path = Path(root or "", rest).expanduser()
+    match (kind, bool(rest)):
+        case ("digits", False):
             images = _digits(split)
-        case "mnist" | "fashion-mnist":
-            images = _own_parts(kind, split, root)
+        case ("mnist" | "fashion-mnist" | "cifar10" as name, False):
+            images = _own_parts(name, split, root)
+        case ("noto-emoji", False):
+            images = read_emoji(root, resolution).part(split)
+        case ("folder", True):
+            images = read_folder(source, path, resolution, max_bad).part(split)
+        case ("zip", True):
+            images = read_zip(source, path, resolution, max_bad).part(split)
+        case ("npz", True):
+            images = read_npz(source, path).part(split)
+        case ("webdataset", True):
+            images = read_webdataset(source, str(path) if "://" not in rest else rest, resolution, max_bad).part(split)
+        case ("hf", True):
+            images = read_hub(source, str(path) if path.is_dir() else rest, resolution, max_bad).part(split)
         case _:
             raise DataError(f"no data source {source!r}{suggest(kind, _NAMES)}")
     return images if resolution is None else images.fitted(resolution)
@@ -69,10 +101,11 @@ def _stratified(labels: Int[Tensor, " batch"], count: int) -> Int[Tensor, " coun
     return order[places].sort().values
 
 
-def _own_parts(name: Literal["mnist", "fashion-mnist"], split: Split, root: str | None) -> Images:
+def _own_parts(name: Literal["mnist", "fashion-mnist", "cifar10"], split: Split, root: str | None) -> Images:
     """A set that comes in two parts."""
-    if split != "all":
-        return read_mnist_like(name, split, root)
-    train, test = read_mnist_like(name, "train", root), read_mnist_like(name, "test", root)
-    assert train.labels is not None and test.labels is not None
-    return Images(name, torch.cat((train.images, test.images)), torch.cat((train.labels, test.labels)), train.classes)
+    parts = [
+        read_cifar10(part, root) if name == "cifar10" else read_mnist_like(name, part, root)
+        for part in (("train", "test") if split == "all" else (split,))
+    ]
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Images(name, torch.cat([part.images for part in parts]), torch.cat(labels), parts[0].classes)

@@ -1,0 +1,270 @@
+"""Many pictures into one set: same shape, labels from folders or a `dataset.json`, bad files counted or refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from multistage_diffusion.data.decode import PictureError, decode
+from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, fit
+from multistage_diffusion.errors import DataError
+
+_TEST_SHARE = 0.1
+_TRAIN_NAMES, _TEST_NAMES = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+_MAX_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of a collection.
+
+    Attributes:
+        name: Its path within the collection, with `/` between the parts.
+        read: Gives the content of the file; raises `PictureError`.
+        label: Name of its class, where the collection says it.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A set of images, and which of them are held out.
+
+    Attributes:
+        images: All images.
+        test: True for those held out.
+    """
+
+    images: Images
+    test: Bool[Tensor, " batch"]
+
+    def part(self, split: str) -> Images:
+        """One part of the set.
+
+        Args:
+            split: `train`, `test` or `all`.
+
+        Returns:
+            Its images; `all` begins with those to train on.
+
+        Raises:
+            DataError: The part is empty.
+        """
+        train, test = (~self.test).nonzero()[:, 0], self.test.nonzero()[:, 0]
+        index = {"train": train, "test": test, "all": torch.cat((train, test))}[split]
+        if len(index) == 0:
+            raise DataError(f"{self.images.name}: too few different images ({len(self.test)}) to hold some out")
+        return self.images.take(index)
+
+
+def collect(
+    source: str, entries: Sequence[Entry], *, resolution: int | None, max_bad: float, skipped: Iterable[str] = ()
+) -> Collection:
+    """Decode the pictures of a collection.
+
+    Args:
+        source: The source, as the user wrote it.
+        entries: Its pictures, in order.
+        resolution: Crop to the central square and resize to this many pixels a side.
+        max_bad: Largest share of the pictures that may be unreadable; 0 refuses the first of them.
+        skipped: What was passed over already.
+
+    Returns:
+        The set. Held out are the parts called `test` or `val`, if there is a `train` too; else a tenth by content.
+
+    Raises:
+        DataError: A bad picture, different sizes and no resolution, too many pixels for memory, or none at all.
+    """
+    good, pictures, keys, bad, total = list[Entry](), list[Tensor](), list[int](), list[str](), 0
+    for entry in entries:
+        try:
+            picture = decode(entry.read())
+        except PictureError as error:
+            bad.append(f"{shown(entry.name)}: {error}")
+            if max_bad == 0:
+                raise DataError(f"{source}: {bad[0]}; remove it, or skip bad files") from error
+            continue
+        keys.append(content_key(picture))
+        picture = picture if resolution is None else fit(picture[None], resolution)[0]
+        if pictures and picture.shape[1:] != pictures[0].shape[1:]:
+            raise DataError(
+                f"{source}: images of different sizes, {_size(pictures[0])} ({shown(good[0].name)}) and "
+                f"{_size(picture)} ({shown(entry.name)}); choose one with --resolution"
+            )
+        good.append(entry)
+        pictures.append(picture)
+        total += 3 * picture[0].numel()
+        if total > MAX_SET_BYTES:
+            raise DataError(f"{source}: more than {MAX_SET_BYTES:,} bytes of pixels; choose a smaller --resolution")
+    if len(bad) > max_bad * len(entries):
+        raise DataError(f"{source}: {len(bad)} of {len(entries)} pictures cannot be read, the first: {bad[0]}")
+    return _assemble(source, good, pictures, keys, (*skipped, *bad))
+
+
+def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:
+    """Which images are held out, by their content alone: a tenth, and at least one if two images differ.
+
+    An image stays on its side when others are added, and copies of an image are on the same side.
+
+    Args:
+        keys: `content_key` of each image.
+
+    Returns:
+        True for images held out.
+    """
+    threshold = int(_TEST_SHARE * 2**64)
+    test = [key < threshold for key in keys]
+    if not any(test):
+        test = [key == min(keys) for key in keys]
+    if all(test):
+        test = [key != max(keys) for key in keys]
+    return torch.tensor(test, dtype=torch.bool)
+
+
+def labels_of_json(source: str, content: bytes) -> Mapping[str, str] | None:
+    """Labels of EDM's `dataset.json`: `{"labels": [["00000/img00000.png", 3], ...]}`.
+
+    Args:
+        source: The source, for messages.
+        content: The file.
+
+    Returns:
+        Class of each picture by name, or None where the file says that there are no labels.
+
+    Raises:
+        DataError: Not such a file.
+    """
+    try:
+        document: Any = json.loads(content)
+        pairs = document["labels"]
+        if pairs is None:
+            return None
+        labels = {name: label for name, label in pairs}
+        if any(type(label) is not int or not 0 <= label < _MAX_CLASSES for label in labels.values()):
+            raise ValueError("labels must be whole numbers from 0")
+        return {str(name): str(label) for name, label in labels.items()}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise DataError(f'{source}: dataset.json must be {{"labels": [["NAME", 3], ...]}} ({reason})') from error
+
+
+def label_entries(source: str, entries: Sequence[Entry], labels: Mapping[str, str] | None) -> list[Entry]:
+    """Give the entries the labels of a `dataset.json`.
+
+    Args:
+        source: The source, for messages.
+        entries: Pictures.
+        labels: Class by name, or None for none.
+
+    Returns:
+        The entries, labelled; in their order.
+
+    Raises:
+        DataError: A picture has no label.
+    """
+    if labels is None:
+        return list(entries)
+    for entry in entries:
+        if entry.name not in labels:
+            raise DataError(f"{source}: dataset.json has no label for {shown(entry.name)}")
+    return [Entry(entry.name, entry.read, labels[entry.name]) for entry in entries]
+
+
+def folder_labels(entries: Sequence[Entry]) -> list[Entry]:
+    """Labels from the names of the folders that the pictures lie in.
+
+    Args:
+        entries: Pictures.
+
+    Returns:
+        The entries, labelled by their outermost folder below a `train` or `test`, if every picture lies in one and
+        there are at least two; else as they came.
+    """
+    skip = 1 if _parts(entries) is not None else 0
+    folders = [PurePosixPath(entry.name).parts[skip:-1] for entry in entries]
+    if not all(folders) or len({folder[0] for folder in folders}) < 2:
+        return list(entries)
+    return [Entry(entry.name, entry.read, folder[0]) for entry, folder in zip(entries, folders, strict=True)]
+
+
+def summary(names: Iterable[str], reason: str) -> list[str]:
+    """Lines for files passed over by their name, one for each ending.
+
+    Args:
+        names: The files.
+        reason: Why.
+
+    Returns:
+        Lines like `3 files .txt: not pictures by their name`.
+    """
+    counts = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
+    return [
+        f"{count} file{'s' if count > 1 else ''} {shown(ending)}: {reason}" for ending, count in sorted(counts.items())
+    ]
+
+
+def shown(name: str) -> str:
+    """A file's name fit for a message: on one line, without characters that cannot be printed.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The same, other characters escaped.
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
+def _assemble(
+    source: str, entries: Sequence[Entry], pictures: Sequence[Tensor], keys: Sequence[int], skipped: tuple[str, ...]
+) -> Collection:
+    """Stack the pictures (in colour if one is), number the labels, choose what is held out."""
+    if not pictures:
+        hint = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
+        raise DataError(f"{source}: no images found{hint}")
+    channels = max(len(picture) for picture in pictures)
+    pixels = torch.stack([picture.expand(channels, -1, -1) for picture in pictures])
+    classes, labels = number_labels([entry.label for entry in entries])
+    own = _parts(entries)
+    return Collection(Images(source, pixels, labels, classes, skipped), hashed_test(keys) if own is None else own)
+
+
+def number_labels(labels: Sequence[str | None]) -> tuple[tuple[str, ...], Tensor | None]:
+    """Numbers for names of classes.
+
+    Args:
+        labels: Name of each image's class.
+
+    Returns:
+        The classes, numbers in their order before names in theirs, and each image's index; no label if one has none.
+    """
+    names = {label for label in labels if label is not None}
+    if not names or None in labels:
+        return (), None
+    numeric = all(name.isdecimal() for name in names)
+    classes = tuple(sorted(names, key=int) if numeric else sorted(names))
+    index = {name: i for i, name in enumerate(classes)}
+    return classes, torch.tensor([index[label] for label in labels if label is not None])
+
+
+def _parts(entries: Sequence[Entry]) -> Tensor | None:
+    """True for pictures below `test` or `val`, if all lie below such a folder or `train`, and both occur."""
+    tops = [PurePosixPath(entry.name).parts[0].lower() for entry in entries]
+    test = [top in _TEST_NAMES for top in tops]
+    named = all(top in (*_TRAIN_NAMES, *_TEST_NAMES) for top in tops)
+    return torch.tensor(test) if named and any(test) and not all(test) else None
+
+
+def _size(picture: Tensor) -> str:
+    return f"{picture.shape[1]} x {picture.shape[2]}"

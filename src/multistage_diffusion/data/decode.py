@@ -1,0 +1,145 @@
+"""One picture file into pixels: what each kind becomes, what is refused, and limits before memory is taken.
+
+    stored as                           becomes
+    1-bit, 8-bit grey                   grey
+    16-bit grey                         grey, 0..65535 scaled to 0..255 and rounded
+    8- or 16-bit RGB, palette           RGB
+    alpha, or a transparent colour      shown on white; a colour hidden under full transparency does not show
+    CMYK                                RGB by (1 - ink)(1 - black); colour profiles are ignored
+    EXIF orientation                    turned upright
+    several pictures in a JPEG          the first
+    animation, pages; float; 32-bit     refused
+
+Only PNG, JPEG, GIF, WebP, BMP and TIFF are tried, so that no other decoder of Pillow sees the file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+MAX_FILE_BYTES = 128 * 2**20
+MAX_PIXELS = 25_000_000  # 6000 x 4000 passes; decoded with transparency, less than 300 MB
+
+
+class PictureError(Exception):
+    """One picture cannot be used; the message says why, in a few words, without the file's name."""
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file's name ends as pictures do.
+
+    Args:
+        name: The name.
+
+    Returns:
+        True for the endings of `ENDINGS`, in any case; False for the companions `._NAME` that macOS adds to archives.
+    """
+    return name.lower().endswith(ENDINGS) and not name.rpartition("/")[2].startswith("._")
+
+
+def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The content of a regular file; a pipe or a device is never waited for.
+
+    Args:
+        path: The file, or a link to it.
+        limit: Largest size allowed, in bytes.
+
+    Returns:
+        The content.
+
+    Raises:
+        PictureError: Missing, not a regular file, or too large.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise PictureError("not a regular file")
+            if status.st_size > limit:
+                raise PictureError(f"{status.st_size} bytes, more than the {limit} allowed")
+            return file.read(limit)
+    except OSError as error:
+        raise PictureError(error.strerror or "cannot be read") from error
+
+
+def decode(content: bytes) -> UInt8[Tensor, "chan high wide"]:
+    """Pixels of a picture file.
+
+    Args:
+        content: The whole file.
+
+    Returns:
+        1 channel (grey) or 3 (RGB), as the table above says.
+
+    Raises:
+        PictureError: Not a picture, damaged, too large, or of a kind that is refused.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow warns of truncated files and of bombs
+            warnings.filterwarnings("ignore", message="Corrupt EXIF")
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                _refuse(image)
+                return _pixels(image)
+    except PictureError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(f"not a picture of a known kind ({', '.join(FORMATS)})") from error
+    except Exception as error:  # a hostile file makes Pillow raise almost anything
+        words = " ".join(str(error).split())[:100]
+        raise PictureError(f"damaged ({words or type(error).__name__})") from error
+
+
+def _refuse(image: Image.Image) -> None:
+    """Checks on the header, before pixels are decoded."""
+    wide, high = image.size
+    if wide * high > MAX_PIXELS or min(wide, high) < 1:
+        raise PictureError(f"{wide} x {high} pixels, more than the {MAX_PIXELS:,} allowed; make it smaller first")
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise PictureError("an animation, or several pages: save the picture that is meant as a file of its own")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise PictureError(f"{'float' if image.mode == 'F' else '32-bit'} pixels have no agreed range: save 8 bits")
+
+
+def _pixels(image: Image.Image) -> UInt8[Tensor, "chan high wide"]:
+    """Decode, turn upright, convert."""
+    transparent = "transparency" in image.info
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey
+        if transparent:
+            raise PictureError("16-bit grey with a transparent colour: save it with 8 bits")
+        wide = np.asarray(image).astype(np.uint32)
+        return torch.from_numpy(((wide * 255 + 32767) // 65535).astype(np.uint8))[None]
+    if image.mode in ("LA", "RGBA", "PA") or transparent:
+        image = _on_white(image)
+    elif image.mode in ("P", "CMYK"):
+        image = image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    if image.mode not in ("L", "RGB"):
+        raise PictureError(f"pixels of kind {image.mode} are not supported: save it as RGB")
+    pixels = np.array(image)
+    planes = pixels[None] if image.mode == "L" else np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+    return torch.from_numpy(planes)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """What a viewer shows of a transparent picture on a white page."""
+    grey = image.mode in ("1", "L", "LA")
+    image = image.convert("LA" if grey else "RGBA")
+    page = Image.new("L" if grey else "RGB", image.size, "white")
+    page.paste(image.convert(page.mode), mask=image.getchannel("A"))
+    return page
