@@ -31,8 +31,8 @@ class Options(Compute):
 
     recipe: tyro.conf.Positional[str]
     """Recipe to start from; it comes first."""
-    out: str
-    """Run directory."""
+    out: str | None = None
+    """Run directory; needed for all but --dry-run."""
     config: str | None = None
     """JSON file with values that replace the recipe's, like the config.json of another run."""
     stages: str | None = None
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Options:
         name, equals, value = word.partition("=")
         if name == "--config" and (equals or index + 1 < len(arguments)):
             base = _merge(base, value if equals else arguments[index + 1])
-    return parse_words(Options, "train", arguments, Options(recipe=arguments[0], out=tyro.MISSING, run=base))
+    return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -92,6 +92,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         if not options.json:
             console.print_json(json.dumps(document))
         return document
+    if options.out is None:
+        raise ConfigError(f"--out is needed: where to keep the run, like --out runs/{options.recipe}")
     device = prepare(options)
 
     from multistage_diffusion.cli.progress import training_progress

@@ -1,0 +1,117 @@
+"""msd sample and msd evaluate, on a run of a few steps."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from multistage_diffusion.cli import dispatch
+from multistage_diffusion.training.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(
+        tiny.run_config(steps=6, learning_rate=0.1, ema_half_life=100.0, ema_ramp_up=None), folder, data=tiny.images()
+    )
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*words):
+        code = dispatch([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture, dtype=int)
+
+
+def test_sample_writes_images_grid_trace_and_cost(run, tmp_path, call):
+    out = tmp_path / "samples"
+    code, stdout, _ = call("sample", run, "--num", 3, "--solver", "heun", "--steps", 2, "--seed", 7, "--out", out,
+                           "--denoise-trace", "--json")  # fmt: skip
+    document = json.loads(stdout)
+    assert code == 0 and document["images"] == 3 and document["nfe"] == 3 and sum(document["stage_calls"]) == 3
+    assert [file.rpartition("/")[2] for file in document["files"]] == [f"seed-{seed:08d}.png" for seed in (7, 8, 9)]
+    assert pixels(document["files"][0]).shape == (8, 8)
+    assert (out / "grid.png").is_file() and (out / "trace.png").is_file()
+
+
+def test_a_seed_is_the_same_image_in_any_batch(run, tmp_path, call):
+    for name, words in {"a": ("--num", 4, "--seed", 0), "b": ("--num", 1, "--seed", 2)}.items():
+        assert call("sample", run, "--steps", 3, "--out", tmp_path / name, *words)[0] == 0
+    one, other = (pixels(tmp_path / name / "seed-00000002.png") for name in "ab")
+    assert np.abs(one - other).max() <= 1
+
+
+def test_ema_is_the_default(run, tmp_path, call):
+    for name, words in {"default": (), "ema": ("--weights", "ema"), "raw": ("--weights", "raw")}.items():
+        assert call("sample", run, "--num", 1, "--steps", 2, "--out", tmp_path / name, *words)[0] == 0
+    default, ema, raw = ((tmp_path / name / "seed-00000000.png").read_bytes() for name in ("default", "ema", "raw"))
+    assert default == ema != raw
+
+
+def test_samples_replace_samples_and_nothing_else(run, tmp_path, call):
+    out = tmp_path / "samples"
+    assert call("sample", run, "--num", 2, "--steps", 1, "--out", out)[0] == 0
+    assert call("sample", run, "--num", 1, "--steps", 1, "--out", out)[0] == 0
+    assert len(list(out.glob("seed-*.png"))) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, _, stderr = call("sample", run, "--num", 1, "--out", tmp_path / "mine")
+    assert code == 2 and "holds other files" in stderr
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--solver", "huen"), 'no solver huen; did you mean "heun"'),
+        (("--steps", "0"), "steps must be at least 1"),
+        (("--spacing", "log-sn"), 'did you mean "log-snr"'),
+        (("--class", "3"), "unconditional"),
+        (("--num", "0"), "num must be at least 1"),
+        (("--device", "quantum"), "--device quantum is not available"),
+    ],
+)
+def test_wrong_options_are_one_line(run, tmp_path, call, words, message):
+    code, stdout, stderr = call("sample", run, "--out", tmp_path / "out", *words)
+    assert code == 2 and stdout == "" and not (tmp_path / "out").exists()
+    assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+def test_sampling_a_damaged_run_is_refused(run, tmp_path, call):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weights = next((copy / "checkpoints").glob("step-*/ema.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    code, _, stderr = call("sample", copy, "--out", tmp_path / "out")
+    assert code == 5 and str(weights) in stderr and not (tmp_path / "out").exists()
+
+
+def test_evaluate_reads_the_held_out_loss_of_a_run(run, tmp_path, call):
+    out = tmp_path / "figures.json"
+    code, stdout, _ = call("evaluate", run, "--metrics", "loss", "--json", "--out", out)
+    document = json.loads(stdout)
+    assert code == 0 and document == json.loads(out.read_text())
+    assert document["loss"] > 0 and len(document["stage_loss"]) == 3 and document["reference"]["images"] == 500
+
+
+def test_evaluate_names_mistakes(run, tmp_path, call):
+    assert "neither a run directory nor a folder" in call("evaluate", tmp_path / "none")[2]
+    assert 'did you mean "fd"' in call("evaluate", run, "--metrics", "fid")[2]
+    (tmp_path / "pictures").mkdir()
+    assert "--data is needed" in call("evaluate", tmp_path / "pictures")[2]
