@@ -1,8 +1,8 @@
 """Counter-based random numbers: pure functions of (seed, stream, index).
 
 Every random number of training and sampling belongs to one sample, named by its global index. It does not depend on
-the batch it is drawn in, on how many processes share the batch, on what was drawn before, or on the device. So a
-resumed run is the same run, and an image's seed is the image.
+the batch it is drawn in, on how many processes share the batch, or on what was drawn before; on the device it depends
+only by the rounding of a logarithm and a cosine. So a resumed run is the same run, and an image's seed is the image.
 
 The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), one sequence a sample, evaluated on whole tensors with
 wrapping 64-bit arithmetic.
@@ -66,7 +66,7 @@ def normal(seed: int, stream: str, index: Int[Tensor, " batch"], shape: Sequence
         shape: Shape of one sample.
 
     Returns:
-        A tensor of shape `(len(index), *shape)`; at most 6.7 in absolute value (32-bit radii).
+        A tensor of shape `(len(index), *shape)`; at most 6.77 in absolute value (32-bit radii).
     """
     count = math.prod(shape)
     half = (count + 1) // 2
