@@ -94,7 +94,7 @@ def test_sampling_a_damaged_run_is_refused(run, tmp_path, call):
 
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    weights = next((copy / "checkpoints").glob("step-*/ema.safetensors"))
+    weights = max((copy / "checkpoints").glob("step-*/ema.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-5] ^= 4
     weights.write_bytes(content)
