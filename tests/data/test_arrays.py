@@ -137,8 +137,8 @@ def test_cifar10(tmp_path):
     [
         ((31, 28, 28), None, "ends before"),
         ((29, 28, 28), None, "goes on after"),
-        ((2**32 - 1, 2**32 - 1, 2**32 - 1), None, "more than the file can hold"),
-        ((60_000, 28, 28), None, "more than the file can hold"),
+        ((2**32 - 1, 2**32 - 1, 2**32 - 1), None, "more than such a file can hold"),
+        ((60_000, 28, 28), None, "more than such a file can hold"),
         ((0, 28, 28), None, "goes on after"),
         ((30, 28, 28), bytes((0, 0, 13, 3)), "not an idx file of bytes"),
         ((30, 28, 28), bytes((0, 0, 8, 1)), "not an idx file of bytes with 3 dimensions"),

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import DataError, NumericsError
@@ -51,6 +53,24 @@ def test_an_image_does_not_feel_its_batch_mates(extractor, digits):
 def test_pixels_and_floats_give_the_same(extractor, digits):
     pixels = digits[1].images[:9]
     assert torch.equal(extractor(pixels).features, extractor(digits[1].floats()[:9]).features)
+
+
+def test_the_kind_of_file_does_not_matter(extractor, digits, tmp_path):
+    test = digits[1].take(torch.arange(60))
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(test.images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "pictures" / f"{i:03}.png")
+    np.savez(tmp_path / "bytes.npz", images=test.images.numpy())
+    np.savez(tmp_path / "floats.npz", images=test.floats().numpy())
+    expected = extractor(test.images).features
+    order = load_data(f"folder:{tmp_path}/pictures", split="all")
+    for name in ("bytes", "floats"):
+        again = load_data(f"npz:{tmp_path}/{name}.npz", split="all")
+        assert again.digest == order.digest  # the same images, the same split
+        ours, theirs = (rows.sort(dim=0).values for rows in (extractor(again.images).features, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
+    with pytest.raises(DataError, match="for images of shape"):  # grey stored as colour is refused, not guessed at
+        extractor(test.images.expand(-1, 3, -1, -1))
 
 
 def test_training_repeats_to_the_bit_and_leaves_the_generator_alone(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from multistage_diffusion.data.collection import Collection, Entry, collect
+from multistage_diffusion.data.decode import read_regular
 from multistage_diffusion.errors import DataError
 
 _FILE = "NotoColorEmoji.ttf"
@@ -44,9 +46,7 @@ def _bitmaps(path: Path) -> dict[str, bytes]:
     """PNG file of each glyph that has one."""
     from fontTools.ttLib import TTFont  # comes with matplotlib
 
-    if path.stat().st_size > _MAX_FONT_BYTES:
-        raise ValueError(f"larger than {_MAX_FONT_BYTES} bytes")
-    with TTFont(path, lazy=True) as font:
+    with TTFont(io.BytesIO(read_regular(path, _MAX_FONT_BYTES)), lazy=True) as font:
         table: Any = font["CBDT"]
         strikes: list[dict[str, Any]] = table.strikeData
         return {name: bytes(glyph.imageData) for name, glyph in strikes[0].items() if hasattr(glyph, "imageData")}

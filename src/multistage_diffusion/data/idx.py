@@ -19,7 +19,8 @@ from multistage_diffusion.data.cache import cache_directory
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images
 from multistage_diffusion.errors import DataError
 
-_MAX_EXPANSION = 1040  # deflate cannot expand more than about 1032:1
+_MAX_EXPANSION = 200  # images do not deflate further; deflate itself reaches 1032
+_UNCHECKED = 2**20  # bytes below which a file may expand as it likes
 _DEBIAN = Path("/usr/share/datasets")
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -67,7 +68,9 @@ def read_idx(path: Path, dimensions: int) -> UInt8[Tensor, ...]:
     try:
         size = path.stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _parse(path, file, dimensions, size * (_MAX_EXPANSION if path.suffix == ".gz" else 1))
+            return _parse(
+                path, file, dimensions, max(_UNCHECKED, size * _MAX_EXPANSION) if path.suffix == ".gz" else size
+            )
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error or type(error).__name__})") from error
 
@@ -83,7 +86,7 @@ def _parse(path: Path, file: io.BufferedIOBase, dimensions: int, most: int) -> T
     shape = struct.unpack(f">{dimensions}I", header)
     count = math.prod(shape)
     if count > min(most, MAX_SET_BYTES):
-        raise DataError(f"{path}: header says {' x '.join(map(str, shape))} bytes, more than the file can hold")
+        raise DataError(f"{path}: header says {' x '.join(map(str, shape))} bytes, more than such a file can hold")
     content = bytearray(file.read(count))
     if len(content) != count or file.read(1):
         what = "ends before" if len(content) != count else "goes on after"
