@@ -17,6 +17,7 @@ def denoising_loss(
     sigma: Float[Tensor, " batch"],
     labels: Int[Tensor, " batch"] | None = None,
     *,
+    augment: Float[Tensor, "batch numbers"] | None = None,
     counts: Sequence[int] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Weighted squared error of the denoised image, one value an image.
@@ -27,6 +28,7 @@ def denoising_loss(
         noise: Standard normal eps.
         sigma: Noise level of each image.
         labels: Class of each image, for a conditional network.
+        augment: How each image was augmented, for a network that is told so.
         counts: How many images each stage has, when rows of a stage lie side by side in order.
 
     Returns:
@@ -36,5 +38,5 @@ def denoising_loss(
     Source: Karras et al. 2022, Eq. 2 and 8.
     """
     level = sigma.to(images)[:, None, None, None]
-    denoised = denoiser(images + level * noise, sigma, labels, counts=counts)
+    denoised = denoiser(images + level * noise, sigma, labels, augment=augment, counts=counts)
     return denoiser.process.loss_weight(sigma).to(images) * (denoised - images).square().mean(dim=(1, 2, 3))

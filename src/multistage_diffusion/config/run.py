@@ -24,10 +24,20 @@ class DataConfig:
     """Resize to this many pixels a side; by default the images stay as they are."""
     flip: bool = False
     """Mirror half of the training images left to right."""
+    augment_probability: float = 0.0
+    """Probability of each of EDM's geometric augmentations; the network is told by model.augment-labels 9."""
+    autoencoder: str | None = None
+    """Train on the latents of this autoencoder of diffusers: a folder, or a hub id like OWNER/NAME/SUBFOLDER."""
+    latent_scale: float | None = None
+    """Factor of the latents; by default their measured standard deviation becomes 1."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data")
         check(self.resolution is None or self.resolution >= 4, "data.resolution", "at least 4", self.resolution)
+        check(0 <= self.augment_probability <= 1, "data.augment-probability", "in [0, 1]", self.augment_probability)
+        check(self.latent_scale is None or self.latent_scale > 0, "data.latent-scale", "positive", self.latent_scale)
+        check(self.autoencoder is None or self.augment_probability == 0, "data.augment-probability",
+              "0 with data.autoencoder: latents do not turn as images do", self.augment_probability)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +75,9 @@ class ModelConfig:
     """Channels of an attention head; by default one head."""
     middle: Literal["encoder", "decoder"] = "encoder"
     """Who owns the blocks at the lowest resolution between the two."""
-    resampling: Literal["block", "conv"] = "block"
-    """Resample inside a residual block, or by a strided / upsampled convolution."""
+    resampling: Literal["block", "conv", "conv-after"] = "block"
+    """Resample inside a residual block, or by a strided / upsampled convolution; conv-after: the strided one is padded
+    right and below only (DDPM)."""
     filter: Literal["box", "fir"] = "box"
     """Resampling filter inside residual blocks: average and nearest, or FIR 1, 3, 3, 1."""
     input_pyramid: bool = False
@@ -79,8 +90,12 @@ class ModelConfig:
     """Epsilon of a group norm."""
     dropout: float = 0.1
     """Dropout in residual blocks."""
+    frequency_shift: Literal[0, 1] = 1
+    """1: sinusoids of the noise level from frequency 1 to 1/10000 (DDPM); 0: the last left out (latent diffusion)."""
     classes: int = 0
     """Number of class labels; 0 trains an unconditional network."""
+    augment_labels: int = 0
+    """Numbers that tell the network how an image was augmented; 9 for data.augment-probability, else 0."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -100,6 +115,7 @@ class ModelConfig:
         check(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
         check(self.groups >= 1, "model.groups", "at least 1", self.groups)
         check(0 <= self.classes <= 1_000_000, "model.classes", "in 0..1000000", self.classes)
+        check(self.augment_labels in (0, 9), "model.augment-labels", "0 or 9", self.augment_labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +208,8 @@ class RunConfig:
                   self.model.decoder_widths)  # fmt: skip
             check(stages <= self.training.batch_size, "training.batch-size", f"at least {stages}, the number of stages",
                   self.training.batch_size)  # fmt: skip
+        check((self.data.augment_probability > 0) == (self.model.augment_labels > 0), "model.augment-labels",
+              "9 with data.augment-probability above 0, and 0 without", self.model.augment_labels)  # fmt: skip
         if self.training.quotas:
             check(len(self.training.quotas) == stages, "training.quotas", f"{stages} shares", self.training.quotas)
 

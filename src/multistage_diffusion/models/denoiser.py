@@ -77,6 +77,7 @@ class Denoiser(nn.Module):
         sigma: float | Float[Tensor, " batch"],
         labels: Int[Tensor, " batch"] | None = None,
         *,
+        augment: Float[Tensor, "batch numbers"] | None = None,
         counts: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch chan high wide"]:
         """Estimate the clean images in x = x0 + sigma eps.
@@ -86,6 +87,7 @@ class Denoiser(nn.Module):
             sigma: One noise level for the whole batch (float: its stage is known on the host and one decoder runs), or
                 one for each image.
             labels: Class of each image, `classes` for none; only for a conditional network.
+            augment: How each image was augmented, for a network that is told so; none in sampling.
             counts: How many images each stage has, when those of stage 0 come first and so on; saves looking the
                 stages up, and waiting for the device.
 
@@ -103,7 +105,7 @@ class Denoiser(nn.Module):
             factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
         )
         c_noise = factors.c_noise.to(x).expand(len(x))
-        return c_skip * x + c_out * self.network(c_in * x, c_noise, stage, labels).to(x.dtype)
+        return c_skip * x + c_out * self.network(c_in * x, c_noise, stage, labels, augment).to(x.dtype)
 
     def hold(self, stage: int | None) -> None:
         """Keep one stage's decoder (and encoder, if separate) on the device; move the others to the CPU.

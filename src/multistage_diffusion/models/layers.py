@@ -53,37 +53,47 @@ def initialise(layer: nn.Conv2d | nn.Linear, *, zero: bool = False) -> nn.Module
 
 @final
 class NoiseEmbedding(nn.Module):
-    """Sinusoids of c_noise, plus the class label's vector, through a two-layer MLP (Ho et al. 2020)."""
+    """Sinusoids of c_noise, plus vectors of class and augmentation, through a two-layer MLP (Ho et al. 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.width = config.width
+        self.width, self.shift = config.width, config.frequency_shift
         self.label = nn.Embedding(config.classes + 1, config.width) if config.classes else None
         self.first = nn.Linear(config.width, 4 * config.width)
         self.second = nn.Linear(4 * config.width, 4 * config.width)
         initialise(self.first)
         initialise(self.second)
+        self.augment: nn.Linear | None = None
+        if config.augment_labels:
+            self.augment = nn.Linear(config.augment_labels, config.width, bias=False)
+            initialise(self.augment)
 
     def forward(
-        self, c_noise: Float[Tensor, " batch"], labels: Int[Tensor, " batch"] | None
+        self,
+        c_noise: Float[Tensor, " batch"],
+        labels: Int[Tensor, " batch"] | None,
+        augment: Float[Tensor, "batch numbers"] | None = None,
     ) -> Float[Tensor, "batch embed"]:
-        """Embed a noise level and a label.
+        """Embed a noise level, a class and an augmentation.
 
         Args:
             c_noise: The process's conditioning value.
             labels: Class of each image; `classes` means none. Absent for an unconditional network.
+            augment: How each image was augmented; absent means not at all, and is the same as zeros.
 
         Returns:
             The embedding, of 4 base widths.
         """
         half = self.width // 2
-        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / max(half - 1, 1)
+        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / max(half - self.shift, 1)
         angle = c_noise.float()[:, None] * torch.exp(-math.log(10_000) * ramp)
         wave = torch.cat((angle.cos(), angle.sin()), dim=1).to(self.first.weight.dtype)
         if self.label is not None:
             if labels is None:
                 labels = torch.full_like(c_noise, self.label.num_embeddings - 1, dtype=torch.int64)
             wave = wave + self.label(labels)
+        if self.augment is not None and augment is not None:
+            wave = wave + self.augment(augment.to(wave.dtype))
         return F.silu(self.second(F.silu(self.first(wave))))
 
 
@@ -202,13 +212,17 @@ class ResidualBlock(nn.Module):
 
 @final
 class ConvResample(nn.Module):
-    """Halve by a strided 3x3 convolution, or double by nearest neighbours and a 3x3 convolution (latent diffusion)."""
+    """Halve by a strided 3x3 convolution, or double by nearest neighbours and a 3x3 convolution (latent diffusion).
 
-    def __init__(self, channels: int, direction: Direction) -> None:
+    With `config.resampling` "conv-after" the strided convolution is padded right and below only (Ho et al. 2020).
+    """
+
+    def __init__(self, channels: int, direction: Direction, config: ModelConfig) -> None:
         super().__init__()
         self.direction = direction
+        self.pad_after = direction == "down" and config.resampling == "conv-after"
         stride = 2 if direction == "down" else 1
-        self.conv = initialise(nn.Conv2d(channels, channels, 3, stride=stride, padding=1))
+        self.conv = initialise(nn.Conv2d(channels, channels, 3, stride=stride, padding=0 if self.pad_after else 1))
 
     def forward(self, x: Maps, embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch chan high2 wide2"]:
         """Resample; the embedding is not used, so that all up and down steps are called alike.
@@ -222,4 +236,4 @@ class ConvResample(nn.Module):
         """
         if self.direction == "up":
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_after else x)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from multistage_diffusion.config import Architecture, EDMConfig, LDMConfig, ModelConfig, ProcessConfig, VPConfig
+from multistage_diffusion.config import (
+    Architecture,
+    EDMConfig,
+    FlowConfig,
+    LDMConfig,
+    ModelConfig,
+    ProcessConfig,
+    VPConfig,
+)
 from multistage_diffusion.errors import ConfigError, suggest
 
 
@@ -37,7 +45,7 @@ def edm_cifar10() -> Preset:
     """The paper's EDM network, 32x32: the decoders own the middle blocks (unified: 55.7 M parameters, 21.19 GMACs)."""
     model = ModelConfig(
         width=128, decoder_widths=(192, 128, 16), multipliers=(2, 2, 2), blocks=4, attention=(16,),
-        middle="decoder", dropout=0.13,
+        middle="decoder", dropout=0.13, augment_labels=9,
     )  # fmt: skip
     return Preset(model=model, process=EDMConfig(), shape=(3, 32, 32), edges=(2.5103, 7.6577))
 
@@ -52,26 +60,60 @@ def ldm_celebahq() -> Preset:
     model = ModelConfig(
         width=224, decoder_widths=(256, 192, 128), multipliers=(1, 2, 3, 4), blocks=2, attention=(32, 16, 8),
         decoder_attention="all", head_channels=32, resampling="conv", skip_scale=1.0, groups=32, norm_eps=1e-5,
-        dropout=0.0,
+        dropout=0.0, frequency_shift=0,
     )  # fmt: skip
     # Steps 442 and 631 of 1000 (Zhang et al. 2024), in sigma on this process's own schedule.
     return Preset(model=model, process=LDMConfig(), shape=(3, 64, 64), edges=(2.1531271, 5.3151631))
 
 
 def digits() -> Preset:
-    """A small network for 8x8 digits: trains in a minute on two CPU cores."""
+    """A small network for 8x8 digits: trains in a minute or two on two CPU cores."""
     model = ModelConfig(
-        width=32, decoder_widths=(32, 32, 16), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
+        width=32, decoder_widths=(24, 16, 8), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
     )  # fmt: skip
-    return Preset(model=model, process=VPConfig(), shape=(1, 8, 8), edges=(0.6, 3.0))
+    # What `msd cluster digits --process vp` finds.
+    return Preset(model=model, process=VPConfig(prediction="v"), shape=(1, 8, 8), edges=(0.686, 5.71))
+
+
+def digits_edm() -> Preset:
+    """The digits' network with EDM's process; the decoders own the middle blocks."""
+    return _edm(digits(), sigma_data=0.54)
+
+
+def digits_flow() -> Preset:
+    """The digits' network with flow matching."""
+    return replace(digits(), process=FlowConfig())
 
 
 def fashion_mnist() -> Preset:
     """A small network for 28x28 images: a few hundred steps a quarter of an hour on two CPU cores."""
     model = ModelConfig(
-        width=32, decoder_widths=(32, 32, 16), multipliers=(1, 2, 2), blocks=1, attention=(7,), dropout=0.0
+        width=32, decoder_widths=(32, 24, 8), multipliers=(1, 2, 2), blocks=1, attention=(7,), dropout=0.0
     )  # fmt: skip
-    return Preset(model=model, process=VPConfig(), shape=(1, 28, 28), edges=(2.6, 14.0))
+    # What `msd cluster fashion-mnist --process vp` finds.
+    return Preset(model=model, process=VPConfig(prediction="v"), shape=(1, 28, 28), edges=(2.6, 14.0))
+
+
+def fashion_mnist_edm() -> Preset:
+    """The Fashion-MNIST network with EDM's process and augmentation labels; the decoders own the middle blocks."""
+    small = _edm(fashion_mnist(), sigma_data=0.59)
+    return replace(small, model=replace(small.model, augment_labels=9))
+
+
+def fashion_mnist_flow() -> Preset:
+    """The Fashion-MNIST network with flow matching."""
+    return replace(fashion_mnist(), process=FlowConfig())
+
+
+def fashion_mnist_ldm() -> Preset:
+    """A small latent-diffusion network on the pixels of Fashion-MNIST, with the discrete process."""
+    return replace(fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDMConfig())
+
+
+def fashion_mnist_latent() -> Preset:
+    """A small latent-diffusion network for 4x8x8 latents of Fashion-MNIST at 32x32."""
+    model = _latent_network((1, 2), attention=(8, 4))
+    return Preset(model=model, process=LDMConfig(), shape=(4, 8, 8), edges=(2.1531271, 5.3151631))
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {
@@ -80,7 +122,13 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "edm-celeba": edm_celeba,
     "ldm-celebahq": ldm_celebahq,
     "digits": digits,
+    "digits-edm": digits_edm,
+    "digits-flow": digits_flow,
     "fashion-mnist": fashion_mnist,
+    "fashion-mnist-edm": fashion_mnist_edm,
+    "fashion-mnist-flow": fashion_mnist_flow,
+    "fashion-mnist-ldm": fashion_mnist_ldm,
+    "fashion-mnist-latent": fashion_mnist_latent,
 }
 
 
@@ -104,3 +152,17 @@ def preset(name: str, architecture: Architecture | None = None) -> Preset:
     if architecture is None:
         return found
     return replace(found, model=replace(found.model, architecture=architecture))
+
+
+def _edm(found: Preset, *, sigma_data: float) -> Preset:
+    """A small preset with EDM's process and who owns its middle blocks; sigma_data is the pixels' deviation."""
+    return replace(found, model=replace(found.model, middle="decoder"), process=EDMConfig(sigma_data=sigma_data))
+
+
+def _latent_network(multipliers: tuple[int, ...], attention: tuple[int, ...]) -> ModelConfig:
+    """Blocks, attention and norms of `ldm_celebahq` at an eighth of its width."""
+    return ModelConfig(
+        width=32, decoder_widths=(32, 32, 16), multipliers=multipliers, blocks=1, attention=attention,
+        decoder_attention="all", head_channels=16, resampling="conv", skip_scale=1.0, groups=32, norm_eps=1e-5,
+        dropout=0.0, frequency_shift=0,
+    )  # fmt: skip

@@ -74,7 +74,7 @@ class Encoder(nn.Module):
             if config.resampling == "block":
                 self.downs.append(ResidualBlock(channels, channels, config, resample="down"))
             else:
-                self.downs.append(ConvResample(channels, "down"))
+                self.downs.append(ConvResample(channels, "down", config))
             if config.input_pyramid:
                 step = initialise(nn.Conv2d(pyramid, channels, 3, padding=1))
                 self.pyramid.append(nn.Sequential(Resample("down", config.filter), step))
@@ -83,7 +83,11 @@ class Encoder(nn.Module):
         self.middle = _middle(channels, config) if config.middle == "encoder" else nn.ModuleList()
 
     def forward(
-        self, x: Maps, c_noise: Float[Tensor, " batch"], labels: Int[Tensor, " batch"] | None = None
+        self,
+        x: Maps,
+        c_noise: Float[Tensor, " batch"],
+        labels: Int[Tensor, " batch"] | None = None,
+        augment: Float[Tensor, "batch numbers"] | None = None,
     ) -> Features:
         """Encode images once, for whichever decoder.
 
@@ -91,11 +95,12 @@ class Encoder(nn.Module):
             x: Preconditioned noisy images.
             c_noise: The process's conditioning value of each image.
             labels: Class of each image, or none.
+            augment: How each image was augmented, or none.
 
         Returns:
             Bottleneck, noise embedding and skip connections.
         """
-        embedding = self.embedding(c_noise, labels)
+        embedding = self.embedding(c_noise, labels, augment)
         pyramid, h = x, self.stem(x)
         skips = [h]
         for level, blocks in enumerate(self.levels):
@@ -132,7 +137,7 @@ class Decoder(nn.Module):
             if level > 0 and config.resampling == "block":
                 self.ups.append(ResidualBlock(channels, channels, config, resample="up"))
             elif level > 0:
-                self.ups.append(ConvResample(channels, "up"))
+                self.ups.append(ConvResample(channels, "up", config))
         self.norm = group_norm(channels, config)
         self.head = initialise(nn.Conv2d(channels, shape[0], 3, padding=1), zero=True)
 
@@ -204,6 +209,7 @@ class MultiDecoderUNet(nn.Module):
         c_noise: Float[Tensor, " batch"],
         stage: int | Sequence[int] | Int[Tensor, " batch"],
         labels: Int[Tensor, " batch"] | None = None,
+        augment: Float[Tensor, "batch numbers"] | None = None,
     ) -> Maps:
         """Raw network output F for each image by its stage's decoder.
 
@@ -214,23 +220,28 @@ class MultiDecoderUNet(nn.Module):
                 (sequence of K counts: nothing is moved and no device is waited for); or the stage of each image in any
                 order (tensor).
             labels: Class of each image, `config.classes` for none; only for a conditional network.
+            augment: The `config.augment_labels` numbers of each image; none where nothing was augmented.
 
         Returns:
             Output of the shape of `x`. An image's output does not depend on the other images.
         """
         if isinstance(stage, int):
-            return self.decoders[stage](self.encoder(stage)(x, c_noise, labels))
+            return self.decoders[stage](self.encoder(stage)(x, c_noise, labels, augment))
         if not isinstance(stage, Tensor):
-            return self._grouped(x, c_noise, stage, labels)
+            return self._grouped(x, c_noise, stage, labels, augment)
         order = stage.argsort(stable=True)
         counts = torch.bincount(stage, minlength=len(self.decoders)).tolist()
-        rows = self._grouped(x[order], c_noise[order], counts, None if labels is None else labels[order])
+        known = None if labels is None else labels[order]
+        told = None if augment is None else augment[order]
+        rows = self._grouped(x[order], c_noise[order], counts, known, told)
         return rows[order.argsort()]
 
-    def _grouped(self, x: Tensor, c_noise: Tensor, counts: Sequence[int], labels: Tensor | None) -> Tensor:
+    def _grouped(
+        self, x: Tensor, c_noise: Tensor, counts: Sequence[int], labels: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
         """Rows of a stage lie side by side: encode all at once (or per stage, if separate), decode slice by slice."""
         assert len(counts) == len(self.decoders) and sum(counts) == len(x), "counts must cover the batch"
-        shared = self.encoders[0](x, c_noise, labels) if len(self.encoders) == 1 else None
+        shared = self.encoders[0](x, c_noise, labels, augment) if len(self.encoders) == 1 else None
         outputs, start = [], 0
         for stage, count in enumerate(counts):
             stop = start + count
@@ -239,7 +250,8 @@ class MultiDecoderUNet(nn.Module):
                     features = shared.rows(start, stop)
                 else:
                     own = None if labels is None else labels[start:stop]
-                    features = self.encoders[stage](x[start:stop], c_noise[start:stop], own)
+                    told = None if augment is None else augment[start:stop]
+                    features = self.encoders[stage](x[start:stop], c_noise[start:stop], own, told)
                 outputs.append(self.decoders[stage](features))
             start = stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

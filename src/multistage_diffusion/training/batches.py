@@ -17,6 +17,7 @@ from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.augment import augment
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Batch:
             distribution without bias (for `single-uniform` batches the weights are 1, as in the paper).
         counts: How many images each stage has.
         labels: (B,) classes, `classes` for a hidden one, int64; none for an unconditional network.
+        augment: (B, 9) how each image was augmented, float32; none without EDM's augmentation.
     """
 
     images: Tensor
@@ -39,6 +41,7 @@ class Batch:
     weight: Tensor
     counts: tuple[int, ...]
     labels: Tensor | None
+    augment: Tensor | None = None
 
 
 def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
@@ -78,6 +81,7 @@ class Batches:
         stages: The partition that the network sees.
         config: Batch size, kind of batches, quotas, seed.
         flip: Mirror half of the images left to right.
+        augment_probability: Probability of each of EDM's geometric augmentations, of which the network must be told.
         classes: Number of labels of a conditional network; 0 hides the labels.
         device: Where batches are made; the images are kept there as 8-bit integers.
 
@@ -93,10 +97,12 @@ class Batches:
         config: TrainingConfig,
         *,
         flip: bool = False,
+        augment_probability: float = 0.0,
         classes: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.process, self.config, self.flip, self.classes = process, config, flip, classes
+        self.process, self.config, self.classes = process, config, classes
+        self.flip, self.augment_probability = flip, augment_probability
         self.shares = training_shares(process, stages)
         edges = torch.tensor([0.0, *stages.edges, float("inf")], dtype=torch.float64)
         self._cdf = process.cdf(edges).tolist()
@@ -131,6 +137,9 @@ class Batches:
         if self.flip:
             mirrored = rng.bits(seed, "flip", index, 1)[:, :, None, None] < 0
             images = torch.where(mirrored, images.flip(3), images)
+        told = None
+        if self.augment_probability:
+            images, told = augment(images, seed, index, self.augment_probability)
         labels = None
         if self._labels is not None:
             hidden = rng.uniform(seed, "label", index, 1)[:, 0] < self.config.label_dropout
@@ -139,7 +148,7 @@ class Batches:
         sigma = self.process.icdf(self._levels(counts, rng.uniform(seed, "sigma", index, 1)[:, 0]))
         repeats = torch.tensor(counts, device=device)
         weight = torch.tensor(weights, device=device).repeat_interleave(repeats, output_size=size)
-        return Batch(images, noise, sigma, weight, counts, labels)
+        return Batch(images, noise, sigma, weight, counts, labels, told)
 
     def _split(self, step: int) -> tuple[tuple[int, ...], list[float]]:
         """How many rows each stage has in this step, and the weight of its rows."""

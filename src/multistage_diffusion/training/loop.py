@@ -87,7 +87,8 @@ class Trainer:
         training = config.training
         self.batches = Batches(
             data, self.denoiser.process, self.denoiser.stages, training,
-            flip=config.data.flip, classes=config.model.classes, device=self.device,
+            flip=config.data.flip, augment_probability=config.data.augment_probability,
+            classes=config.model.classes, device=self.device,
         )  # fmt: skip
         self.ema = EMA(self.denoiser.network, training.ema_half_life, training.ema_ramp_up)
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
@@ -135,8 +136,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(rng.bits(training.seed, "dropout", torch.tensor([self.step]), 1)))
             losses = denoising_loss(
-                self.denoiser, batch.images, batch.noise, batch.sigma, batch.labels, counts=batch.counts
-            )
+                self.denoiser, batch.images, batch.noise, batch.sigma, batch.labels, augment=batch.augment,
+                counts=batch.counts,
+            )  # fmt: skip
         loss = (batch.weight * losses).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

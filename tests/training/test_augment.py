@@ -1,0 +1,106 @@
+"""EDM's geometric augmentation: what it does to images, what it tells the network."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from multistage_diffusion.config import DataConfig
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.training.augment import LABELS, augment, warp
+from multistage_diffusion.training.loop import Trainer
+
+INDEX = torch.arange(400)
+
+
+def smooth(count=1, side=16):
+    """Images without detail near the pixel size, which any good resampling keeps."""
+    ramp = (torch.arange(side) + 0.5) / side * math.pi
+    waves = torch.stack([torch.outer((a * ramp).cos(), (b * ramp).cos()) for a, b in ((1, 2), (2, 1), (3, 0))])
+    return waves[None].repeat(count, 1, 1, 1) + torch.arange(float(count))[:, None, None, None] / 10
+
+
+def moved(images, matrix=((1.0, 0.0), (0.0, 1.0)), shift=(0.0, 0.0)):
+    count = len(images)
+    return warp(images, torch.tensor(matrix).repeat(count, 1, 1), torch.tensor(shift).repeat(count, 1))
+
+
+def test_doing_nothing_changes_little():
+    images = smooth()
+    torch.testing.assert_close(moved(images), images, atol=0.02, rtol=0)
+
+
+def test_a_shift_is_in_pixels_right_and_down_and_reflects_at_the_border():
+    images = smooth()
+    right = torch.cat((images[..., :3].flip(3), images[..., :-3]), dim=3)
+    down = torch.cat((images[:, :, :3].flip(2), images[:, :, :-3]), dim=2)
+    torch.testing.assert_close(moved(images, shift=(3.0, 0.0)), right, atol=0.03, rtol=0)
+    torch.testing.assert_close(moved(images, shift=(0.0, 3.0)), down, atol=0.03, rtol=0)
+
+
+def test_a_quarter_turn_and_a_doubling():
+    images = smooth()
+    # The output at p shows the input at matrix p: with (x, y) -> (y, -x), y pointing down, the picture turns clockwise.
+    torch.testing.assert_close(moved(images, ((0.0, 1.0), (-1.0, 0.0))), images.rot90(-1, (2, 3)), atol=0.02, rtol=0)
+    twice = moved(images, ((0.5, 0.0), (0.0, 0.5)))
+    torch.testing.assert_close(
+        twice[..., ::2, ::2][..., 1:7, 1:7].mean(), images[..., 5:11, 5:11].mean(), atol=0.1, rtol=0
+    )
+
+
+def test_brightness_is_kept():
+    grey = torch.full((400, 1, 8, 12), 0.25)
+    out, _ = augment(grey, 0, INDEX, 1.0)
+    torch.testing.assert_close(out, grey, atol=1e-5, rtol=0)
+
+
+def test_an_image_ignores_its_neighbours_and_the_seed_decides():
+    images = smooth(400, side=8)
+    out, labels = augment(images, 0, INDEX, 0.5)
+    for row in (0, 7, 123):
+        alone, told = augment(images[row : row + 1], 0, INDEX[row : row + 1], 0.5)
+        torch.testing.assert_close(alone[0], out[row], atol=1e-6, rtol=0)
+        assert torch.equal(told[0], labels[row])
+    assert not torch.equal(augment(images, 1, INDEX, 0.5)[1], labels)
+
+
+def test_without_probability_images_are_mirrored_at_most():
+    images = smooth(400, side=8)
+    out, labels = augment(images, 0, INDEX, 0.0)
+    mirrored = labels[:, 0] == 1
+    assert 150 < int(mirrored.sum()) < 250 and not labels[:, 1:].any()
+    assert torch.equal(out[mirrored], images[mirrored].flip(3)) and torch.equal(out[~mirrored], images[~mirrored])
+
+
+def test_labels_say_how_often_and_how_much():
+    _, labels = augment(torch.zeros(4000, 1, 4, 4), 0, torch.arange(4000), 0.12)
+    assert labels.shape == (4000, LABELS)
+    shares = (labels != 0).double().mean(dim=0).tolist()
+    assert shares == pytest.approx([0.5, 0.06, *[0.12] * 7], abs=0.02)
+    for column in (2, 7, 8):  # scale and shift are standard normal where they happen
+        drawn = labels[:, column][labels[:, column] != 0]
+        assert float(drawn.std()) == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close((labels[:, 3] + 1) ** 2 + labels[:, 4] ** 2, torch.ones(4000))
+
+
+def test_a_run_trains_with_it_and_zeros_are_no_augmentation():
+    data = DataConfig(source="digits", augment_probability=0.5)
+    config = replace(tiny.run_config(), data=data, model=replace(tiny.SMALLEST, augment_labels=LABELS))
+    trainer = Trainer(config, tiny.images())
+    for _ in trainer.run(3):
+        pass
+    denoiser = trainer.denoiser.eval()
+    assert isinstance(denoiser, Denoiser)
+    x = torch.randn(2, *tiny.SHAPE)
+    with torch.no_grad():
+        plain = denoiser(x, 1.0)
+        assert torch.equal(denoiser(x, 1.0, augment=torch.zeros(2, LABELS)), plain)
+        assert not torch.equal(denoiser(x, 1.0, augment=torch.ones(2, LABELS)), plain)
+
+
+def test_the_network_must_be_told():
+    with pytest.raises(ConfigError, match="augment-labels must be 9 with"):
+        replace(tiny.run_config(), data=DataConfig(augment_probability=0.12))
