@@ -167,12 +167,14 @@ def _trace(model: ModelResult) -> dict[str, Any]:
     stages = Stages(model.config.edges)
     frames = [stages.of(sigma) for sigma, _ in model.trace]
     images = stack([denoised[:TRACED] for _, denoised in model.trace])
-    strip = grid(images, columns=len(frames), scale=5, gap=4, frames=frames * TRACED, smooth=True)
-    return _image(strip)
+    strip = grid(images, columns=len(frames), scale=5, gap=2, frames=frames * TRACED, smooth=True)
+    return {**_image(strip), "sigmas": [f"{sigma:.0f}" if sigma >= 10 else f"{sigma:.2g}" for sigma, _ in model.trace]}
 
 
 def _quality_figure(result: DemoResult) -> Figure:
     """Fréchet distance and held-out loss against training FLOPs."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure, axes = _figure(1, 2, 7.6, 3.1)
     for name, model in result.models.items():
         spent = [point.tflops for point in model.points]
@@ -187,8 +189,12 @@ def _quality_figure(result: DemoResult) -> Figure:
     axes[0].axhline(result.floor, color="#6b7280", linewidth=0.8)
     axes[0].text(0.98, result.floor, "training images", color="#6b7280", fontsize=8, va="bottom", ha="right",
                  transform=axes[0].get_yaxis_transform())  # fmt: skip
-    axes[0].set(xlabel="training TFLOPs", ylabel="Fréchet distance (lower is better)", yscale="log")
-    axes[1].set(xlabel="training TFLOPs", ylabel="held-out denoising loss", yscale="log")
+    axes[0].set(xlabel="training TFLOPs", ylabel="Fréchet distance", yscale="log", xlim=(0, None))
+    axes[1].set(xlabel="training TFLOPs", ylabel="held-out denoising loss", yscale="log", xlim=(0, None))
+    for axis in axes:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is axes[0] else (1, 1.2, 1.5, 2, 3, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -211,7 +217,7 @@ def _svg(figure: Figure) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "multistage", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
