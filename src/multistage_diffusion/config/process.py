@@ -91,7 +91,7 @@ class EDMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LDMConfig:
-    """Discrete process of latent diffusion (Rombach et al. 2022): betas linear in their square roots.
+    """Discrete process of latent diffusion (Rombach et al. 2022), and with linear betas of DDPM (Ho et al. 2020).
 
     Time t is the step's index, 0 to num_steps - 1.
     """
@@ -105,6 +105,8 @@ class LDMConfig:
     """First beta."""
     beta_last: float = 0.0195
     """Last beta."""
+    betas: Literal["sqrt-linear", "linear"] = "sqrt-linear"
+    """What runs evenly from the first to the last: the square root of beta (latent diffusion), or beta (DDPM)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "process")

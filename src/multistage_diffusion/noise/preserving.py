@@ -108,8 +108,9 @@ class LDM(Process[LDMConfig]):
 
     def __init__(self, config: LDMConfig = LDMConfig()) -> None:  # noqa: B008
         self.config = config
-        root = torch.linspace(config.beta_first**0.5, config.beta_last**0.5, config.num_steps, dtype=torch.float64)
-        kept = torch.log1p(-(root**2)).cumsum(0)  # ln of the signal's share of the variance
+        power = 0.5 if config.betas == "sqrt-linear" else 1.0
+        ramp = torch.linspace(config.beta_first**power, config.beta_last**power, config.num_steps, dtype=torch.float64)
+        kept = torch.log1p(-(ramp ** (1 / power))).cumsum(0)  # ln of the signal's share of the variance
         self._levels = torch.expm1(-kept).sqrt()
         self.sigma_min, self.sigma_max = float(self._levels[0]), float(self._levels[-1])
 
