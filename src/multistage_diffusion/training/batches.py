@@ -19,6 +19,8 @@ from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.augment import augment
 
+_BELOW_ONE = 1 - 2.0**-53
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -169,7 +171,7 @@ class Batches:
         for stage, rows in enumerate(draws.split(counts)):
             cell = (torch.arange(len(rows), device=draws.device) + rows) / max(len(rows), 1)
             positions.append(torch.lerp(self._edge(stage, cell), self._edge(stage + 1, cell), cell))
-        return torch.cat(positions)
+        return torch.cat(positions).clamp(max=_BELOW_ONE)  # a sum may round to 1, where sigma can be infinite
 
     def _edge(self, index: int, like: Tensor) -> Tensor:
         return torch.full_like(like, self._cdf[index])
