@@ -10,6 +10,8 @@ from multistage_diffusion.analytic import GaussianDenoiser, OptimalDenoiser
 from multistage_diffusion.clustering import cluster
 from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.optimal import extrapolated
+from multistage_diffusion.clustering.options import Options
 from multistage_diffusion.clustering.similarity import (
     Similarity,
     bootstrap_weights,
@@ -192,6 +194,17 @@ def test_the_file_holds_how_the_stages_were_found(digits, tmp_path):
     assert document["process"]["kind"] == "flow"
     assert document["options"]["eta"] == 2 / 256
     assert document["edges_t"] == pytest.approx(list(found.edges_t))
+
+
+def test_a_line_through_parts_that_have_no_edge_is_refused():
+    """Two images may be so alike that every level agrees; a straight line through that means nothing."""
+    whole = curves(None, lambda u: 1 - u, lambda u: u)
+    blind = curves(None, lambda u: torch.ones_like(u), lambda u: u)
+    options = Options(method="optimal-denoiser", stages=3, eta=0.1, alpha=0.9, samples=None, reference="data-mean",
+                      measure="time", objective=None, unit_range=False, within_class=False, max_images=8, resamples=0,
+                      seed=0)  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot be extrapolated from"):
+        extrapolated([blind, whole, whole], [2, 4, 8], 16, 0.8, (0.7, 0.9), options)
 
 
 @pytest.mark.parametrize(

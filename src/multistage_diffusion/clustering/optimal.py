@@ -28,6 +28,7 @@ from multistage_diffusion.clustering.similarity import (
     first_crossings,
     interval,
 )
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
 
 _GRID = 64  # levels of the similarity matrices
@@ -45,12 +46,12 @@ class Found:
     extrapolation: dict[str, Any] | None = None
 
 
-def _denoiser(images: Tensor, labels: Tensor | None, options: Options, device: torch.device | None) -> OptimalDenoiser:
-    """The exact denoiser of the entries that vary; a constant border agrees everywhere and would only dilute."""
+def _compared(images: Tensor, options: Options) -> Tensor:
+    """The entries that vary, in the range asked for; a constant border agrees everywhere and would only dilute."""
     varies = images.amin(0) < images.amax(0)
     if not bool(varies.all()):
         images = images[:, varies][:, :, None, None]
-    return OptimalDenoiser(images / 2 if options.unit_range else images, labels=labels, device=device)
+    return images / 2 if options.unit_range else images
 
 
 def algorithm_1(
@@ -61,15 +62,30 @@ def algorithm_1(
     device: torch.device | None,
     progress: Progress | None,
 ) -> Found:
-    """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N."""
+    """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N.
+
+    Args:
+        images: The data set.
+        labels: Class of each image, for posteriors within a class.
+        process: Gives the noise levels.
+        options: What was asked for.
+        device: Where to compute.
+        progress: Called with the pairs done and their number.
+
+    Returns:
+        The edges, their intervals and the similarities behind them.
+
+    Raises:
+        ConfigError: No level qualifies, all do, or the edges cross.
+    """
     limit = options.max_images or len(images)
     sizes = [limit // 4, limit // 2, limit] if limit < len(images) else [len(images)]
     order = rng.permutation(options.seed, "cluster/subset", 0, len(images)) if len(sizes) > 1 else None
     pairs = draw_random(process, options.measure, sizes[0], options.draws, options.seed)
-    results = []
+    images, results = _compared(images, options), []
     for size in sizes:
         part = slice(None) if order is None else order[:size]
-        exact = _denoiser(images[part], None if labels is None else labels[part], options, device)
+        exact = OptimalDenoiser(images[part], labels=None if labels is None else labels[part], device=device)
         results.append(
             compare_to_ends(exact, pairs, options.eta, options.reference, process.sigma_max,
                             within_class=labels is not None, progress=progress)
@@ -77,10 +93,10 @@ def algorithm_1(
     found = first_crossings(results[-1], options.alpha, resamples=options.resamples, seed=options.seed)
     if len(sizes) == 1:
         return Found(found.edges, found.intervals if options.resamples else (), similarity=results[-1])
-    return _extrapolated(results, sizes, len(images), found.edges[1], found.intervals[1], options)
+    return extrapolated(results, sizes, len(images), found.edges[1], found.intervals[1], options)
 
 
-def _extrapolated(
+def extrapolated(
     results: list[Similarity],
     sizes: list[int],
     images: int,
@@ -88,7 +104,22 @@ def _extrapolated(
     upper_interval: tuple[float, float],
     options: Options,
 ) -> Found:
-    """The lower edge by a straight line in ln N through nested parts of the images; the upper one does not move."""
+    """The lower edge by a straight line in ln N through nested parts of the images; the upper one does not move.
+
+    Args:
+        results: Similarities of the same pairs in each part.
+        sizes: Images in each part, increasing.
+        images: Number of images to extrapolate to.
+        upper: The upper edge, as a share of the measure.
+        upper_interval: Its interval.
+        options: What was asked for.
+
+    Returns:
+        Both edges; the interval of the lower one is widened by how far the last two parts' line misses that of all.
+
+    Raises:
+        ConfigError: A part has no lower edge, or the line leaves the range below the upper edge.
+    """
     weights = bootstrap_weights(len(results[0].u), options.resamples, options.seed)
     lower = torch.stack([edge_samples(result, weights, options.alpha)[0] for result in results])
     logs = torch.tensor(sizes, dtype=torch.float64).log()
@@ -98,7 +129,12 @@ def _extrapolated(
     last = lower[-1] + (lower[-1] - lower[-2]) / (logs[-1] - logs[-2]) * (math.log(images) - logs[-1])
     curvature = float((line - last)[0].abs())
     low, high = interval(line[1:]) if options.resamples else (float(line[0]), float(line[0]))
-    edge = min(max(float(line[0]), 0.0), upper)
+    edge = float(line[0])
+    if not (0 < edge < upper and bool(((lower[:, 0] > 0) & (lower[:, 0] < 1)).all())):
+        raise ConfigError(
+            f"the lower edge cannot be extrapolated from {sizes} images: it lies at {lower[:, 0].tolist()} of the "
+            f"levels, and the upper one at {upper:.4f}; raise max-images"
+        )
     record = {"sizes": sizes, "images": images, "u": lower[:, 0].tolist(), "extrapolated_u": edge,
               "curvature_error_u": curvature}  # fmt: skip
     bounds = (max(low - curvature, 0.0), min(high + curvature, 1.0))
@@ -114,13 +150,25 @@ def dynamic_programme(
     device: torch.device | None,
     progress: Progress | None,
 ) -> Found:
-    """Any number of stages by the dynamic programme on a matrix over levels."""
+    """Any number of stages by the dynamic programme on a matrix over levels.
+
+    Args:
+        images: The data set; a random part of it, if `options.max_images` is smaller.
+        labels: Class of each image, for posteriors within a class.
+        process: Gives the noise levels.
+        options: What was asked for.
+        device: Where to compute.
+        progress: Called with the pairs done and their number.
+
+    Returns:
+        The edges, their intervals, the matrices and what other numbers of stages reach.
+    """
     limit = min(options.max_images or len(images), len(images))
     if limit < len(images):
         order = rng.permutation(options.seed, "cluster/subset", 0, len(images))[:limit]
         images, labels = images[order], None if labels is None else labels[order]
     pairs = draw_grid(process, options.measure, limit, options.draws, _GRID, options.seed)
-    exact = _denoiser(images, labels, options, device)
+    exact = OptimalDenoiser(_compared(images, options), labels=labels, device=device)
     found = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
     by_pair = (found.similar if options.chosen == "similarity" else found.gram).double()
     weights = bootstrap_weights(len(by_pair), options.resamples, options.seed)

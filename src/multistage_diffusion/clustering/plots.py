@@ -37,6 +37,7 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
     "svg.fonttype": "none",
 }
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 _BINS = 40  # points of a similarity curve
 _APART = 0.045  # least distance between marks on the axis of noise levels
 _MEASURES = {"time": "share of the noise levels below (uniform in time)",
@@ -147,7 +148,7 @@ def _matrix(clustering: Clustering) -> Figure:
     right.plot(counts, gain, "o-", color=BLUE, lw=1.5, ms=4)
     chosen = len(clustering.stages)
     right.plot(chosen, gain[chosen - 1], "o", color=ORANGE, ms=8)
-    explained = "similarity within stages" if record["objective"] == "similarity" else "of the denoiser explained"
+    explained = "similarity within stages" if record["objective"] == "similarity" else "variation explained"
     right.set(xlabel="stages", ylabel=f"{explained} (%)", xticks=counts, ylim=(0, 102))
     right.grid(axis="y", lw=0.4, color="#DDDDDD")
     return figure
@@ -165,10 +166,10 @@ def _shade(axes: Axes, clustering: Clustering) -> None:
     shares = _shares(clustering)
     for stage, (low, high) in enumerate(zip([0.0, *shares], [*shares, 1.0], strict=True)):
         axes.axvspan(low, high, color=STAGE_COLOURS[stage], alpha=0.13, lw=0)
-        axes.text((low + high) / 2, 0.03, f"stage {stage}", ha="center", fontsize=8, color=GREY)
+        axes.text((low + high) / 2, 0.03, f"stage {stage}", ha="center", fontsize=8, color=GREY, bbox=_PAPER)
     for share, sigma in zip(shares, clustering.stages.edges, strict=True):
         axes.axvline(share, color="black", lw=1)
-        axes.annotate(f" {share:.3f}\n sigma {sigma:.3g}", (share, 0.13), fontsize=8)
+        axes.annotate(f"{share:.3f}\nsigma {sigma:.3g}", (share + 0.01, 0.13), fontsize=8, bbox=_PAPER)
 
 
 def _sigma_axis(axes: Axes, clustering: Clustering) -> None:
