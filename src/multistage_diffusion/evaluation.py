@@ -130,14 +130,17 @@ def distances(
         batch_size: Real images at a time.
 
     Returns:
-        One key a metric; `prdc` is four figures.
+        One key a metric; `prdc` is four figures; `cautions` where there are too few images.
     """
     measured = Distances(metrics, extractor.num_features)
     for rows in torch.arange(len(reference)).split(batch_size):
         measured.update(extractor(reference.floats(rows)), real=True)
     for batch in images:
         measured.update(extractor(batch), real=False)
-    return measured.figures()
+    figures: dict[str, Any] = dict(measured.figures())
+    if cautions := measured.cautions():
+        figures["cautions"] = list(cautions)
+    return figures
 
 
 def evaluate(

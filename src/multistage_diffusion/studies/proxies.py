@@ -1,0 +1,143 @@
+"""Short proxy runs behind the allocation of decoder widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from multistage_diffusion.clustering.allocation import (
+    Allocation,
+    Law,
+    Measurement,
+    allocate_sampling,
+    allocate_training,
+    fit_law,
+)
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.data import Images
+from multistage_diffusion.evaluation import held_out_loss
+from multistage_diffusion.metrics.cost import StageCost, network_cost, training_shares
+from multistage_diffusion.noise import make_process, sigma_schedule
+from multistage_diffusion.sampling import find_solver, plan
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.loop import Trainer
+
+Say = Callable[[str], None]
+
+
+def run_proxies(
+    config: RunConfig,
+    data: Images,
+    test: Images,
+    widths: Sequence[int],
+    *,
+    steps: int = 300,
+    points: int = 3,
+    device: torch.device | str = "cpu",
+    say: Say = print,
+) -> list[Measurement]:
+    """Train a network with equal decoders for each width, and read each stage's held-out loss on the way.
+
+    Args:
+        config: The run; its decoder widths are replaced.
+        data: Training images.
+        test: Held-out images.
+        widths: Decoder widths to try.
+        steps: Steps of each proxy run.
+        points: Readings of each, at steps / 2^(points - 1), ..., steps / 2, steps.
+        device: Where to train.
+        say: Told what was measured, in lines.
+
+    Returns:
+        One measurement for each width and reading.
+    """
+    stages, measurements = Stages(config.stages.edges), []
+    for width in widths:
+        model = replace(config.model, architecture="multistage", decoder_widths=(width,) * len(stages))
+        trainer = Trainer(replace(config, model=model), data, device, stages)
+        for point in reversed(range(points)):
+            for _ in trainer.run(max(1, steps // 2**point)):
+                pass
+            found = held_out_loss(trainer.averaged(), test, stages=stages)
+            losses = tuple(loss for loss in found.stage_loss if loss is not None)
+            assert len(losses) == len(stages), "every stage has held-out noise levels"
+            measurements.append(Measurement(width, trainer.images, losses))
+            say(f"decoders of width {width}, {trainer.images} images: stage losses "
+                + ", ".join(f"{loss:.4f}" for loss in losses))  # fmt: skip
+    return measurements
+
+
+def fit_laws(measurements: Sequence[Measurement]) -> tuple[Law, ...]:
+    """The law of each stage.
+
+    Args:
+        measurements: Proxy runs.
+
+    Returns:
+        One law a stage.
+    """
+    return tuple(fit_law(measurements, stage) for stage in range(len(measurements[0].stage_loss)))
+
+
+def widths_for_training(
+    config: RunConfig, shape: tuple[int, int, int], laws: Sequence[Law], candidates: Sequence[int], budget: float
+) -> Allocation:
+    """Decoder widths of least expected loss under a budget of training FLOPs.
+
+    Args:
+        config: The run.
+        shape: (C, H, W) of an image.
+        laws: Law of each stage.
+        candidates: Widths to choose from.
+        budget: Training FLOPs in all.
+
+    Returns:
+        The widths.
+    """
+    stages = Stages(config.stages.edges)
+    flops = _flops(config, shape, candidates, len(stages), lambda cost: cost.training_flops)
+    return allocate_training(laws, training_shares(make_process(config.process), stages), candidates, flops, budget)
+
+
+def widths_for_sampling(
+    config: RunConfig,
+    shape: tuple[int, int, int],
+    laws: Sequence[Law],
+    candidates: Sequence[int],
+    budget: float,
+    images: float,
+) -> Allocation:
+    """Decoder widths of least expected loss under a budget of FLOPs for drawing one image with the run's sampler.
+
+    Args:
+        config: The run.
+        shape: (C, H, W) of an image.
+        laws: Law of each stage.
+        candidates: Widths to choose from.
+        budget: FLOPs of one image.
+        images: Images of training at which the loss is read.
+
+    Returns:
+        The widths.
+    """
+    stages, process, sampling = Stages(config.stages.edges), make_process(config.process), config.sampling
+    solver = find_solver(sampling.solver)
+    planned = plan(solver, sigma_schedule(process, sampling.spacing or solver.default_spacing, sampling.steps), stages)
+    calls = [planned.count(stage) for stage in range(len(stages))]
+    flops = _flops(config, shape, candidates, len(stages), lambda cost: cost.flops)
+    return allocate_sampling(laws, training_shares(process, stages), candidates, flops, calls, budget, images)
+
+
+def _flops(
+    config: RunConfig,
+    shape: tuple[int, int, int],
+    candidates: Sequence[int],
+    stages: int,
+    read: Callable[[StageCost], float],
+) -> list[list[float]]:
+    """FLOPs of a stage at each candidate width; all stages have the same encoder, so the rows are equal."""
+    model = replace(config.model, architecture="multistage", decoder_widths=tuple(candidates))
+    row = [float(read(cost)) for cost in network_cost(model, shape).stages]
+    return [row] * stages
