@@ -70,8 +70,8 @@ def fashion_mnist() -> RunConfig:
 def fashion_mnist_edm() -> RunConfig:
     """Fashion-MNIST, EDM's process with its geometric augmentation."""
     sampling = SamplingConfig(solver="heun", steps=18, spacing="karras")
-    base = _with(fashion_mnist(), presets.fashion_mnist_edm(), sampling)
-    return replace(base, data=DataConfig(source="fashion-mnist", augment_probability=0.12))
+    data = DataConfig(source="fashion-mnist", augment_probability=0.12)
+    return _with(fashion_mnist(), presets.fashion_mnist_edm(), sampling, data)
 
 
 def fashion_mnist_flow() -> RunConfig:
@@ -192,8 +192,9 @@ def recipe(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
-def _with(base: RunConfig, preset: Preset, sampling: SamplingConfig) -> RunConfig:
-    """A recipe with another network, process and sampler."""
+def _with(base: RunConfig, preset: Preset, sampling: SamplingConfig, data: DataConfig | None = None) -> RunConfig:
+    """A recipe with another network, process and sampler, and perhaps other data."""
     return replace(
-        base, process=preset.process, stages=StagesConfig(edges=preset.edges), model=preset.model, sampling=sampling
-    )
+        base, data=data or base.data, process=preset.process, stages=StagesConfig(edges=preset.edges),
+        model=preset.model, sampling=sampling,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after `msd`; by default those of the process.
     """
+    warnings.showwarning = _show_warning
     sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -47,17 +49,11 @@ def dispatch(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if arguments else 2
-    if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(version("multistage-diffusion"))
-        return 0
     debug = "--debug" in arguments
     try:
-        return _run(arguments[0], arguments[1:])
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if debug:
             raise
@@ -69,14 +65,24 @@ def dispatch(arguments: list[str]) -> int:
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(words: list[str]) -> int:
     """Parse a command's options, call it, print its document."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("multistage-diffusion"))
+        return 0
+
     from rich.console import Console
 
+    name, arguments = words[0], words[1:]
     if name not in COMMANDS:
         raise ConfigError(f"no command {name}{suggest(name, COMMANDS)}; see msd --help")
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
@@ -132,8 +138,14 @@ def _plain(panel: str) -> str:
     return f"{message}; did you mean {near[1]}?" if near else message
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line for people, without the place in the code."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    rows = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
     return f"""usage: msd COMMAND ...    (each has --help with an example)
 
 Train diffusion models in stages: noise levels clustered, one shared encoder, one decoder per stage.

@@ -46,14 +46,15 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     loaded = load_run(options.run, weights=options.weights)
     denoiser, path = loaded.denoiser, Path(options.out)
-    metadata = {
-        "model": json.dumps(to_dict(denoiser.network.config)),
-        "process": json.dumps(to_dict(denoiser.process.config)),
-        "edges": json.dumps(list(denoiser.stages.edges)),
-        "shape": json.dumps(list(denoiser.shape)),
+    about = {
+        "model": to_dict(denoiser.network.config),
+        "process": to_dict(denoiser.process.config),
+        "edges": list(denoiser.stages.edges),
+        "shape": list(denoiser.shape),
         "weights": options.weights,
-        "step": str(loaded.step),
+        "step": loaded.step,
     }
+    metadata = {"multistage-diffusion": json.dumps(about)}  # one entry: safetensors writes several in random order
     write_atomic(path, safetensors.torch.save(denoiser.network.state_dict(), metadata))
     console.print(f"wrote {options.weights} weights of {options.run} to {path}")
     return {

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from multistage_diffusion.cli.common import Common
 from multistage_diffusion.config import Architecture, RunConfig, SamplingConfig, from_dict, to_dict
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.models.presets import Preset, preset
 from multistage_diffusion.recipes import recipe
@@ -52,8 +53,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.sampling import sampling_shares
     from multistage_diffusion.stages import Stages
 
+    unified = found.model.architecture == "unified"
+    if not unified and len(found.model.decoder_widths) != len(found.edges) + 1:
+        raise ConfigError(
+            f"{options.target} has {len(found.model.decoder_widths)} model.decoder-widths for {len(found.edges) + 1} "
+            "stages; it can only be profiled as unified"
+        )
     cost = network_cost(found.model, found.shape)
-    stages = Stages() if found.model.architecture == "unified" else Stages(found.edges)
+    stages = Stages() if unified else Stages(found.edges)
     process = make_process(found.process)
     shares = {
         **stage_shares(process, stages),

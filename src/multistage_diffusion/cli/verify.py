@@ -11,18 +11,18 @@ from rich.console import Console
 
 from multistage_diffusion.cli.common import Common
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.files import check_directory
+from multistage_diffusion.files import MANIFEST, check_directory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
-    """Check every file of a run's checkpoints and model against the SHA-256 of its manifest.
+    """Check every file of a run's checkpoints and model, or of a saved model, against the SHA-256 of its manifest.
 
     example: msd verify runs/digits
     """
 
     run: tyro.conf.Positional[str]
-    """Run directory."""
+    """Run directory, or folder of a saved model."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         ConfigError: No such run.
         CheckpointError: Something is damaged; with `--json` the document says what, and is printed first.
     """
+    from multistage_diffusion.models.denoiser import CONFIG, WEIGHTS
     from multistage_diffusion.training.checkpoint import list_checkpoints
 
     folder = Path(options.run)
@@ -51,10 +52,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         console.print(f"{checkpoint.path}: {damage or 'valid'}")
         damages += [damage] if damage else []
     document: dict[str, Any] = {"run": str(folder), "checkpoints": rows, "model": None}
-    if (folder / "model").is_dir():
-        damage = check_directory(folder / "model")
+    model = folder if (folder / MANIFEST).exists() or (folder / WEIGHTS).exists() else folder / "model"
+    if model.is_dir():
+        damage = check_directory(model, (CONFIG, WEIGHTS))
         document["model"] = {"valid": damage is None, "damage": damage}
-        console.print(f"{folder / 'model'}: {damage or 'valid'}")
+        console.print(f"{model}: {damage or 'valid'}")
         damages += [damage] if damage else []
     if damages:
         raise CheckpointError(f"{damages[0]} ({len(damages)} damaged in all)", document)

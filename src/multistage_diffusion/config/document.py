@@ -7,7 +7,7 @@ import typing
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
-from multistage_diffusion.config.process import ProcessConfig, process_config
+from multistage_diffusion.config.process import PROCESSES, ProcessConfig
 from multistage_diffusion.errors import ConfigError, suggest
 
 T = TypeVar("T")
@@ -63,7 +63,9 @@ def _check_keys(kind: Any, document: Any, where: str, path: str) -> None:
             raise ConfigError(f"{where}: unknown key {path}{key}{suggest(str(key), known)}")
         inner = hints[key]
         if inner == ProcessConfig:
-            tag = value.get("kind", "") if isinstance(value, dict) else ""
-            inner = type(process_config(str(tag)))
+            tag = str(value.get("kind", "")) if isinstance(value, dict) else ""
+            if tag not in PROCESSES:
+                raise ConfigError(f"{where}: no process {tag}{suggest(tag, PROCESSES)}")
+            inner = PROCESSES[tag]
         if is_dataclass(inner):
             _check_keys(inner, value, where, f"{path}{key}.")
