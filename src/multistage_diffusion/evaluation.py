@@ -14,6 +14,7 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
+from multistage_diffusion.data.latents import Examples, FirstStage
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics import distance
@@ -44,7 +45,7 @@ class HeldOutLoss:
 
 def held_out_loss(
     denoiser: Denoiser,
-    data: Images,
+    data: Examples,
     *,
     stages: Stages | None = None,
     repeats: int = 8,
@@ -56,7 +57,7 @@ def held_out_loss(
 
     Args:
         denoiser: The model, in evaluation mode.
-        data: Held-out images.
+        data: Held-out images, or their latents.
         stages: Partition for the losses by stage; by default the model's own.
         repeats: Noise levels for each image; together they are a stratified draw from the training distribution.
         max_images: At most so many images are used, the first ones.
@@ -91,7 +92,13 @@ def held_out_loss(
 
 
 def generated(
-    denoiser: Denoiser, num: int, sampling: SamplingConfig, *, seed: int = 0, batch_size: int = 256
+    denoiser: Denoiser,
+    num: int,
+    sampling: SamplingConfig,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    first_stage: FirstStage | None = None,
 ) -> Iterator[Float[Tensor, "batch chan high wide"]]:
     """Images of a model as they would be saved: rounded to 8 bits.
 
@@ -101,6 +108,7 @@ def generated(
         sampling: Solver, steps, spacing.
         seed: Seed of the first image.
         batch_size: Images at a time; changes no image.
+        first_stage: Decodes what a model of latents makes.
 
     Yields:
         Batches in [-1, 1].
@@ -109,7 +117,7 @@ def generated(
         denoiser, num, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing, seed=seed,
         batch_size=batch_size,
     ):  # fmt: skip
-        yield to_uint8(images).float() / 127.5 - 1
+        yield to_uint8(images if first_stage is None else first_stage.decode(images)).float() / 127.5 - 1
 
 
 def distances(
@@ -154,6 +162,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     stages: Stages | None = None,
+    first_stage: FirstStage | None = None,
 ) -> dict[str, Any]:
     """Measure a model.
 
@@ -167,6 +176,7 @@ def evaluate(
         seed: Seed of the first image, and of the held-out loss.
         batch_size: Images at a time; changes nothing but rounding.
         stages: Partition for the losses by stage; by default the model's own.
+        first_stage: Autoencoder of a model of latents: its images are decoded, and its loss is that of latents.
 
     Returns:
         One key a metric, and what they were measured with: `features`, `samples`, `reference`, `nfe`,
@@ -186,11 +196,12 @@ def evaluate(
                 f"metrics {', '.join(wanted)} need features, and {reference.name} has no labels to learn them"
             )
         features = extractor()
-        images = generated(denoiser, num, sampling, seed=seed, batch_size=batch_size)
+        images = generated(denoiser, num, sampling, seed=seed, batch_size=batch_size, first_stage=first_stage)
         document |= distances(features, reference, images, wanted)
         document["features"] = describe(features)
     if "loss" in metrics:
-        loss = held_out_loss(denoiser, reference, stages=stages, batch_size=batch_size, seed=seed)
+        held_out = reference if first_stage is None else first_stage.encode(reference)
+        loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed)
         document["loss"] = loss.loss
         document["loss_error"] = loss.error
         document["stage_loss"] = list(loss.stage_loss)

@@ -19,6 +19,7 @@ from multistage_diffusion.errors import ConfigError, UserError, suggest
 COMMANDS = {
     "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
     "data": "what a source holds",
+    "autoencoder": "train a small autoencoder for latent diffusion",
     "cluster": "find the stages of a data set",
     "profile": "parameters and FLOPs of a preset or a run, stage by stage",
     "train": "train a model; the same command again resumes",

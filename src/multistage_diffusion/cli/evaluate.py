@@ -73,6 +73,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")
 
     from multistage_diffusion.data import load_data
+    from multistage_diffusion.data.latents import load_first_stage
     from multistage_diffusion.evaluation import evaluate, evaluate_images
     from multistage_diffusion.files import write_json
     from multistage_diffusion.metrics.features import source_features
@@ -93,10 +94,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if loaded is None:
         document = evaluate_images(load_data(f"folder:{target}", split="all"), real, extractor(), names)
     else:
-        _check_shape(loaded, real)
+        first_stage = load_first_stage(target, device)
+        if first_stage is None:
+            _check_shape(loaded, real)
         document = evaluate(
             loaded.denoiser, real, metrics=names, extractor=extractor if train.labels is not None else None,
             num=options.num, sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
+            first_stage=first_stage,
         )  # fmt: skip
     document = {"target": str(target), "step": loaded.step if loaded else None, **document}
     if options.out is not None:

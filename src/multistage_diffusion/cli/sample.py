@@ -76,12 +76,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     from multistage_diffusion.config import SamplingConfig
     from multistage_diffusion.data import to_uint8
+    from multistage_diffusion.data.latents import load_first_stage
     from multistage_diffusion.data.pictures import grid, picture, png, stack
     from multistage_diffusion.files import whole_directory
     from multistage_diffusion.sampling import sample
     from multistage_diffusion.training.run import load_run
 
     loaded = load_run(options.run, weights=options.weights, device=device)
+    first_stage = load_first_stage(options.run, device)
     default = loaded.config.sampling if loaded.config else SamplingConfig()
     solver = options.solver or default.solver
     steps = default.steps if options.steps is None else options.steps
@@ -99,17 +101,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "solver": solver, "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls),
         "seed": options.seed, "seconds": round(samples.seconds, 3),
     }  # fmt: skip
-    scale = max(1, 64 // loaded.denoiser.shape[1])
+    images = samples.images if first_stage is None else first_stage.decode(samples.images)
+    scale = max(1, 64 // images.shape[2])
     with whole_directory(out) as folder:
-        for name, image in zip(names, to_uint8(samples.images), strict=True):
+        for name, image in zip(names, to_uint8(images), strict=True):
             (folder / name).write_bytes(png(picture(image)))
-        (folder / "grid.png").write_bytes(png(grid(samples.images, scale=scale)))
+        (folder / "grid.png").write_bytes(png(grid(images, scale=scale)))
         if options.denoise_trace:
             first = trace[:steps]
             frames = [loaded.denoiser.stages.of(step.sigma) for step in first]
             rows = min(TRACED, len(first[0].denoised))
+            estimates = [step.denoised[:rows].float().cpu() for step in first]
             strip = grid(
-                stack([step.denoised[:rows].float().cpu() for step in first]),
+                stack(estimates if first_stage is None else [first_stage.decode(latents) for latents in estimates]),
                 columns=len(first), scale=scale, gap=3, frames=frames * rows,
             )  # fmt: skip
             (folder / "trace.png").write_bytes(png(strip))

@@ -188,7 +188,7 @@ def largest_difference(denoiser: Denoiser, folder: str | Path) -> float:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
     home = Path(folder) / "unet" if (Path(folder) / "unet").is_dir() else Path(folder)
-    theirs = UNet2DModel.from_pretrained(str(home.absolute()), local_files_only=True).eval()
+    theirs = UNet2DModel.from_pretrained(str(home.absolute()), local_files_only=True, low_cpu_mem_usage=False).eval()
     x = rng.normal(0, "convert", torch.arange(3), denoiser.shape)
     steps = torch.tensor([0, 371, 999])
     expected = theirs(x, steps).sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import TrainingConfig
-from multistage_diffusion.data import Images
+from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.noise import Process
@@ -78,14 +78,14 @@ class Batches:
     """Makes the batch of any step, without state.
 
     Args:
-        data: Training images.
+        data: Training images, or their latents.
         process: Gives the training distribution.
         stages: The partition that the network sees.
         config: Batch size, kind of batches, quotas, seed.
         flip: Mirror half of the images left to right.
         augment_probability: Probability of each of EDM's geometric augmentations, of which the network must be told.
         classes: Number of labels of a conditional network; 0 hides the labels.
-        device: Where batches are made; the images are kept there as 8-bit integers.
+        device: Where batches are made; the images are kept there, as 8-bit integers or latents.
 
     Raises:
         ConfigError: A stage has no probability under the training distribution, or the labels do not fit.
@@ -93,7 +93,7 @@ class Batches:
 
     def __init__(
         self,
-        data: Images,
+        data: Examples,
         process: Process,
         stages: Stages,
         config: TrainingConfig,
@@ -117,7 +117,7 @@ class Batches:
                 )
         if classes and (data.labels is None or int(data.labels.max()) >= classes):
             raise ConfigError(f"model.classes is {classes}, but the labels of {data.name} do not fit in it")
-        self._images = data.images.to(device)
+        self._data = replace(data, images=data.images.to(device))
         self._labels = data.labels.to(device) if classes and data.labels is not None else None
         self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -131,11 +131,11 @@ class Batches:
         Returns:
             Always the same batch for the same (data, configuration, step).
         """
-        size, seed, device = self.config.batch_size, self.config.seed, self._images.device
+        size, seed, device = self.config.batch_size, self.config.seed, self._data.images.device
         index = torch.arange(step * size, (step + 1) * size, device=device)
         counts, weights = self._split(step)
         chosen = self._pick(step)
-        images = self._images[chosen].float() / 127.5 - 1
+        images = self._data.floats(chosen)
         if self.flip:
             mirrored = rng.bits(seed, "flip", index, 1)[:, :, None, None] < 0
             images = torch.where(mirrored, images.flip(3), images)
@@ -178,12 +178,12 @@ class Batches:
 
     def _pick(self, step: int) -> Int[Tensor, " batch"]:
         """Which images: every epoch is a fresh order of all of them; a batch may span epochs."""
-        size, total = self.config.batch_size, len(self._images)
+        size, total = self.config.batch_size, len(self._data)
         position, picked = step * size, []
         while size > 0:
             epoch, start = divmod(position, total)
             if self._order[0] != epoch:
-                order = rng.permutation(self.config.seed, "order", epoch, total).to(self._images.device)
+                order = rng.permutation(self.config.seed, "order", epoch, total).to(self._data.images.device)
                 self._order = (epoch, order)
             rows = self._order[1][start : start + size]
             picked.append(rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import RunConfig
-from multistage_diffusion.data import Images
+from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
@@ -65,7 +65,7 @@ class Trainer:
 
     Args:
         config: The run.
-        data: Training images.
+        data: Training images, or their latents (with the mirrored ones among them, if there is to be a flip).
         device: Where to train.
         found: The partition with its provenance, if there is one.
 
@@ -80,15 +80,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, data: Images, device: torch.device | str = "cpu", found: Stages | None = None
+        self, config: RunConfig, data: Examples, device: torch.device | str = "cpu", found: Stages | None = None
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.denoiser = build_denoiser(config, data.shape, found).to(self.device).train()
         training = config.training
         self.batches = Batches(
             data, self.denoiser.process, self.denoiser.stages, training,
-            flip=config.data.flip, augment_probability=config.data.augment_probability,
-            classes=config.model.classes, device=self.device,
+            flip=config.data.flip and config.data.autoencoder is None,
+            augment_probability=config.data.augment_probability, classes=config.model.classes, device=self.device,
         )  # fmt: skip
         self.ema = EMA(self.denoiser.network, training.ema_half_life, training.ema_ramp_up)
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from multistage_diffusion.config import RunConfig, from_dict, to_dict
-from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError, UserError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_atomic, write_json
 from multistage_diffusion.metrics.cost import network_cost
@@ -106,7 +106,7 @@ def train(
     config: RunConfig,
     out: str | Path,
     *,
-    data: Images | None = None,
+    data: Examples | None = None,
     stages: Stages | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[StepResult, int], None] | None = None,
@@ -116,7 +116,7 @@ def train(
     Args:
         config: The whole configuration.
         out: The run directory.
-        data: Training images; by default loaded from `config.data`.
+        data: Training images or latents; by default loaded, and encoded, as `config.data` says.
         stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
         device: Where to train.
         on_step: Called after each step with its result and the number of steps wanted.
@@ -134,7 +134,7 @@ def train(
     started, folder = time.perf_counter(), Path(out)
     _check_target(folder, config)
     if data is None:
-        data = load_data(config.data.source, root=config.data.root, resolution=config.data.resolution)
+        data = load_examples(config.data, device)
     if stages is None and (folder / "stages.json").is_file():
         stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
     trainer = Trainer(config, data, device, stages)
@@ -146,6 +146,11 @@ def train(
         write_json(folder / "config.json", to_dict(config))
         trainer.denoiser.stages.save(folder / "stages.json")
         window = _resume(folder, trainer, data)
+        match data:
+            case Latents():
+                data.stage.save(folder / RECORD)
+            case _:
+                pass
         resumed = trainer.step
         fixed = {"data": data.digest, "threads": torch.get_num_threads(), "shape": list(data.shape)}
         with _Metrics(folder / "metrics.jsonl", resumed) as metrics:
@@ -257,7 +262,7 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _resume(folder: Path, trainer: Trainer, data: Images) -> _Window:
+def _resume(folder: Path, trainer: Trainer, data: Examples) -> _Window:
     """Load the newest valid checkpoint, if there is one, after checking that it continues the same run."""
     checkpoint, damages = newest_valid(folder / "checkpoints")
     for damage in damages:
