@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ import tyro
 
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.config import check, process_config
+from multistage_diffusion.recipes import recipe
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,13 @@ class Options(Compute):
     run: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """Unified run whose gradients the method gradient compares; by default a short run of its own."""
     proxy_steps: int = 300
-    """Steps of that short run."""
+    """Steps of that short run, and of each proxy run of --allocate."""
+    allocate: Annotated[float | None, tyro.conf.arg(metavar="BUDGET")] = None
+    """Choose decoder widths too, from short proxy runs, under a budget: training PFLOPs in all, or sampling GFLOPs."""
+    allocate_for: Literal["training", "sampling"] = "training"
+    """What the budget of --allocate is for: training in all, or drawing one image with the recipe's sampler."""
+    recipe: str | None = None
+    """Recipe whose network and training the proxy runs take; by default the one named like the source."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the stages to this file, for msd train --stages FILE."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -92,6 +99,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     check(
         options.plot is None or options.method == "optimal-denoiser", "plot", "used with optimal-denoiser", options.plot
     )
+    if options.allocate is not None:
+        check(options.allocate > 0, "allocate", "positive", options.allocate)
+        recipe(options.recipe or options.source)
     device = prepare(options)
     from multistage_diffusion.data import load_data
 
@@ -102,9 +112,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if rank > 0:
         sys.exit(0)  # the first process writes and prints
     _draw(options, data, found)
+    allocation = None if options.allocate is None else _allocate(options, data, found, device, console)
     if options.out is not None:
-        found.stages.save(options.out)
-    document = _document(options, found)
+        replace(found.stages, found={**found.stages.found, **(allocation or {})}).save(options.out)
+    document = {**_document(options, found), **(allocation or {})}
     _print(document, console)
     return document
 
@@ -142,6 +153,31 @@ def _cluster(options: Options, data: Images, device: torch.device, console: Cons
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return found
+
+
+def _allocate(
+    options: Options, data: Images, found: Clustering, device: torch.device, console: Console
+) -> dict[str, Any]:
+    """Decoder widths under the budget, from proxy runs of a recipe on these stages."""
+    from multistage_diffusion.config import DataConfig, StagesConfig
+    from multistage_diffusion.data import load_data
+    from multistage_diffusion.studies.proxies import allocate
+
+    base = recipe(options.recipe or options.source)
+    check(
+        base.process.kind == options.process, "process", f"{base.process.kind}, the recipe's, with allocate",
+        options.process,
+    )  # fmt: skip
+    source = DataConfig(source=options.source, root=options.data_root, resolution=options.resolution)
+    edges = found.stages.edges
+    model = replace(base.model, architecture="multistage", decoder_widths=(base.model.width,) * (len(edges) + 1))
+    config = replace(base, data=source, stages=StagesConfig(edges=edges), model=model)
+    test = load_data(options.source, split="test", root=options.data_root, resolution=options.resolution)
+    assert options.allocate is not None
+    return allocate(
+        config, data, test, options.allocate, options.allocate_for, steps=options.proxy_steps, device=device,
+        say=console.print,
+    )  # fmt: skip
 
 
 def _draw(options: Options, data: Images, found: Clustering) -> None:
@@ -236,6 +272,12 @@ def _print(document: dict[str, Any], console: Console) -> None:
     if document["extrapolation"] is not None:
         sizes = ", ".join(str(size) for size in document["extrapolation"]["sizes"])
         console.print(f"edge 1 extrapolated in ln N from {sizes} images to {document['images']}")
+    if "decoder_widths" in document:
+        widths, told = document["decoder_widths"], document["allocation"]
+        console.print(
+            f"decoder widths {', '.join(map(str, widths))}: expected loss {told['loss']:.4f}, for equal ones of the "
+            f"encoder's width {told['equal_loss']:.4f}, at {told['budget']:g} {told['unit']}"
+        )
     written = f"; written to {document['out']}" if document["out"] else ""
     console.print(f"{document['seconds']:.1f} s{written}")
 

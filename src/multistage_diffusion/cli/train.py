@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from multistage_diffusion.cli import parse as parse_words
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import RunConfig, StagesConfig, from_dict, to_dict
+from multistage_diffusion.config import RunConfig, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.recipes import RECIPES, recipe
@@ -36,7 +37,7 @@ class Options(Compute):
     config: str | None = None
     """JSON file with values that replace the recipe's, like the config.json of another run."""
     stages: str | None = None
-    """File with the stages, from msd cluster; sets stages.edges."""
+    """File from msd cluster; sets stages.edges, and model.decoder-widths where the file has them."""
     data_root: str | None = None
     """Folder that holds the source's files; sets data.root."""
     dry_run: bool = False
@@ -62,10 +63,11 @@ def parse(arguments: Sequence[str]) -> Options:
             raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}")
         arguments = ["digits", *arguments]
     base = recipe(arguments[0])
-    for index, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if name == "--config" and (equals or index + 1 < len(arguments)):
-            base = _merge(base, value if equals else arguments[index + 1])
+    given = dict(_files(arguments))
+    if "--config" in given:
+        base = _merge(base, given["--config"])
+    if "--stages" in given:
+        base = _with_stages(base, given["--stages"])
     return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
 
 
@@ -86,7 +88,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         from multistage_diffusion.stages import Stages
 
         found = Stages.load(Path(options.stages))
-        config = replace(config, stages=StagesConfig(edges=found.edges))
     if options.dry_run:
         document = to_dict(config)
         if not options.json:
@@ -122,6 +123,28 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "training_pflops": summary.training_flops / 1e15,
         "seconds": round(summary.seconds, 3),
     }
+
+
+def _files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The files that change the defaults of the other options, by the option that names them."""
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "--stages") and (equals or following is not None):
+            yield name, value if equals else following
+
+
+def _with_stages(base: RunConfig, file: str) -> RunConfig:
+    """The configuration with the edges and widths of a file; without widths for a new number of stages, equal ones."""
+    document = read_json(Path(file))
+    edges, widths = (document.get("edges"), document.get("decoder_widths")) if isinstance(document, dict) else (0, 0)
+    if not isinstance(edges, list):
+        raise ConfigError(f'{file}: "edges" must be a list of noise levels sigma, like {{"edges": [0.5, 3.0]}}')
+    if widths is None:
+        same = len(base.model.decoder_widths) == len(edges) + 1
+        widths = list(base.model.decoder_widths) if same else [base.model.width] * (len(edges) + 1)
+    changed = to_dict(base)
+    changed["stages"]["edges"], changed["model"]["decoder_widths"] = edges, widths
+    return from_dict(RunConfig, changed, file)
 
 
 def _merge(base: RunConfig, file: str) -> RunConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +26,7 @@ from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.loop import Trainer
 
 Say = Callable[[str], None]
+PROXY_SHARES = (0.25, 0.5, 0.75, 1.25)  # decoder widths of the proxy runs, in encoder widths
 
 
 def run_proxies(
@@ -79,6 +81,68 @@ def fit_laws(measurements: Sequence[Measurement]) -> tuple[Law, ...]:
         One law a stage.
     """
     return tuple(fit_law(measurements, stage) for stage in range(len(measurements[0].stage_loss)))
+
+
+def allocate(
+    config: RunConfig,
+    data: Images,
+    test: Images,
+    budget: float,
+    purpose: Literal["training", "sampling"],
+    *,
+    steps: int = 300,
+    device: torch.device | str = "cpu",
+    say: Say = print,
+) -> dict[str, Any]:
+    """Decoder widths for a run's stages under a budget, with what they were found from.
+
+    Args:
+        config: The run; its stages are kept, its decoder widths are replaced.
+        data: Training images.
+        test: Held-out images.
+        budget: Training PFLOPs in all, or GFLOPs of drawing one image with the run's sampler.
+        purpose: Which of the two.
+        steps: Steps of each proxy run.
+        device: Where to train.
+        say: Told what was measured, in lines.
+
+    Returns:
+        `decoder_widths`, and `allocation`: budget, expected loss, that of equal widths, laws, measurements.
+
+    Raises:
+        ConfigError: The budget is too small for any widths.
+    """
+    base = config.model.width
+    proxies = sorted({max(4, round(base * share / 4) * 4) for share in PROXY_SHARES})
+    candidates = tuple(range(4, 2 * base + 1, 4))
+    measurements = run_proxies(config, data, test, proxies, steps=steps, device=device, say=say)
+    laws = fit_laws(measurements)
+    longest = float(max(item.images for item in measurements))
+
+    def choose(widths: Sequence[int]) -> Allocation:
+        if purpose == "training":
+            return widths_for_training(config, data.shape, laws, widths, budget * 1e15)
+        return widths_for_sampling(config, data.shape, laws, widths, budget * 1e9, longest)
+
+    found = choose(candidates)
+    equal = [law.floor + law.capacity(base) for law in laws]
+    shares = training_shares(make_process(config.process), Stages(config.stages.edges))
+    images = choose((base,)).images if purpose == "training" else longest
+    equal_loss = sum(
+        share * (part + law.training(images)) for share, part, law in zip(shares, equal, laws, strict=True)
+    )
+    return {
+        "decoder_widths": list(found.widths),
+        "allocation": {
+            "budget": budget,
+            "unit": "training PFLOPs" if purpose == "training" else "sampling GFLOPs",
+            "loss": found.loss,
+            "equal_loss": equal_loss,
+            "images": found.images,
+            "laws": [asdict(law) for law in laws],
+            "measurements": [asdict(item) for item in measurements],
+        },
+    }
 
 
 def widths_for_training(
