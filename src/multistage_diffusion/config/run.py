@@ -22,6 +22,8 @@ class DataConfig:
     """Folder that holds the source's files; where they are looked for first."""
     resolution: int | None = None
     """Resize to this many pixels a side; by default the images stay as they are."""
+    max_bad: float = 0.0
+    """Share of files that may be unreadable and are left out; by default the first one is refused by name."""
     flip: bool = False
     """Mirror half of the training images left to right."""
     augment_probability: float = 0.0
@@ -34,6 +36,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "data")
         check(self.resolution is None or self.resolution >= 4, "data.resolution", "at least 4", self.resolution)
+        check(0 <= self.max_bad < 1, "data.max-bad", "in [0, 1)", self.max_bad)
         check(0 <= self.augment_probability <= 1, "data.augment-probability", "in [0, 1]", self.augment_probability)
         check(self.latent_scale is None or self.latent_scale > 0, "data.latent-scale", "positive", self.latent_scale)
         check(self.autoencoder is None or self.augment_probability == 0, "data.augment-probability",

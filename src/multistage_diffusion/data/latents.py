@@ -144,7 +144,7 @@ def load_examples(config: DataConfig, device: torch.device | str = "cpu", progre
         ConfigError: The autoencoder cannot be found or read.
         DataError: The source cannot be read, or the autoencoder cannot encode it.
     """
-    images = load_data(config.source, root=config.root, resolution=config.resolution)
+    images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.max_bad)
     if config.autoencoder is None:
         return images
     if config.flip:
