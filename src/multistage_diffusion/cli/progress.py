@@ -59,3 +59,23 @@ def training_progress(
 
     with bar:
         yield on_step
+
+
+def encoding_progress(console: Console) -> Callable[[int, int], None]:
+    """Say how far the images are encoded into latents, a line for each tenth.
+
+    Args:
+        console: Where to say it.
+
+    Returns:
+        A function of the number of images done, and of all.
+    """
+    said = [0]
+
+    def on_encode(done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if tenth > said[0]:
+            said[0] = tenth
+            console.print(f"encoding images into latents, once: {done}/{total}")
+
+    return on_encode

@@ -97,7 +97,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"--out is needed: where to keep the run, like --out runs/{options.recipe}")
     device = prepare(options)
 
-    from multistage_diffusion.cli.progress import training_progress
+    from multistage_diffusion.cli.progress import encoding_progress, training_progress
     from multistage_diffusion.training.run import train
 
     with training_progress(console, config.training) as progress:
@@ -105,7 +105,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         def on_step(result: StepResult, steps: int) -> None:
             progress(result, steps)
 
-        summary = train(config, options.out, stages=found, device=device, on_step=on_step)
+        summary = train(
+            config, options.out, stages=found, device=device, on_step=on_step, on_encode=encoding_progress(console)
+        )
     if summary.resumed == summary.step:
         console.print(f"{summary.run} has all {summary.step} steps already")
     else:

@@ -110,6 +110,7 @@ def train(
     stages: Stages | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[StepResult, int], None] | None = None,
+    on_encode: Callable[[int, int], None] | None = None,
 ) -> TrainingSummary:
     """Train a model in a run directory; called again with the same arguments, resume it.
 
@@ -120,6 +121,7 @@ def train(
         stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
         device: Where to train.
         on_step: Called after each step with its result and the number of steps wanted.
+        on_encode: Told how many images are encoded into latents, of how many, where that is not in the cache.
 
     Returns:
         How the run ended.
@@ -134,7 +136,7 @@ def train(
     started, folder = time.perf_counter(), Path(out)
     _check_target(folder, config)
     if data is None:
-        data = load_examples(config.data, device)
+        data = load_examples(config.data, device, on_encode)
     if stages is None and (folder / "stages.json").is_file():
         stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
     trainer = Trainer(config, data, device, stages)
