@@ -1,11 +1,15 @@
 """A run killed at any moment and started again ends as if nothing had happened."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from lives import MODEL
 
 import tiny
 from multistage_diffusion.training.checkpoint import list_checkpoints, newest_valid
@@ -84,3 +88,17 @@ def test_killed_20_times(lives, tmp_path):
 @pytest.mark.slow
 def test_killed_20_times_inside_a_write(lives, tmp_path):
     assert torture(lives, tmp_path, 20, 200, wait_for_a_write) >= 8
+
+
+@pytest.mark.slow
+def test_a_fresh_process_elsewhere_makes_the_same_bits(lives, tmp_path):
+    """Also under another seed of Python's hashes, and in another folder."""
+    runs = []
+    for seed in ("0", "77"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        words = ["-m", "multistage_diffusion", "train", "digits", "--out", "run", *MODEL, *options(6)]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *words], cwd=folder, env=environment, check=True, capture_output=True)
+        runs.append(folder / "run")
+    same(*runs)

@@ -17,7 +17,7 @@ VARIANTS = {
     "pyramid": replace(tiny.MODEL, filter="fir", input_pyramid=True),
     "conv": replace(tiny.MODEL, resampling="conv", head_channels=4, skip_scale=1.0, decoder_attention="all"),
 }
-ORDERS = [[2, 0, 1, 0, 2, 1, 1], [0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 1]]
+ORDERS = [[2, 0, 1, 0, 2], [1, 1, 1, 1, 1]]
 
 
 def network(model: ModelConfig = tiny.MODEL, shape=tiny.SHAPE) -> MultiDecoderUNet:
@@ -34,13 +34,13 @@ def batch(count=7, shape=tiny.SHAPE, seed=0):
 @torch.no_grad()
 def test_a_mixed_batch_equals_its_images_one_by_one_in_any_order(variant, architecture):
     unet = network(tiny.architecture(architecture, VARIANTS[variant]))
-    x, c_noise = batch()
+    x, c_noise = batch(5)
     for order in ORDERS:
         stage = torch.tensor(order)
         alone = torch.cat([unet(x[i : i + 1], c_noise[i : i + 1], k) for i, k in enumerate(order)])
         together = unet(x, c_noise, stage)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-        shuffle = torch.tensor([3, 6, 0, 5, 1, 4, 2])
+        shuffle = torch.tensor([3, 0, 1, 4, 2])
         torch.testing.assert_close(
             unet(x[shuffle], c_noise[shuffle], stage[shuffle]), alone[shuffle], rtol=1e-5, atol=1e-5
         )

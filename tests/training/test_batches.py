@@ -102,14 +102,14 @@ def test_the_weighted_mean_estimates_the_training_distribution_without_bias(proc
         "level": lambda sigma: sigma / (1 + sigma), "wave": lambda sigma: torch.sin(3 * sigma.log()),
         "one": torch.ones_like,
     }  # fmt: skip
-    for step in range(200):
+    for step in range(100):
         batch = made(step)
         for name, function in functions.items():
             estimates[name].append((batch.weight * function(batch.sigma)).mean())
     for name, function in functions.items():
         values = torch.stack(estimates[name])
         error = values.mean() - function(dense).mean()
-        assert abs(error) < 4 * values.std() / 200**0.5 + 2e-6, name
+        assert abs(error) < 4 * values.std() / 100**0.5 + 2e-6, name
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda config: config.kind)
@@ -146,9 +146,9 @@ def test_a_stage_is_cut_into_as_many_cells_as_rows():
 def test_single_batches_have_one_stage_as_often_as_they_should(kind, shares):
     made = batches(batches=kind, batch_size=3, data=tiny.images(3, (1, 1, 1)))
     shares = shares or training_shares(make_process(VPConfig()), STAGES)
-    stages = [made(step).counts.index(3) for step in range(600)]
+    stages = [made(step).counts.index(3) for step in range(300)]
     for stage, share in enumerate(shares):
-        assert abs(stages.count(stage) / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
+        assert abs(stages.count(stage) / 300 - share) < 4 * (share * (1 - share) / 300) ** 0.5
     assert (made(0).weight == 1).all()
 
 
