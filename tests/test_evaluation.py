@@ -1,5 +1,7 @@
 """The held-out loss and the distances of a model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,18 @@ def test_generated_images_are_those_of_their_seeds_in_8_bits():
     assert (images - again).abs().max() <= 2 / 255 + 1e-6
     levels = (images.double() + 1) * 127.5
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+
+
+def test_a_conditional_model_draws_every_class(monkeypatch):
+    seen = []
+    model = replace(tiny.MODEL, classes=3)
+    denoiser = tiny.denoiser(model)
+    forward = denoiser.forward
+    monkeypatch.setattr(
+        denoiser, "forward", lambda x, sigma, labels=None: seen.append(labels) or forward(x, sigma, labels)
+    )
+    list(generated(denoiser, 60, SamplingConfig(solver="ddim", steps=1)))
+    assert seen[0].bincount(minlength=4).tolist()[3] == 0 and min(seen[0].bincount(minlength=3).tolist()) > 10
 
 
 def test_evaluation_names_what_it_was_measured_with():

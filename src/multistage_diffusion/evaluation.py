@@ -100,7 +100,7 @@ def generated(
     batch_size: int = 256,
     first_stage: FirstStage | None = None,
 ) -> Iterator[Float[Tensor, "batch chan high wide"]]:
-    """Images of a model as they would be saved: rounded to 8 bits.
+    """Images of a model as they would be saved: rounded to 8 bits. A class-conditional model draws all classes alike.
 
     Args:
         denoiser: The model.
@@ -113,9 +113,13 @@ def generated(
     Yields:
         Batches in [-1, 1].
     """
+    labels = None
+    if denoiser.classes:
+        draws = rng.uniform(0, "class", torch.arange(seed, seed + num), 1)[:, 0]
+        labels = (draws * denoiser.classes).long()
     for _, images in sample_batches(
         denoiser, num, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing, seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size, labels=labels,
     ):  # fmt: skip
         yield to_uint8(images if first_stage is None else first_stage.decode(images)).float() / 127.5 - 1
 
