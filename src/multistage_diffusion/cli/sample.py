@@ -49,6 +49,8 @@ class Options(Compute):
     """Class of the images, for a class-conditional run."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest sigma at which there is guidance; by default everywhere."""
     batch_size: int = 256
     """Images drawn at once; changes no image."""
     weights: Literal["ema", "raw"] = "ema"
@@ -92,7 +94,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     samples = sample(
         loaded.denoiser, options.num, solver=solver, steps=steps, spacing=spacing, seed=options.seed,
         batch_size=options.batch_size, labels=options.label, guidance=options.guidance, offload=options.offload,
-        churn=options.churn, eta=options.eta,
+        guidance_interval=options.guidance_interval, churn=options.churn, eta=options.eta,
         callback=trace.append if options.denoise_trace else None,
     )  # fmt: skip
     names = [f"seed-{seed:08d}.png" for seed in samples.seeds]
