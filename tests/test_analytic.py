@@ -153,3 +153,14 @@ def test_a_mixture_of_one_is_a_gaussian_and_a_narrow_one_the_data_set(digits):
     torch.testing.assert_close(one(x, sigma), GaussianDenoiser(digits[0], 0.7)(x, sigma), atol=1e-5, rtol=1e-5)
     narrow = MixtureDenoiser(digits[:300], torch.full((300,), 1e-4))
     torch.testing.assert_close(narrow(x, sigma), OptimalDenoiser(digits[:300])(x, sigma), atol=1e-4, rtol=0)
+
+
+def test_low_and_high_noise_may_share_a_column(digits):
+    """Float64 is for the rows that need it, not for their neighbours, for whom every image would be a candidate."""
+    denoiser, index, noise = OptimalDenoiser(digits), torch.arange(6), torch.randn(6, 1, 8, 8)
+    sigma = torch.tensor([[0.003], [40.0], [0.5], [0.02], [80.0], [3.0]], dtype=torch.float64)
+    pairs = denoiser.pairs(index, noise, sigma)
+    for row, level in enumerate(sigma[:, 0].tolist()):
+        alone = denoiser.pairs(index[row : row + 1], noise[row : row + 1], sigma[row : row + 1])
+        torch.testing.assert_close(pairs.delta[row], alone.delta[0], atol=1e-6, rtol=1e-5, msg=f"sigma {level}")
+        torch.testing.assert_close(pairs.effective[row], alone.effective[0], atol=1e-3, rtol=1e-4)

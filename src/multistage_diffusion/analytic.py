@@ -86,12 +86,14 @@ class OptimalDenoiser:
         in_memory = isinstance(images, Tensor)
         self.device = device if device is not None else (images.device if in_memory else torch.device("cpu"))
         self.shape = tuple(int(size) for size in images.shape[1:])
-        self._images, self._block = images, block
+        resident = in_memory if resident is None else resident
+        self._images = images.to(self.device) if in_memory and resident else images
+        self._block = block
         self._labels = None if labels is None else labels.to(self.device)
         self._centred: Tensor | None = None
         total = sum(self._raw(slice(start, stop)).sum(0, dtype=torch.float64) for start, stop in self._spans())
         self._mean = (torch.as_tensor(total) / len(images)).float()
-        if resident if resident is not None else in_memory:
+        if resident:
             self._centred = torch.cat([self._rows(start, stop) for start, stop in self._spans()])
         self._bias = torch.cat([self._rows(*span).square().sum(1).mul_(-0.5) for span in self._spans()])
         self._radius = float((-2 * self._bias.min()).sqrt())
@@ -187,8 +189,7 @@ class OptimalDenoiser:
         Args:
             index: Which image each pair begins with.
             noise: Standard normal noise.
-            sigma: Noise levels of each pair, positive. Levels in one column should be close: a column is redone in
-                float64 where its lowest level needs it.
+            sigma: Noise levels of each pair, positive.
             within_class: Take the posterior over the images of the same class.
 
         Returns:
@@ -200,7 +201,7 @@ class OptimalDenoiser:
         index, sigma = index.to(self.device), sigma.to(self.device, torch.float64)
         _check_sigma(sigma)
         labels = self._known_labels()[index] if within_class else None
-        sharp = _ROUNDING * self._radius**2 / sigma.amin(0) ** 2 > _RERANK
+        sharp = _ROUNDING * self._radius**2 / sigma**2 > _RERANK
         delta = torch.empty(*sigma.shape, self._mean.numel(), device=self.device)
         effective = torch.empty(sigma.shape, device=self.device)
         step = max(1, _ROWS // sigma.shape[1])
@@ -210,11 +211,14 @@ class OptimalDenoiser:
                 own = index[part]
                 query = Query(self._raw(own), noise[part].flatten(1).to(self.device), sigma[part], own,
                                None if labels is None else labels[part])  # fmt: skip
-                exact, dense = self._pass(query, sharp, True)
-                delta[part, sharp] = (-exact.shift() / exact.sigma).float()
+                mask = sharp[part]
+                columns = ~mask.all(0)
+                exact, dense = self._pass(query, mask, columns, True)
                 anchor = (query.anchor - self._mean)[:, None]
-                delta[part, ~sharp] = (anchor - dense.average()) / dense.sigma.float()
-                effective[part, sharp], effective[part, ~sharp] = exact.effective(), dense.effective()
+                delta[part, columns] = (anchor - dense.average()) / dense.sigma.float()
+                effective[part, columns] = dense.effective()
+                delta[part][mask] = (-exact.shift() / exact.sigma[:, None]).float()
+                effective[part][mask] = exact.effective()
         return PairPosterior(delta.reshape(*sigma.shape, *self.shape), effective)
 
     @torch.no_grad()
@@ -235,17 +239,18 @@ class OptimalDenoiser:
             for kind in (True, False):
                 for rows in (sharp == kind).nonzero()[:, 0].split(_ROWS):
                     query = Query(flat[rows], None, levels[rows, None], None, None if labels is None else labels[rows])
-                    exact, dense = self._pass(query, torch.tensor([kind], device=self.device), entropy)
-                    result = flat[rows] + exact.shift()[:, 0] if kind else self._mean + dense.average()[:, 0]
+                    columns = torch.tensor([not kind], device=self.device)
+                    exact, dense = self._pass(query, sharp[rows, None], columns, entropy)
+                    result = flat[rows] + exact.shift() if kind else self._mean + dense.average()[:, 0]
                     denoised[rows] = result.to(flat.dtype)
-                    effective[rows] = (exact if kind else dense).effective()[:, 0]
+                    effective[rows] = exact.effective() if kind else dense.effective()[:, 0]
         return Posterior(denoised.reshape(x.shape).to(x.device), effective.to(x.device))
 
-    def _pass(self, query: Query, sharp: Tensor, entropy: bool) -> tuple[Exact, Dense]:
-        """One pass over the images for a few queries; the columns of `sharp` go through float64."""
+    def _pass(self, query: Query, mask: Tensor, columns: Tensor, entropy: bool) -> tuple[Exact, Dense]:
+        """One pass over the images for a few queries: levels of `mask` in float64, those of `columns` in float32."""
         centred = query.anchor.float() - self._mean
-        exact = Exact(query, sharp, _ROUNDING * self._radius * centred.norm(dim=1).clamp(min=self._radius))
-        dense = Dense(query, ~sharp, centred, entropy)
+        exact = Exact(query, mask, _ROUNDING * self._radius * centred.norm(dim=1).clamp(min=self._radius))
+        dense = Dense(query, columns, centred, entropy)
         for start, stop in self._spans():
             images = self._rows(start, stop)
             half = torch.addmm(self._bias[start:stop], centred, images.T)  # -|y - anchor|^2/2, without |anchor|^2

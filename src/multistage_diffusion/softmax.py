@@ -86,28 +86,31 @@ class Dense:
 
 
 class Exact:
-    """Running softmax in float64 over candidates that float32 logits nominate."""
+    """Running softmax in float64 over candidates that float32 logits nominate; for rows (query, level) of a mask."""
 
-    def __init__(self, query: Query, columns: Tensor, rounding: Tensor) -> None:
-        self.sigma, self._query = query.sigma[:, columns, None], query
+    def __init__(self, query: Query, mask: Tensor, rounding: Tensor) -> None:
+        self._row, column = mask.nonzero(as_tuple=True)
+        self.sigma, self._query = query.sigma[self._row, column], query
         self._top, self._total, self._moment = query.start(len(self), torch.float64)
         self._peak = self._top.float()
-        self._margin = (_CUT + 2 * rounding[:, None, None] / self.sigma**2).flatten().float()
+        self._margin = (_CUT + 2 * rounding[self._row] / self.sigma**2).float()
         self._shift = torch.zeros(len(self), query.anchor.shape[1], dtype=torch.float64, device=query.anchor.device)
 
     def __len__(self) -> int:
-        return self.sigma.shape[0] * self.sigma.shape[1]
+        return len(self.sigma)
 
     def candidates(self, half: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows and images of the block whose weight may matter."""
-        logits = _logits(half, slope, self.sigma)
+        logits = half[self._row] * (1 / self.sigma**2).float()[:, None]
+        if slope is not None:
+            logits.addcmul_(slope[self._row], (1 / self.sigma).float()[:, None])
         self._peak = torch.maximum(self._peak, logits.amax(1))
         row, column = (logits > (self._peak - self._margin)[:, None]).nonzero(as_tuple=True)
         return row, column
 
     def add(self, row: Tensor, images: Tensor) -> None:
         """Take candidates in, each with its row."""
-        query, sigma = row // self.sigma.shape[1], self.sigma.flatten()[row]
+        query, sigma = self._row[row], self.sigma[row]
         diff = images.double() - self._query.anchor[query].double()
         logits = diff.square().sum(1) / (-2 * sigma**2)
         if self._query.noise is not None:
@@ -123,8 +126,8 @@ class Exact:
 
     def shift(self) -> Tensor:
         """Posterior mean minus the anchor."""
-        return (self._shift / self._total[:, None]).unflatten(0, self.sigma.shape[:2])
+        return self._shift / self._total[:, None]
 
     def effective(self) -> Tensor:
         """Effective number of images."""
-        return _effective(self._total, self._moment, self.sigma.shape[:2])
+        return _effective(self._total, self._moment, self.sigma.shape)
