@@ -130,6 +130,15 @@ def test_a_run_from_images_to_images(tmp_path, capsys):
     assert summary.resumed == 2 and summary.step == 3
 
 
+def test_stages_of_latents(tmp_path, capsys):
+    words = ["cluster", "digits", "--process", "ldm", "--autoencoder", saved(tmp_path / "ae"), "--method", "timestep"]
+    assert dispatch([*words, "--out", str(tmp_path / "stages.json"), "--json"]) == 0
+    found = json.loads((tmp_path / "stages.json").read_text())
+    assert found["data"]["shape"] == [2, 4, 4]
+    assert dispatch([*words[:-1], "gradient"]) == 2
+    assert "autoencoder must be used without gradient" in capsys.readouterr().err
+
+
 def test_latents_of_another_autoencoder_are_refused(tmp_path):
     config, out = latent_run(tmp_path), tmp_path / "run"
     train(config, out)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.clustering import Clustering
     from multistage_diffusion.data import Images
+    from multistage_diffusion.data.latents import Examples, Latents
     from multistage_diffusion.models.denoiser import Denoiser
     from multistage_diffusion.noise import Process
 
@@ -78,6 +79,8 @@ class Options(Compute):
     """Folder that holds the source's files."""
     resolution: int | None = None
     """Resize the images to this many pixels a side."""
+    autoencoder: str | None = None
+    """Cluster the latents of this autoencoder, which must be that of the run (data.autoencoder)."""
     seed: int = 0
     """Seed of all draws."""
 
@@ -102,16 +105,20 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if options.allocate is not None:
         check(options.allocate > 0, "allocate", "positive", options.allocate)
         recipe(options.recipe or options.source)
+    latents_only = options.method != "gradient" and options.allocate is None and not options.paper
+    check(options.autoencoder is None or latents_only, "autoencoder", "used without gradient, allocate and paper",
+          options.autoencoder)  # fmt: skip
     device = prepare(options)
     from multistage_diffusion.data import load_data
 
     rank = _join()
     data = load_data(options.source, split="train", root=options.data_root, resolution=options.resolution)
     check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
-    found = _cluster(options, data, device, console)
+    seen = data if options.autoencoder is None else _latents(data, options.autoencoder, device, console)
+    found = _cluster(options, data, seen, device, console)
     if rank > 0:
         sys.exit(0)  # the first process writes and prints
-    _draw(options, data, found)
+    _draw(options, seen, found)
     allocation = None if options.allocate is None else _allocate(options, data, found, device, console)
     if options.out is not None:
         replace(found.stages, found={**found.stages.found, **(allocation or {})}).save(options.out)
@@ -120,7 +127,16 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
-def _cluster(options: Options, data: Images, device: torch.device, console: Console) -> Clustering:
+def _latents(data: Images, autoencoder: str, device: torch.device, console: Console) -> Latents:
+    """The images as a model of latents sees them."""
+    from multistage_diffusion.cli.progress import encoding_progress
+    from multistage_diffusion.data.autoencoder import load_autoencoder
+    from multistage_diffusion.data.latents import encode
+
+    return encode(data, load_autoencoder(autoencoder, device), progress=encoding_progress(console))
+
+
+def _cluster(options: Options, data: Images, seen: Examples, device: torch.device, console: Console) -> Clustering:
     """Call the library, with a progress bar."""
     from rich.progress import Progress
 
@@ -132,7 +148,7 @@ def _cluster(options: Options, data: Images, device: torch.device, console: Cons
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
         found = cluster(
-            data.floats(),
+            seen.floats(),
             process,
             method=options.method,
             stages=options.stages,
@@ -148,8 +164,8 @@ def _cluster(options: Options, data: Images, device: torch.device, console: Cons
             seed=options.seed,
             denoiser=network,
             device=device,
-            source=data.name,
-            digest=data.digest,
+            source=seen.name,
+            digest=seen.digest,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return found
@@ -180,7 +196,7 @@ def _allocate(
     )  # fmt: skip
 
 
-def _draw(options: Options, data: Images, found: Clustering) -> None:
+def _draw(options: Options, data: Examples, found: Clustering) -> None:
     """The pictures asked for."""
     from multistage_diffusion.clustering import plots
 
