@@ -33,7 +33,7 @@ class Options(Compute):
     """Folder for the two runs and the report."""
     recipe: str = "digits"
     """Recipe of the multistage model; the unified one differs in its architecture alone."""
-    tflops: float = 8.0
+    tflops: float = 6.0
     """Training budget of each model, in TFLOPs."""
     points: int = 5
     """How many times each model is measured on its way."""

@@ -46,7 +46,7 @@ class DemoOptions:
         seed: Seed of everything.
     """
 
-    tflops: float = 8.0
+    tflops: float = 6.0
     points: int = 5
     samples: int = 500
     shown: int = 40
