@@ -107,13 +107,15 @@ def fashion_mnist_flow() -> Preset:
 
 def fashion_mnist_ldm() -> Preset:
     """A small latent-diffusion network on the pixels of Fashion-MNIST, with the discrete process."""
-    return replace(fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDMConfig())
+    return replace(
+        fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDMConfig(prediction="v")
+    )
 
 
 def fashion_mnist_latent() -> Preset:
     """A small latent-diffusion network for 4x8x8 latents of Fashion-MNIST at 32x32."""
     model = _latent_network((1, 2), attention=(8, 4))
-    return Preset(model=model, process=LDMConfig(), shape=(4, 8, 8), edges=(2.1531271, 5.3151631))
+    return Preset(model=model, process=LDMConfig(prediction="v"), shape=(4, 8, 8), edges=(2.1531271, 5.3151631))
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {
