@@ -1,6 +1,7 @@
 """Our U-Net beside `UNet2DModel` of diffusers: the same random weights give the same output."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ from multistage_diffusion.cli import dispatch
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.interop.diffusers import from_diffusers, load_diffusers, process_from_scheduler
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.models.presets import preset
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
 
@@ -49,6 +51,33 @@ def test_the_same_weights_give_the_same_output(options):
     expected = theirs(x, steps).sample
     assert expected.std() > 0.1  # the weights are alive
     torch.testing.assert_close(ours.network(x, steps.float(), 0), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({**DDPM, "block_out_channels": (128, 256, 256, 256), "norm_num_groups": 32}, 35_746_307),
+        ({**LDM, "block_out_channels": (224, 448, 672, 896), "norm_num_groups": 32, "attention_head_dim": 32,
+          "sample_size": 64}, 274_056_163),
+    ],
+)  # fmt: skip
+def test_the_published_sizes(options, parameters):
+    theirs = unet(**options)
+    ours = from_diffusers(theirs)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    x, step = torch.randn(1, *ours.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([371])
+    torch.testing.assert_close(ours.network(x, step.float(), 0), theirs(x, step).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_the_latent_diffusion_preset_is_the_published_network():
+    names = preset("ldm-celebahq", "unified").model
+    theirs = UNet2DModel(**SMALL).config
+    assert from_diffusers(unet(**SMALL)).network.config == replace(
+        names, width=32, decoder_widths=(32,), multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16,
+        groups=theirs["norm_num_groups"],
+    )  # fmt: skip
 
 
 @torch.no_grad()
