@@ -80,7 +80,8 @@ def held_out_loss(
         for rows in order.split(batch_size):
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
-            losses[rows] = denoising_loss(denoiser, images, noise, sigma[rows].to(device)).double().cpu()
+            labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
+            losses[rows] = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels).double().cpu()
     stage = stages.of(sigma)
     parts = [losses[stage == k] for k in range(len(stages))]
     by_image = losses.reshape(repeats, count).mean(dim=0)

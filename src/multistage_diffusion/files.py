@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -146,6 +147,7 @@ def whole_directory(path: Path, *, size: int = 0, replace: bool = False) -> Iter
         raise CheckpointError(f"cannot write {path}: {foreign}; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _recover(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
@@ -213,7 +215,7 @@ def check_directory(path: Path, required: Sequence[str] = ()) -> str | None:
                 return f"{path / MANIFEST} does not name {name}"
         for name, expected in files.items():
             file = path / name
-            if Path(name).name != name or not file.is_file():
+            if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
                 return f"{file} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
@@ -222,6 +224,13 @@ def check_directory(path: Path, required: Sequence[str] = ()) -> str | None:
     except (ConfigError, KeyError, TypeError, AttributeError, OSError, ValueError) as error:
         return f"{path / MANIFEST} is unreadable: {error}"
     return None
+
+
+def _recover(path: Path) -> None:
+    """Give a directory its name back that a kill caught between its two renames."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if is_leftover(leftover.name) and not path.exists():
+            leftover.rename(path)
 
 
 def _foreign(path: Path) -> str | None:
@@ -234,20 +243,23 @@ def _foreign(path: Path) -> str | None:
         ours = {MANIFEST, *read_json(path / MANIFEST)["files"]}
     except (ConfigError, KeyError, TypeError):
         ours = set()
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    entries = (entry for entry in path.rglob("*") if not entry.is_dir() or entry.is_symlink())
+    foreign = sorted(name for name in (entry.relative_to(path).as_posix() for entry in entries) if name not in ours)
     return f"it holds {foreign[0]}, which would be lost" if foreign else None
 
 
 def _seal(directory: Path) -> None:
     """Flush every file of a directory and add the manifest; the files are as readable as any other that one makes."""
-    contents = sorted(directory.iterdir())
-    write_json(
-        directory / MANIFEST,
-        {"files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in contents}},
-    )
+    contents = sorted(path for path in directory.rglob("*") if path.is_file())
+    facts = {
+        file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in contents
+    }
+    write_json(directory / MANIFEST, {"files": facts})
     mode = (directory / MANIFEST).stat().st_mode & 0o777
     for file in contents:
         file.chmod(mode)  # safetensors makes its files readable by the owner alone
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    sync_directory(directory)
+    for folder in {file.parent for file in contents} | {directory}:
+        sync_directory(folder)

@@ -34,5 +34,5 @@ def test_a_class_is_guided_within_an_interval_of_noise(tmp_path):
         ("nowhere", ["--guidance", "3", "--guidance-interval", "1000", "2000"]),
     ):
         assert dispatch([*command, str(tmp_path / name), *extra]) == 0
-        pictures.append((tmp_path / name / "seed-00000000.png").read_bytes())
+        pictures.append((tmp_path / name / "images" / "seed-00000000.png").read_bytes())
     assert pictures[0] == pictures[2]

@@ -30,6 +30,21 @@ def call(capsys):
     return call
 
 
+def test_a_trace_is_that_of_the_first_batch_whatever_the_solver(run, tmp_path, call):
+    for solver, columns in (("dpm-3", 3), ("heun", 4)):  # a singlestep solver reports fewer steps than calls
+        words = ("--num", 5, "--batch-size", 3, "--solver", solver, "--steps", 4 if solver == "heun" else 7)
+        assert call("sample", run, "--out", tmp_path / solver, "--denoise-trace", *words)[0] == 0
+        with Image.open(tmp_path / solver / "trace.png") as strip:
+            wide, _ = strip.size
+        assert wide == columns * (8 * 8 + 6)
+
+
+def test_samples_are_measured_as_they_were_written(run, tmp_path, call):
+    assert call("sample", run, "--num", 30, "--steps", 2, "--out", tmp_path / "samples")[0] == 0
+    code, stdout, _ = call("evaluate", tmp_path / "samples", "--data", "digits", "--metrics", "fd", "--json")
+    assert code == 0 and json.loads(stdout)["samples"] == 30
+
+
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture, dtype=int)
@@ -49,14 +64,16 @@ def test_sample_writes_images_grid_trace_and_cost(run, tmp_path, call):
 def test_a_seed_is_the_same_image_in_any_batch(run, tmp_path, call):
     for name, words in {"a": ("--num", 4, "--seed", 0), "b": ("--num", 1, "--seed", 2)}.items():
         assert call("sample", run, "--steps", 3, "--out", tmp_path / name, *words)[0] == 0
-    one, other = (pixels(tmp_path / name / "seed-00000002.png") for name in "ab")
+    one, other = (pixels(tmp_path / name / "images" / "seed-00000002.png") for name in "ab")
     assert np.abs(one - other).max() <= 1
 
 
 def test_ema_is_the_default(run, tmp_path, call):
     for name, words in {"default": (), "ema": ("--weights", "ema"), "raw": ("--weights", "raw")}.items():
         assert call("sample", run, "--num", 1, "--steps", 2, "--out", tmp_path / name, *words)[0] == 0
-    default, ema, raw = ((tmp_path / name / "seed-00000000.png").read_bytes() for name in ("default", "ema", "raw"))
+    default, ema, raw = (
+        (tmp_path / name / "images" / "seed-00000000.png").read_bytes() for name in ("default", "ema", "raw")
+    )
     assert default == ema != raw
 
 
@@ -64,7 +81,7 @@ def test_samples_replace_samples_and_nothing_else(run, tmp_path, call):
     out = tmp_path / "samples"
     assert call("sample", run, "--num", 2, "--steps", 1, "--out", out)[0] == 0
     assert call("sample", run, "--num", 1, "--steps", 1, "--out", out)[0] == 0
-    assert len(list(out.glob("seed-*.png"))) == 1
+    assert len(list(out.glob("images/seed-*.png"))) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     code, _, stderr = call("sample", run, "--num", 1, "--out", tmp_path / "mine")
@@ -81,6 +98,8 @@ def test_samples_replace_samples_and_nothing_else(run, tmp_path, call):
         (("--class", "3"), "unconditional"),
         (("--num", "0"), "num must be at least 1"),
         (("--device", "quantum"), "--device quantum is not available"),
+        (("--device", "meta"), "--device meta is not supported"),
+        (("--seed", "99999999999999999999"), "seed must be in"),
     ],
 )
 def test_wrong_options_are_one_line(run, tmp_path, call, words, message):
@@ -113,5 +132,6 @@ def test_evaluate_reads_the_held_out_loss_of_a_run(run, tmp_path, call):
 def test_evaluate_names_mistakes(run, tmp_path, call):
     assert "neither a run directory nor a folder" in call("evaluate", tmp_path / "none")[2]
     assert 'did you mean "fd"' in call("evaluate", run, "--metrics", "fid")[2]
+    assert "one or more names" in call("evaluate", run, "--metrics", ",")[2]
     (tmp_path / "pictures").mkdir()
     assert "--data is needed" in call("evaluate", tmp_path / "pictures")[2]

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from types import FrameType
 from typing import Any
 
 from multistage_diffusion.errors import ConfigError, UserError, suggest
@@ -32,12 +33,15 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit with its code (0 done, 2 usage, 3 data, 4 numerics, 5 checkpoint, 130/143 signals).
+    """Run a command and exit with its code.
+
+    0 done; 1 unforeseen; 2 usage or configuration; 3 data; 4 numerics; 5 checkpoint; 130/143 after SIGINT/SIGTERM.
 
     Args:
         arguments: Words after `msd`; by default those of the process.
     """
     warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -65,9 +69,37 @@ def dispatch(arguments: list[str]) -> int:
             raise
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except StopError as stop:
+        print(f"error: stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+        return 128 + stop.number
     except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_unforeseen(error)}", file=sys.stderr)
+        return 1
+
+
+class StopError(BaseException):
+    """SIGTERM came where nothing else waits for it; not an `Exception`, so that nobody swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise StopError(number)
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line for an error that no part of the program foresaw."""
+    first = " ".join((str(error).splitlines() or [""])[0].split())[:300]
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {first}; lower the batch size"
+    return f"{type(error).__name__}: {first}; run again with --debug to see where"
 
 
 def _run(words: list[str]) -> int:

@@ -53,6 +53,9 @@ def prepare(options: Compute) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name} is not available here; use cpu, cuda or auto") from error
+    if device.type not in ("cpu", "cuda"):  # noise levels are float64, which mps lacks; meta holds no numbers
+        raise ConfigError(f"--device {name} is not supported; use cpu, cuda or auto")
+    return device

@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.cli.sample import RESULT as SAMPLES
+from multistage_diffusion.config import SamplingConfig, check
 from multistage_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     device = prepare(options)
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    check(len(names) > 0, "metrics", "one or more names separated by commas", repr(options.metrics))
     target = Path(options.target)
     if not target.is_dir():
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")
@@ -92,7 +94,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         return source_features(train, test, device=device)
 
     if loaded is None:
-        document = evaluate_images(load_data(f"folder:{target}", split="all"), real, extractor(), names)
+        pictures = target / "images" if (target / SAMPLES).is_file() else target
+        document = evaluate_images(load_data(f"folder:{pictures}", split="all"), real, extractor(), names)
     else:
         first_stage = load_first_stage(target, device)
         if first_stage is None:

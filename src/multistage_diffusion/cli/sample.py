@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.errors import ConfigError
-
-if TYPE_CHECKING:
-    from multistage_diffusion.sampling import SolverStep
 
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace
@@ -81,7 +78,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import load_first_stage
     from multistage_diffusion.data.pictures import grid, picture, png, stack
     from multistage_diffusion.files import whole_directory
-    from multistage_diffusion.sampling import sample
+    from multistage_diffusion.sampling import Trace, sample
     from multistage_diffusion.training.run import load_run
 
     loaded = load_run(options.run, weights=options.weights, device=device)
@@ -90,14 +87,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     solver = options.solver or default.solver
     steps = default.steps if options.steps is None else options.steps
     spacing = options.spacing or (default.spacing if solver == default.solver else None)
-    trace: list[SolverStep] = []
+    trace = Trace(TRACED)
     samples = sample(
         loaded.denoiser, options.num, solver=solver, steps=steps, spacing=spacing, seed=options.seed,
         batch_size=options.batch_size, labels=options.label, guidance=options.guidance, offload=options.offload,
         guidance_interval=options.guidance_interval, churn=options.churn, eta=options.eta,
-        callback=trace.append if options.denoise_trace else None,
+        callback=trace.see if options.denoise_trace else None,
     )  # fmt: skip
-    names = [f"seed-{seed:08d}.png" for seed in samples.seeds]
+    names = [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
         "run": options.run, "weights": options.weights, "step": loaded.step, "images": len(names),
         "solver": solver, "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls),
@@ -106,17 +103,15 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     images = samples.images if first_stage is None else first_stage.decode(samples.images)
     scale = max(1, 64 // images.shape[2])
     with whole_directory(out) as folder:
+        (folder / "images").mkdir()
         for name, image in zip(names, to_uint8(images), strict=True):
             (folder / name).write_bytes(png(picture(image)))
         (folder / "grid.png").write_bytes(png(grid(images, scale=scale)))
         if options.denoise_trace:
-            first = trace[:steps]
-            frames = [loaded.denoiser.stages.of(step.sigma) for step in first]
-            rows = min(TRACED, len(first[0].denoised))
-            estimates = [step.denoised[:rows].float().cpu() for step in first]
+            frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
+            estimates = trace.denoised if first_stage is None else [first_stage.decode(item) for item in trace.denoised]
             strip = grid(
-                stack(estimates if first_stage is None else [first_stage.decode(latents) for latents in estimates]),
-                columns=len(first), scale=scale, gap=3, frames=frames * rows,
+                stack(estimates), columns=len(frames), scale=scale, gap=3, frames=frames * len(estimates[0])
             )  # fmt: skip
             (folder / "trace.png").write_bytes(png(strip))
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")

@@ -124,6 +124,7 @@ def sample_batches(
         NumericsError: An image is not finite; raised by the iterator.
     """
     check(num >= 1, "num", "at least 1", num)
+    check(-(2**62) <= seed < 2**62, "seed", "in [-2^62, 2^62)", seed)
     check(batch_size >= 1, "batch-size", "at least 1", batch_size)
     chosen, sigmas = _schedule(denoiser, solver, steps, spacing, churn, eta)
     numbers = torch.arange(seed, seed + num) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64).cpu()

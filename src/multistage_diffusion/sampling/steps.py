@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,35 @@ class SolverStep:
 
 
 Callback = Callable[[SolverStep], None]
+
+
+@final
+class Trace:
+    """Keeps the estimates of the clean image along the steps of the first batch; `see` is the callback.
+
+    Args:
+        images: How many images to keep, the first ones.
+
+    Attributes:
+        sigmas: Noise level of each step.
+        denoised: (images, C, H, W) estimates of each step, float32 on the CPU.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.sigmas, self.denoised = list[float](), list[Tensor]()
+        self._images, self._index, self._open = images, -1, True
+
+    def see(self, step: SolverStep) -> None:
+        """Take a step; those of later batches are let go.
+
+        Args:
+            step: The step.
+        """
+        self._open = self._open and step.index > self._index
+        if self._open:
+            self._index = step.index
+            self.sigmas.append(step.sigma)
+            self.denoised.append(step.denoised[: self._images].detach().float().cpu().clone())
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion.clustering import Clustering, cluster
-from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
+from multistage_diffusion.config import RunConfig, StagesConfig, check, to_dict
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import describe, distances, generated, held_out_loss
@@ -21,7 +22,7 @@ from multistage_diffusion.metrics.cost import Cost, network_cost, training_share
 from multistage_diffusion.metrics.features import FeatureExtractor, source_features
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import make_process
-from multistage_diffusion.sampling import SolverStep, sample
+from multistage_diffusion.sampling import Trace, sample
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts
 from multistage_diffusion.training.loop import StepResult
@@ -51,6 +52,13 @@ class DemoOptions:
     samples: int = 500
     shown: int = 40
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(0 < self.tflops < math.inf, "tflops", "positive", self.tflops)
+        check(self.points >= 1, "points", "at least 1", self.points)
+        check(self.samples >= 2, "samples", "at least 2", self.samples)
+        check(self.shown >= 1, "shown", "at least 1", self.shown)
+        check(0 <= self.seed < 2**62, "seed", "in [0, 2^62)", self.seed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class DemoResult:
         floor: Distance of the training images themselves to the held-out ones.
         reference: Number of held-out images.
         options: What was asked.
-        seconds: Wall time.
+        seconds: Wall time of this call; less than the whole for a demo that went on from an interrupted one.
     """
 
     source: str
@@ -163,7 +171,13 @@ def run_demo(
         DataError: The source cannot be read, or has no labels to learn features from.
     """
     begin = time.perf_counter()
-    data, test = (load_data(config.data.source, split=split, root=config.data.root) for split in ("train", "test"))
+    if config.data.autoencoder is not None:
+        raise ConfigError("the demo compares models of images; recipes of latents are trained with msd train")
+    own = config.data
+    data, test = (
+        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.max_bad)
+        for split in ("train", "test")
+    )
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
     clustering = cluster(
         data.floats(), make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed,
@@ -232,11 +246,11 @@ def _train_and_measure(
         write_json(run / RESULTS, {"points": [asdict(point) for point in points]})
         say(f"{run.name}: {point.tflops:.2f} TFLOPs, FD {point.fd:.2f}, held-out loss {point.loss:.4f}")
     loaded = load_run(run, device=device)
-    trace: list[SolverStep] = []
+    trace = Trace(options.shown)
     sampling = config.sampling
     drawn = sample(
         loaded.denoiser, options.shown, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing,
-        seed=options.seed, callback=trace.append,
+        seed=options.seed, callback=trace.see,
     )  # fmt: skip
     return ModelResult(
         run=run,
@@ -247,7 +261,7 @@ def _train_and_measure(
         stage_images=loaded.stage_images or (),
         points=tuple(points),
         grid=drawn.images,
-        trace=tuple((step.sigma, step.denoised.float().cpu()) for step in trace),
+        trace=tuple(zip(trace.sigmas, trace.denoised, strict=True)),
         nfe=drawn.nfe,
         sampling_gflops=cost.flops(drawn.stage_calls) / 1e9,
         seconds=sum(point.seconds for point in points),
