@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from multistage_diffusion import cli
+from multistage_diffusion.files import write_json
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,8 +25,15 @@ def test_links_lead_somewhere(page):
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_hold_no_placeholders(page):
+    assert not re.search(r"DEMO_[A-Z]+|@[A-Z]+@|TODO|TBD", page.read_text())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
+def test_commands_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "stages.json", {"edges": [0.69, 5.7]})  # what the command before leaves
     name, *words = shlex.split(command)[1:]
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
     options = module.parse(words) if "parse" in vars(module) else cli.parse(module.Options, name, words)

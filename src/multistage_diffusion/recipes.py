@@ -13,6 +13,9 @@ from multistage_diffusion.models.presets import Preset
 
 FLOW_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="uniform-t")
 
+# The usual warm-up of a decay, (1 + n)/(10 + n) after n steps, is a half-life of this share of the images seen.
+EMA_WARM_UP = math.log(2) / 9
+
 
 def half_life(decay: float, batch_size: int) -> float:
     """Half-life in images of an average that keeps a share `decay` each step.
@@ -106,7 +109,7 @@ def vp_cifar10() -> RunConfig:
         model=preset.model,
         training=TrainingConfig(
             steps=250_000, batch_size=128, learning_rate=2e-4, warmup_images=5_000 * 128, clip_norm=1.0,
-            ema_half_life=half_life(0.9999, 128),
+            ema_half_life=half_life(0.9999, 128), ema_ramp_up=EMA_WARM_UP,
         ),
         sampling=SamplingConfig(solver="dpm-3", steps=20, spacing="log-snr"),
     )  # fmt: skip
@@ -153,7 +156,7 @@ def ldm_celebahq() -> RunConfig:
         model=preset.model,
         training=TrainingConfig(
             steps=170_000, batch_size=batch_size, learning_rate=2e-6 * batch_size, weight_decay=0.01, clip_norm=None,
-            ema_half_life=half_life(0.9999, batch_size),
+            ema_half_life=half_life(0.9999, batch_size), ema_ramp_up=EMA_WARM_UP,
         ),
         sampling=SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t"),
     )  # fmt: skip

@@ -35,7 +35,12 @@ class Preset:
 
 
 def vp_cifar10() -> Preset:
-    """The paper's DPM-Solver network, 32x32: DDPM++ blocks, 8 a level (unified: 106.6 M parameters, 18.55 GMACs)."""
+    """The paper's DPM-Solver network, 32x32: DDPM++ blocks, 8 a level (unified: 106.6 M parameters, 18.55 GMACs).
+
+    The published unified network is this one. The published multistage one resamples with FIR filters and feeds the
+    input to each level (`--model.filter fir --model.input-pyramid`); here both architectures have the same blocks, so
+    that they compare.
+    """
     model = ModelConfig(width=128, decoder_widths=(192, 128, 16), multipliers=(1, 2, 2, 2), blocks=8, attention=(16,))
     # Edges t = 0.442 and 0.631 of VP time (Zhang et al. 2024, Table 4), in sigma.
     return Preset(model=model, process=VPConfig(), shape=(3, 32, 32), edges=(2.5102672, 7.4141232))
