@@ -26,3 +26,13 @@ def test_hold_moves_the_other_stages_away_and_back() -> None:
     assert denoiser.device == torch.device("meta")
     denoiser.hold(None)
     assert places() == ["meta"] * 4
+
+
+def test_moved_while_sampling_the_weights_can_still_be_trained() -> None:
+    model = ModelConfig(width=8, decoder_widths=(8, 8), multipliers=(1,), blocks=1, attention=())
+    denoiser = Denoiser(model, "vp", (1, 4, 4), Stages((1.0,))).to("meta")
+    denoiser.network.to_empty(device="cpu")
+    with torch.inference_mode():
+        denoiser.hold(1)
+    assert not any(parameter.is_inference() for parameter in denoiser.parameters())
+    assert all(parameter.requires_grad for parameter in denoiser.parameters())

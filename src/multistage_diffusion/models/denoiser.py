@@ -116,7 +116,8 @@ class Denoiser(nn.Module):
         groups = [self.network.decoders, self.network.encoders]
         for group in groups[: 1 if len(self.network.encoders) == 1 else 2]:
             for index, module in enumerate(group):
-                module.to(self.device if stage is None or index == stage else "cpu")
+                with torch.inference_mode(False):  # parameters moved in that mode could never be trained again
+                    module.to(self.device if stage is None or index == stage else "cpu")
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, whole or not at all; replaces what was there.
