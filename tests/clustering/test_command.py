@@ -2,11 +2,17 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
 
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.clustering import plots
+from multistage_diffusion.clustering import cluster, plots
 from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.data import load_data
+from multistage_diffusion.data.pictures import STAGE_COLOURS
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 
 SHAPE, STAGES = (1, 8, 8), Stages((0.6, 3.0))
@@ -81,5 +87,17 @@ def test_bad_input_is_one_line(words, code, message, capsys, tmp_path, monkeypat
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
-def test_stage_colours_suffice_for_all_stages():
-    assert len(set(plots.STAGE_COLOURS)) == 8
+def test_stages_and_the_intervals_of_their_edges_are_bands():
+    """Stages have the colours of every other picture; an edge lies in its grey band."""
+    images = load_data("digits")
+    found = cluster(images.floats(), VP(), samples=1000, resamples=50)
+    axes = plots.similarity_figure(found).axes[0]
+    bands = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    colours = [to_hex(band.get_facecolor()).upper() for band in bands]
+    assert colours == [*STAGE_COLOURS[:3], "#808080", "#808080"]
+    assert len(set(STAGE_COLOURS)) == 8
+    clock = VP().t(torch.tensor([VP().sigma_min, *found.stages.edges, VP().sigma_max], dtype=torch.float64))
+    shares = ((clock - clock[0]) / (clock[-1] - clock[0])).tolist()[1:-1]
+    assert all(band.get_x() < share < band.get_x() + band.get_width() < share + 0.1
+               for band, share in zip(bands[3:], shares, strict=True))  # fmt: skip
+    assert axes.get_ylabel() == "share of entries within eta = 2/256"

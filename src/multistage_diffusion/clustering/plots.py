@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from multistage_diffusion.analytic import OptimalDenoiser
 from multistage_diffusion.clustering.find import Clustering
 from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.similarity import running_mean
+from multistage_diffusion.data.pictures import STAGE_COLOURS
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
@@ -24,8 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito 2008: distinct for every common kind of colour vision, and in grey.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
-STAGE_COLOURS = ("#56B4E9", "#F0E442", "#E69F00", "#CC79A7", "#009E73", "#0072B2", "#D55E00", "#999999")
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -39,7 +40,7 @@ _STYLE: dict[Any, Any] = {
 }
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 _BINS = 40  # points of a similarity curve
-_APART = 0.045  # least distance between marks on the axis of noise levels
+_APART = 0.06  # least distance between marks on the axis of noise levels
 _MEASURES = {"time": "share of the noise levels below (uniform in time)",
              "log-sigma": "share of the noise levels below (uniform in log sigma)",
              "training": "share of the training draws below"}  # fmt: skip
@@ -117,7 +118,7 @@ def _curves(clustering: Clustering) -> Figure:
     axes.axhline(options["alpha"], color=GREY, lw=0.8, ls=":")
     axes.annotate(f" alpha = {options['alpha']:g}", (0.0, options["alpha"]), color=GREY, fontsize=8, va="top")
     axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=_MEASURES[clustering.measure],
-             ylabel=f"entries within eta = {options['eta']:.4g}")  # fmt: skip
+             ylabel=_entries(options["eta"]))  # fmt: skip
     _shade(axes, clustering)
     _sigma_axis(axes, clustering)
     axes.legend(loc="lower center", ncols=2, fontsize=8, bbox_to_anchor=(0.5, -0.42))
@@ -136,8 +137,8 @@ def _matrix(clustering: Clustering) -> Figure:
     image = left.imshow(
         matrices.similar.mean(0).numpy(), origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=1, cmap="cividis"
     )
-    figure.colorbar(image, ax=left, label=f"entries within eta = {record['options']['eta']:.4g}", shrink=0.8)
-    edges = [0.0, *_shares(clustering), 1.0]
+    figure.colorbar(image, ax=left, label=_entries(record["options"]["eta"]), shrink=0.8)
+    edges = [0.0, *_shares(clustering, clustering.stages.edges), 1.0]
     for low, high in itertools.pairwise(edges):
         left.add_patch(Rectangle((low, low), high - low, high - low, fill=False, ec="white", lw=1.4))
     left.set(xlabel=_MEASURES[clustering.measure], ylabel="the same")
@@ -154,19 +155,28 @@ def _matrix(clustering: Clustering) -> Figure:
     return figure
 
 
-def _shares(clustering: Clustering) -> list[float]:
-    """The edges as shares u of the measure."""
+def _entries(eta: float) -> str:
+    """What similarity is, with eta in grey levels where it is a whole number of them."""
+    levels = 256 * eta
+    return f"share of entries within eta = {f'{levels:.0f}/256' if levels == round(levels) else f'{eta:.3g}'}"
+
+
+def _shares(clustering: Clustering, sigmas: Sequence[float]) -> list[float]:
+    """Noise levels as shares u of the measure."""
     grid = torch.linspace(0, 1, 4001, dtype=torch.float64)[1:-1]
     levels = level(clustering.process, clustering.measure, grid)
-    return [float(grid[torch.searchsorted(levels, edge).clamp(max=len(grid) - 1)]) for edge in clustering.stages.edges]
+    return [float(grid[torch.searchsorted(levels, edge).clamp(max=len(grid) - 1)]) for edge in sigmas]
 
 
 def _shade(axes: Axes, clustering: Clustering) -> None:
-    """Stages as bands, edges as lines with their noise level."""
-    shares = _shares(clustering)
+    """Stages as bands, edges as lines with their noise level, their 95% intervals in grey."""
+    shares = _shares(clustering, clustering.stages.edges)
     for stage, (low, high) in enumerate(zip([0.0, *shares], [*shares, 1.0], strict=True)):
         axes.axvspan(low, high, color=STAGE_COLOURS[stage], alpha=0.13, lw=0)
         axes.text((low + high) / 2, 0.03, f"stage {stage}", ha="center", fontsize=8, color=GREY, bbox=_PAPER)
+    for interval in clustering.intervals:
+        low, high = _shares(clustering, interval)
+        axes.axvspan(low, high, color="0.5", alpha=0.25, lw=0)
     for share, sigma in zip(shares, clustering.stages.edges, strict=True):
         axes.axvline(share, color="black", lw=1)
         axes.annotate(f"{share:.3f}\nsigma {sigma:.3g}", (share + 0.01, 0.13), fontsize=8, bbox=_PAPER)
