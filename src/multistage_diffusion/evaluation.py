@@ -36,11 +36,14 @@ class HeldOutLoss:
         loss: Mean under the training distribution of noise levels.
         stage_loss: Mean within each stage.
         error: Standard error of `loss`, over images.
+        by_image: Mean loss of each image. Two models see the same noise, so their difference is best taken image by
+            image: its error is smaller than that of either loss.
     """
 
     loss: float
     stage_loss: tuple[float | None, ...]
     error: float
+    by_image: Float[Tensor, " images"]
 
 
 def held_out_loss(
@@ -89,6 +92,7 @@ def held_out_loss(
         float(losses.mean()),
         tuple(float(part.mean()) if len(part) else None for part in parts),
         float(by_image.std() / count**0.5) if count > 1 else 0.0,
+        by_image,
     )
 
 

@@ -27,7 +27,6 @@ def demo(tmp_path_factory):
         yield run_demo(CONFIG, folder / "out", OPTIONS, say=said.append), folder / "out", said
 
 
-@pytest.mark.slow
 def test_both_models_spend_the_same_training_flops(demo):
     result, _, _ = demo
     budget = OPTIONS.tflops * 1e12
@@ -39,7 +38,6 @@ def test_both_models_spend_the_same_training_flops(demo):
     assert result.models["multistage"].config.stages.edges == result.clustering.stages.edges
 
 
-@pytest.mark.slow
 def test_report_is_one_self_contained_file(demo, tmp_path):
     result, _, _ = demo
     write_report(result, tmp_path / "report.html", "msd demo")
@@ -51,7 +49,6 @@ def test_report_is_one_self_contained_file(demo, tmp_path):
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "report.html").read_bytes()
 
 
-@pytest.mark.slow
 def test_summary_holds_what_the_command_promises(demo):
     result, _, _ = demo
     document = json.loads(json.dumps(summary(result), allow_nan=False))
@@ -61,7 +58,6 @@ def test_summary_holds_what_the_command_promises(demo):
     assert document["models"]["unified"]["gflops"] > document["models"]["multistage"]["gflops"]
 
 
-@pytest.mark.slow
 def test_verdict_follows_the_figures(demo):
     result, _, _ = demo
 
@@ -78,7 +74,6 @@ def test_verdict_follows_the_figures(demo):
     assert "within two standard errors" in verdict(replace(result, models={**ahead, "unified": ahead["multistage"]}))
 
 
-@pytest.mark.slow
 def test_a_finished_demo_is_not_trained_again_and_another_is_refused(demo, monkeypatch):
     result, folder, _ = demo
     monkeypatch.setenv("MSD_CACHE", str(folder.parent / "cache"))

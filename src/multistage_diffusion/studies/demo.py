@@ -96,6 +96,7 @@ class ModelResult:
         steps: Steps taken.
         stage_images: Images each stage was trained on.
         points: Measurements, the last one at the end.
+        image_loss: Held-out loss of each image at the end.
         grid: Images generated from the same seeds for every model.
         trace: Estimates of the clean image along the sampling steps: (sigma, images).
         nfe: Network evaluations of an image.
@@ -110,6 +111,7 @@ class ModelResult:
     steps: int
     stage_images: tuple[int, ...]
     points: tuple[Point, ...]
+    image_loss: Tensor
     grid: Tensor
     trace: tuple[tuple[float, Tensor], ...]
     nfe: int
@@ -260,6 +262,7 @@ def _train_and_measure(
         steps=last,
         stage_images=loaded.stage_images or (),
         points=tuple(points),
+        image_loss=held_out_loss(loaded.denoiser, test, stages=stages, seed=options.seed).by_image,
         grid=drawn.images,
         trace=tuple(zip(trace.sigmas, trace.denoised, strict=True)),
         nfe=drawn.nfe,

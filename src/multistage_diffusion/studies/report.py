@@ -78,10 +78,12 @@ def verdict(result: DemoResult) -> str:
         The sentence; it says so when the figures favour the unified model, or neither.
     """
     ours, theirs = result.models["multistage"].points[-1], result.models["unified"].points[-1]
+    difference = result.models["multistage"].image_loss - result.models["unified"].image_loss  # same images and noise
+    paired = float(difference.std() / len(difference) ** 0.5)
     parts = []
     for name, low, high, error in (
         ("Fréchet distance", ours.fd, theirs.fd, math.hypot(ours.fd_error or 0, theirs.fd_error or 0)),
-        ("held-out loss", ours.loss, theirs.loss, math.hypot(ours.loss_error, theirs.loss_error)),
+        ("held-out loss", ours.loss, theirs.loss, paired),
     ):
         change = low / high - 1
         word = "lower" if change < 0 else "higher"
