@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,3 +166,42 @@ def test_low_and_high_noise_may_share_a_column(digits):
         alone = denoiser.pairs(index[row : row + 1], noise[row : row + 1], sigma[row : row + 1])
         torch.testing.assert_close(pairs.delta[row], alone.delta[0], atol=1e-6, rtol=1e-5, msg=f"sigma {level}")
         torch.testing.assert_close(pairs.effective[row], alone.effective[0], atol=1e-3, rtol=1e-4)
+
+
+BACKENDS = """
+import torch
+from multistage_diffusion.analytic import OptimalDenoiser
+from multistage_diffusion.softmax import full_precision
+
+images = torch.rand(20, 1, 4, 4) * 2 - 1
+expected = OptimalDenoiser(images)(images, 0.3)
+backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+{setting}
+before = [backend.fp32_precision for backend in backends]
+assert torch.equal(OptimalDenoiser(images)(images, 0.3), expected)
+assert [backend.fp32_precision for backend in backends] == before
+try:
+    with full_precision(images.device):
+        inside = [backend.fp32_precision for backend in backends]
+        raise KeyError
+except KeyError:
+    pass
+assert not {{"tf32", "bf16"}} & set(inside), inside
+assert [backend.fp32_precision for backend in backends] == before
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+        'torch.backends.mkldnn.matmul.fp32_precision = "bf16"',
+        'torch.backends.fp32_precision = "tf32"',
+        'torch.set_float32_matmul_precision("high")',
+    ],
+)
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9")
+def test_precision_chosen_by_backend_is_left_alone_and_not_used(setting):
+    """In a process of its own: torch cannot go back to where nothing was chosen."""
+    done = subprocess.run([sys.executable, "-c", BACKENDS.format(setting=setting)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

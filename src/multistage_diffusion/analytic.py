@@ -11,7 +11,6 @@ and redo the few candidates from float64 differences.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -21,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError, DataError
-from multistage_diffusion.softmax import Dense, Exact, Query
+from multistage_diffusion.softmax import Dense, Exact, Query, full_precision
 
 _ROUNDING = 16 * 2.0**-24  # bound on the rounding of a float32 logit, relative to |y|^2/sigma^2
 _RERANK = 4e-3  # rounding of a logit, in nats, from which on candidates are redone in float64
@@ -205,7 +204,7 @@ class OptimalDenoiser:
         delta = torch.empty(*sigma.shape, self._mean.numel(), device=self.device)
         effective = torch.empty(sigma.shape, device=self.device)
         step = max(1, _ROWS // sigma.shape[1])
-        with _full_precision(self.device):
+        with full_precision(self.device):
             for start in range(0, len(index), step):
                 part = slice(start, start + step)
                 own = index[part]
@@ -235,7 +234,7 @@ class OptimalDenoiser:
         reach = (flat - self._mean).norm(dim=1).clamp(min=self._radius).double()
         sharp = _ROUNDING * self._radius * reach / levels**2 > _RERANK
         denoised, effective = torch.empty_like(flat), torch.ones(len(x), device=self.device)
-        with _full_precision(self.device):
+        with full_precision(self.device):
             for kind in (True, False):
                 for rows in (sharp == kind).nonzero()[:, 0].split(_ROWS):
                     query = Query(flat[rows], None, levels[rows, None], None, None if labels is None else labels[rows])
@@ -384,15 +383,3 @@ def _column(sigma: Sigma, x: Tensor) -> Tensor:
 def _check_sigma(sigma: Tensor) -> None:
     if not bool((sigma > 0).all()):
         raise ConfigError("an optimal denoiser needs noise levels sigma > 0")
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in true float32, whatever the training code around has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
