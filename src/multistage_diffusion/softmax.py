@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,7 +163,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _backends_in_full() -> Iterator[None]:
     """Each backend's own precision of matrix products at IEEE float32 (torch 2.9 and later)."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # a module whose attributes torch makes as it runs
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
