@@ -1,8 +1,10 @@
 """Laws of loss against width and images, and the widths that a budget buys."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,12 @@ from multistage_diffusion.clustering.allocation import (
     allocate_training,
     fit_law,
 )
+from multistage_diffusion.config import StagesConfig
+from multistage_diffusion.data import Images
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.models.unet import MultiDecoderUNet
+from multistage_diffusion.recipes import recipe
+from multistage_diffusion.studies import proxies
 
 LAWS = (Law(0.05, 3.0, 1.0, 40.0, 0.5, 0.0), Law(0.02, 0.5, 1.0, 20.0, 0.5, 0.0), Law(0.2, 0.01, 1.0, 5.0, 0.5, 0.0))
 SHARES = (0.3, 0.3, 0.4)
@@ -88,3 +95,72 @@ def test_budgets_that_buy_nothing_are_refused():
         allocate_training(LAWS, SHARES, WIDTHS, FLOPS, 0.5)
     with pytest.raises(ConfigError, match="below that of the narrowest decoders"):
         allocate_sampling(LAWS, SHARES, WIDTHS, FLOPS, (10, 5, 5), 10.0, 1_000.0)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the proxy runs were given; in their place stand laws that are known."""
+    given = {}
+
+    def run_proxies(config, data, test, widths, **_):
+        given.update(data=data, test=test, widths=widths)
+        return [
+            Measurement(w, n, tuple(law.floor + law.capacity(w) + law.training(float(n)) for law in LAWS))
+            for w in widths for n in (1_000, 2_000, 4_000)
+        ]  # fmt: skip
+
+    def flops(config, shape, candidates, stages, read):
+        return [[1e9 * width**2 for width in replace(config.model, decoder_widths=candidates).decoder_widths]] * stages
+
+    monkeypatch.setattr(proxies, "run_proxies", run_proxies)
+    monkeypatch.setattr(proxies, "_flops", flops)
+    return given
+
+
+def run_of(name, edges=(0.7, 5.7)):
+    run = recipe(name)
+    model = replace(run.model, architecture="multistage", decoder_widths=(run.model.width,) * (len(edges) + 1))
+    return replace(run, model=model, stages=StagesConfig(edges=edges))
+
+
+def numbered(count, shape=(1, 8, 8)):
+    """Images told apart by their first two pixels."""
+    images = torch.zeros(count, *shape, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = torch.arange(count) % 256, torch.arange(count) // 256
+    return Images("numbered", images)
+
+
+def test_widths_are_measured_on_a_tenth_of_the_training_images(measured):
+    data = numbered(400)
+    proxies.allocate(run_of("digits"), data, 1.0, "training")
+    parts = [{tuple(image.flatten()[:2].tolist()) for image in measured[name].images} for name in ("data", "test")]
+    assert [len(part) for part in parts] == [360, 40]
+    assert not parts[0] & parts[1]
+    with pytest.raises(ConfigError, match="at least two images"):
+        proxies.split(numbered(1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("digits", (1, 8, 8)), ("edm-cifar10", (3, 32, 32)), ("ldm-celebahq", (3, 64, 64))]
+)
+def test_no_recipe_is_too_wide_to_choose_widths_for(measured, name, shape):
+    run = run_of(name)
+    proxies.allocate(run, numbered(20, shape), 1e6, "training")
+    with torch.device("meta"):
+        for width in (*proxies.candidate_widths(run.model)[:2], *measured["widths"]):
+            MultiDecoderUNet(replace(run.model, blocks=1, decoder_widths=(width,)), shape)
+
+
+@given(width=st.integers(2, 1_000).map(lambda number: 4 * number), head=st.sampled_from([None, 16, 32]))
+def test_candidates_fit_into_one_network(width, head):
+    model = replace(recipe("digits").model, width=width, head_channels=head)
+    found = proxies.candidate_widths(model)
+    assert width in found and max(found) <= 1.5 * width
+    replace(model, decoder_widths=found)  # which refuses more than 64
+
+
+@pytest.mark.parametrize("purpose", ["training", "sampling"])
+def test_a_budget_that_buys_nothing_is_refused_before_the_proxies_run(measured, purpose):
+    with pytest.raises(ConfigError, match="a budget of"):
+        proxies.allocate(run_of("digits"), numbered(40), 1e-12, purpose)
+    assert not measured

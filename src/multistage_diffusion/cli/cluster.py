@@ -176,7 +176,6 @@ def _allocate(
 ) -> dict[str, Any]:
     """Decoder widths under the budget, from proxy runs of a recipe on these stages."""
     from multistage_diffusion.config import DataConfig, StagesConfig
-    from multistage_diffusion.data import load_data
     from multistage_diffusion.studies.proxies import allocate
 
     base = recipe(options.recipe or options.source)
@@ -188,10 +187,9 @@ def _allocate(
     edges = found.stages.edges
     model = replace(base.model, architecture="multistage", decoder_widths=(base.model.width,) * (len(edges) + 1))
     config = replace(base, data=source, stages=StagesConfig(edges=edges), model=model)
-    test = load_data(options.source, split="test", root=options.data_root, resolution=options.resolution)
     assert options.allocate is not None
     return allocate(
-        config, data, test, options.allocate, options.allocate_for, steps=options.proxy_steps, device=device,
+        config, data, options.allocate, options.allocate_for, steps=options.proxy_steps, device=device,
         say=console.print,
     )  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 
+from multistage_diffusion import rng
 from multistage_diffusion.clustering.allocation import (
     Allocation,
     Law,
@@ -16,7 +18,7 @@ from multistage_diffusion.clustering.allocation import (
     allocate_training,
     fit_law,
 )
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config import ModelConfig, RunConfig, check
 from multistage_diffusion.data import Images
 from multistage_diffusion.evaluation import held_out_loss
 from multistage_diffusion.metrics.cost import StageCost, network_cost, training_shares
@@ -27,6 +29,9 @@ from multistage_diffusion.training.loop import Trainer
 
 Say = Callable[[str], None]
 PROXY_SHARES = (0.25, 0.5, 0.75, 1.25)  # decoder widths of the proxy runs, in encoder widths
+_WIDEST = 1.5  # widest decoder to choose, in encoder widths: not far beyond what the proxies measure
+_HELD_OUT = 0.1  # share of the training images that the proxies keep for measuring
+_LEVELS = 4_000  # noise levels of a measurement, at least
 
 
 def run_proxies(
@@ -56,13 +61,14 @@ def run_proxies(
         One measurement for each width and reading.
     """
     stages, measurements = Stages(config.stages.edges), []
+    repeats = max(8, -(-_LEVELS // len(test)))
     for width in widths:
         model = replace(config.model, architecture="multistage", decoder_widths=(width,) * len(stages))
         trainer = Trainer(replace(config, model=model), data, device, stages)
         for point in reversed(range(points)):
             for _ in trainer.run(max(1, steps // 2**point)):
                 pass
-            found = held_out_loss(trainer.averaged(), test, stages=stages)
+            found = held_out_loss(trainer.averaged(), test, stages=stages, repeats=repeats)
             losses = tuple(loss for loss in found.stage_loss if loss is not None)
             assert len(losses) == len(stages), "every stage has held-out noise levels"
             measurements.append(Measurement(width, trainer.images, losses))
@@ -83,10 +89,46 @@ def fit_laws(measurements: Sequence[Measurement]) -> tuple[Law, ...]:
     return tuple(fit_law(measurements, stage) for stage in range(len(measurements[0].stage_loss)))
 
 
+def split(data: Images, seed: int) -> tuple[Images, Images]:
+    """The images that the proxies train on, and a tenth that they measure on; so no test image has a say in widths.
+
+    Args:
+        data: Training images.
+        seed: Seed of the choice.
+
+    Returns:
+        Both parts, which share no image.
+
+    Raises:
+        ConfigError: Fewer than two images.
+    """
+    check(len(data) >= 2, "allocate", "used with at least two images", len(data))
+    order, held = rng.permutation(seed, "proxies/held-out", 0, len(data)), max(1, round(len(data) * _HELD_OUT))
+    return data.take(order[held:]), data.take(order[:held])
+
+
+def candidate_widths(model: ModelConfig) -> tuple[int, ...]:
+    """Decoder widths to choose from: the encoder's own, and multiples of a step that grows with it.
+
+    Args:
+        model: The network, whose attention heads every width must hold whole.
+
+    Returns:
+        At most 64 widths, increasing, up to 1.5 times the encoder's.
+    """
+    unit = _unit(model)
+    step = max(unit, model.width // 16 // unit * unit)
+    return tuple(sorted({*range(step, int(model.width * _WIDEST) + 1, step), model.width}))
+
+
+def _unit(model: ModelConfig) -> int:
+    """What a decoder's width must be a multiple of."""
+    return math.lcm(4, model.head_channels or 4)
+
+
 def allocate(
     config: RunConfig,
     data: Images,
-    test: Images,
     budget: float,
     purpose: Literal["training", "sampling"],
     *,
@@ -98,8 +140,7 @@ def allocate(
 
     Args:
         config: The run; its stages are kept, its decoder widths are replaced.
-        data: Training images.
-        test: Held-out images.
+        data: Training images; a tenth of them is held out from the proxies and measured on.
         budget: Training PFLOPs in all, or GFLOPs of drawing one image with the run's sampler.
         purpose: Which of the two.
         steps: Steps of each proxy run.
@@ -113,21 +154,24 @@ def allocate(
         ConfigError: The budget is too small for any widths.
     """
     base = config.model.width
-    proxies = sorted({max(4, round(base * share / 4) * 4) for share in PROXY_SHARES})
-    candidates = tuple(range(4, 2 * base + 1, 4))
-    measurements = run_proxies(config, data, test, proxies, steps=steps, device=device, say=say)
-    laws = fit_laws(measurements)
-    longest = float(max(item.images for item in measurements))
+    unit, candidates = _unit(config.model), candidate_widths(config.model)
+    proxies = sorted({max(1, round(base * share / unit)) * unit for share in PROXY_SHARES})
+    stages = Stages(config.stages.edges)
 
-    def choose(widths: Sequence[int]) -> Allocation:
+    def choose(laws: Sequence[Law], widths: Sequence[int], longest: float) -> Allocation:
         if purpose == "training":
             return widths_for_training(config, data.shape, laws, widths, budget * 1e15)
         return widths_for_sampling(config, data.shape, laws, widths, budget * 1e9, longest)
 
-    found = choose(candidates)
+    choose((Law(0.0, 0.0, 1.0, 0.0, 1.0, 0.0),) * len(stages), candidates, 1.0)  # what cannot be is refused at once
+    train, held = split(data, config.training.seed)
+    measurements = run_proxies(config, train, held, proxies, steps=steps, device=device, say=say)
+    laws = fit_laws(measurements)
+    longest = float(max(item.images for item in measurements))
+    found = choose(laws, candidates, longest)
     equal = [law.floor + law.capacity(base) for law in laws]
-    shares = training_shares(make_process(config.process), Stages(config.stages.edges))
-    images = choose((base,)).images if purpose == "training" else longest
+    shares = training_shares(make_process(config.process), stages)
+    images = choose(laws, (base,), longest).images if purpose == "training" else longest
     equal_loss = sum(
         share * (part + law.training(images)) for share, part, law in zip(shares, equal, laws, strict=True)
     )
