@@ -11,6 +11,7 @@ from multistage_diffusion.config import PROCESSES
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
+from waits import Waits
 
 SIGMAS = [0.05, 0.6, 0.6000001, 2.9, 3.0, 11.0]
 
@@ -33,6 +34,16 @@ def test_one_level_for_all_equals_a_level_each(process, architecture):
         repeated = torch.full((6,), sigma, dtype=torch.float64)
         assert torch.equal(denoise(x, sigma), denoise(x, repeated))
     assert each.dtype == torch.float32
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@torch.no_grad()
+def test_one_level_for_all_waits_for_no_device(process):
+    denoise = tiny.denoiser(process=process).to("meta")
+    x = batch().to("meta")
+    with Waits() as waits:
+        denoise(x, 0.7)
+    assert waits.copies == []
 
 
 @torch.no_grad()

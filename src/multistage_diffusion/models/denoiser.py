@@ -94,18 +94,22 @@ class Denoiser(nn.Module):
         Returns:
             Estimates of x0, float32. An image's estimate does not depend on the other images.
         """
-        if isinstance(sigma, Tensor):
-            stage = self.stages.of(sigma) if counts is None else counts
-            level = sigma
-        else:
-            stage = self.stages.of(sigma)
-            level = torch.tensor([sigma], dtype=torch.float64)
-        factors = self.process.preconditioning(level)
+        if not isinstance(sigma, Tensor):
+            return self._at_one_level(x, sigma, labels, augment)
+        stage = self.stages.of(sigma) if counts is None else counts
+        factors = self.process.preconditioning(sigma)
         c_skip, c_out, c_in = (
             factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
         )
-        c_noise = factors.c_noise.to(x).expand(len(x))
-        return c_skip * x + c_out * self.network(c_in * x, c_noise, stage, labels, augment).to(x.dtype)
+        raw = self.network(c_in * x, factors.c_noise.to(x), stage, labels, augment)
+        return c_skip * x + c_out * raw.to(x.dtype)
+
+    def _at_one_level(self, x: Tensor, sigma: float, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
+        factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
+        c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=x.dtype)
+        raw = self.network(factors.c_in.item() * x, c_noise, self.stages.of(sigma), labels, augment)
+        return factors.c_skip.item() * x + factors.c_out.item() * raw.to(x.dtype)
 
     def hold(self, stage: int | None) -> None:
         """Keep one stage's decoder (and encoder, if separate) on the device; move the others to the CPU.
