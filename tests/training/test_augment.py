@@ -10,7 +10,7 @@ import tiny
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.training.augment import LABELS, augment, warp
+from multistage_diffusion.training.augment import LABELS, _draw, _resample, augment, warp
 from multistage_diffusion.training.loop import Trainer
 
 INDEX = torch.arange(400)
@@ -65,6 +65,15 @@ def test_an_image_ignores_its_neighbours_and_the_seed_decides():
         torch.testing.assert_close(alone[0], out[row], atol=1e-6, rtol=0)
         assert torch.equal(told[0], labels[row])
     assert not torch.equal(augment(images, 1, INDEX, 0.5)[1], labels)
+
+
+def test_warping_all_and_then_choosing_is_the_same():
+    images = smooth(100, side=8)
+    draw = _draw(0, INDEX[:100], 0.2)
+    chosen, all_warped = (_resample(images, draw, choose=choose) for choose in (True, False))
+    assert 0 < int(draw.warps().sum()) < 100
+    torch.testing.assert_close(chosen, all_warped, atol=1e-6, rtol=0)
+    assert torch.equal(all_warped[~draw.warps()], images[~draw.warps()])
 
 
 def test_without_probability_images_are_mirrored_at_most():

@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 import tiny
 from multistage_diffusion.config import EDMConfig, FlowConfig, LDMConfig, TrainingConfig, VEConfig, VPConfig
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.cost import training_shares
+from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches, stage_counts
+from waits import Waits
 
 STAGES = Stages(tiny.EDGES)
 PROCESSES = [VPConfig(), EDMConfig(), LDMConfig(), FlowConfig(), VEConfig()]
 
 
-def batches(process=PROCESSES[0], stages=STAGES, data=None, *, flip=False, classes=0, **training):
-    config = TrainingConfig(**{"batch_size": 6, **training})
-    return Batches(data or tiny.images(), make_process(process), stages, config, flip=flip, classes=classes)
+def batches(process=PROCESSES[0], stages=STAGES, data=None, **options):
+    """Options of `Batches` and of the training, mixed."""
+    own = {name: options.pop(name) for name in ("flip", "classes", "augment_probability", "device") if name in options}
+    config = TrainingConfig(**{"batch_size": 6, **options})
+    return Batches(data or tiny.images(), make_process(process), stages, config, **own)
 
 
 def same(first, second):
@@ -169,6 +174,27 @@ def test_labels_go_with_their_images_and_some_are_hidden():
     hidden = batch.labels == 3
     assert torch.equal(batch.labels[~hidden], found[~hidden]) and 30 < hidden.sum() < 90
     assert batches(data=data)(0).labels is None
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda config: config.kind)
+@pytest.mark.parametrize("kind", ["mixed", "single-uniform"])
+def test_making_a_batch_and_its_loss_wait_for_no_device(process, kind):
+    data = tiny.images(100, labels=True)
+    made = batches(
+        process, data=data, batches=kind, flip=True, classes=3, augment_probability=0.5, device=torch.device("meta")
+    )
+    model = replace(tiny.SMALLEST, classes=3, augment_labels=9)
+    denoise = Denoiser(model, process, tiny.SHAPE, STAGES).to("meta")
+
+    def losses(step):
+        batch = made(step)
+        told = {"augment": batch.augment, "counts": batch.counts}
+        return denoising_loss(denoise, batch.images, batch.noise, batch.sigma, batch.labels, **told)
+
+    losses(0)  # moves what every step needs
+    with Waits() as waits:
+        assert losses(1).device.type == "meta"
+    assert waits.copies == []
 
 
 def test_pixels_are_in_minus_one_to_one():

@@ -113,16 +113,17 @@ class LDM(Process[LDMConfig]):
         kept = torch.log1p(-(ramp ** (1 / power))).cumsum(0)  # ln of the signal's share of the variance
         self._levels = torch.expm1(-kept).sqrt()
         self.sigma_min, self.sigma_max = float(self._levels[0]), float(self._levels[-1])
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def sigma(self, t: Levels) -> Levels:
         """ln sigma interpolated between the steps' levels."""
-        logs = self._levels.log().to(t)
+        _, logs = self._table(t)
         index = t.floor().clamp(0, self.config.num_steps - 2).long()
         return torch.exp(torch.lerp(logs[index], logs[index + 1], t - index))
 
     def t(self, sigma: Levels) -> Levels:
         """The index at which the interpolated level is sigma; outside the table the outer pieces are extended."""
-        logs = self._levels.log().to(sigma)
+        _, logs = self._table(sigma)
         value = torch.log(positive(sigma))
         index = (torch.bucketize(value, logs) - 1).clamp(0, self.config.num_steps - 2)
         return index + (value - logs[index]) / (logs[index + 1] - logs[index])
@@ -133,12 +134,14 @@ class LDM(Process[LDMConfig]):
 
     def cdf(self, sigma: Levels) -> Levels:
         """Share of the steps at or below sigma: a step function."""
-        return torch.bucketize(sigma, self._levels.to(sigma), right=True).to(sigma) / self.config.num_steps
+        levels, _ = self._table(sigma)
+        return torch.bucketize(sigma, levels, right=True).to(sigma) / self.config.num_steps
 
     def icdf(self, u: Levels) -> Levels:
         """The level of step ceil(u num_steps) - 1: the lowest one whose share reaches u."""
         index = (u * self.config.num_steps).ceil().long() - 1
-        return self._levels.to(u)[index.clamp(0, self.config.num_steps - 1)]
+        levels, _ = self._table(u)
+        return levels[index.clamp(0, self.config.num_steps - 1)]
 
     def loss_weight(self, sigma: Levels) -> Levels:
         """The plain squared error of the predicted noise, 1/sigma^2, or velocity, 1 + 1/sigma^2."""
@@ -147,6 +150,14 @@ class LDM(Process[LDMConfig]):
     def preconditioning(self, sigma: Levels) -> Preconditioning:
         """Prediction of eps or v, conditioned on the step's index."""
         return _variance_preserving(self.config.prediction, sigma, self.scale(sigma), self.t(sigma))
+
+    def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps' levels and their logarithms; moved to a device once, as each move waits for it."""
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # training may use what sampling moved
+                self._tables[key] = (self._levels.to(like), self._levels.log().to(like))
+        return self._tables[key]
 
 
 def _variance_preserving(prediction: Prediction, sigma: Tensor, scale: Tensor, c_noise: Tensor) -> Preconditioning:

@@ -67,12 +67,7 @@ def augment(
     draw = _draw(seed, index, probability)
     flipped = torch.where(draw.mirror.bool()[:, None, None, None], images.flip(3), images)
     flipped = torch.where(draw.upside_down.bool()[:, None, None, None], flipped.flip(2), flipped)
-    rows = draw.warps().nonzero()[:, 0]
-    if len(rows) > 0:
-        sides = torch.tensor([images.shape[3], images.shape[2]], device=images.device)
-        shift = SHIFT * draw.shift * sides
-        flipped = flipped.index_copy(0, rows, warp(flipped[rows], _inverse(draw)[rows], shift[rows]))
-    return flipped, draw.labels()
+    return _resample(flipped, draw, choose=images.device.type == "cpu"), draw.labels()
 
 
 def warp(
@@ -97,9 +92,19 @@ def warp(
     down = (torch.arange(-_MARGIN, 2 * high + _MARGIN, device=images.device) + 0.5) / 2 - high / 2
     places = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (H', W', 2)
     sources = torch.einsum("bij,bhwj->bhwi", matrix, places - shift[:, None, None, :])
-    grid = sources / torch.tensor([wide / 2, high / 2], device=images.device)
+    grid = torch.stack((sources[..., 0] / (wide / 2), sources[..., 1] / (high / 2)), dim=-1)
     moved = F.grid_sample(fine, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return _halve(_halve(moved, taps, 2), taps, 3)
+
+
+def _resample(images: Tensor, draw: _Draw, *, choose: bool) -> Tensor:
+    """Warp the images that are to be; `choose` them first, or warp all, as a GPU would wait for the choice."""
+    matrix, share = _inverse(draw), SHIFT * draw.shift
+    shift = torch.stack((share[:, 0] * images.shape[3], share[:, 1] * images.shape[2]), dim=1)
+    if not choose:
+        return torch.where(draw.warps()[:, None, None, None], warp(images, matrix, shift), images)
+    rows = draw.warps().nonzero()[:, 0]
+    return images.index_copy(0, rows, warp(images[rows], matrix[rows], shift[rows])) if len(rows) > 0 else images
 
 
 def _draw(seed: int, index: Tensor, probability: float) -> _Draw:

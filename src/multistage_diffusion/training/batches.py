@@ -120,6 +120,7 @@ class Batches:
         self._data = replace(data, images=data.images.to(device))
         self._labels = data.labels.to(device) if classes and data.labels is not None else None
         self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
+        self._weight = self._weights().to(device)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> Batch:
@@ -133,7 +134,7 @@ class Batches:
         """
         size, seed, device = self.config.batch_size, self.config.seed, self._data.images.device
         index = torch.arange(step * size, (step + 1) * size, device=device)
-        counts, weights = self._split(step)
+        counts = self._split(step)
         chosen = self._pick(step)
         images = self._data.floats(chosen)
         if self.flip:
@@ -148,22 +149,26 @@ class Batches:
             labels = torch.where(hidden, self.classes, self._labels[chosen])
         noise = rng.normal(seed, "noise", index, images.shape[1:])
         sigma = self.process.icdf(self._levels(counts, rng.uniform(seed, "sigma", index, 1)[:, 0]))
-        repeats = torch.tensor(counts, device=device)
-        weight = torch.tensor(weights, device=device).repeat_interleave(repeats, output_size=size)
-        return Batch(images, noise, sigma, weight, counts, labels, told)
+        return Batch(images, noise, sigma, self._weight, counts, labels, told)
 
-    def _split(self, step: int) -> tuple[tuple[int, ...], list[float]]:
-        """How many rows each stage has in this step, and the weight of its rows."""
+    def _weights(self) -> Tensor:
+        """The weight of each row; the same in every step, so that none waits for a copy to the device."""
+        size = self.config.batch_size
+        if self.config.batches != "mixed":
+            return torch.ones(size)
+        weights = [share * size / count for share, count in zip(self.shares, self._counts, strict=True)]
+        return torch.tensor(weights, dtype=torch.float32).repeat_interleave(torch.tensor(self._counts))
+
+    def _split(self, step: int) -> tuple[int, ...]:
+        """How many rows each stage has in this step."""
         if self.config.batches == "mixed":
-            size = self.config.batch_size
-            return self._counts, [share * size / count for share, count in zip(self.shares, self._counts, strict=True)]
+            return self._counts
         draw = float(rng.uniform(self.config.seed, "stage", torch.tensor([step]), 1))
         if self.config.batches == "single-uniform":
             stage = int(draw * len(self.shares))
         else:
             stage = sum(draw > edge for edge in self._cdf[1:-1])
-        counts = tuple(self.config.batch_size if k == stage else 0 for k in range(len(self.shares)))
-        return counts, [1.0] * len(counts)
+        return tuple(self.config.batch_size if k == stage else 0 for k in range(len(self.shares)))
 
     def _levels(self, counts: tuple[int, ...], draws: Tensor) -> Float[Tensor, " batch"]:
         """Positions in the training distribution: a stage's interval cut into as many cells as rows, one draw each."""
