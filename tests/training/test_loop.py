@@ -17,6 +17,7 @@ from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import train
+from waits import Waits
 
 
 def learnable(count=64):
@@ -46,6 +47,34 @@ def test_warm_up_clipping_and_the_learning_rate():
     parameters = trainer.denoiser.network.parameters()
     norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
     assert result.gradient_norm > 0.1 and norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_reads_the_device_once_and_only_clips_when_asked(monkeypatch):
+    scaled = []
+    clip = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *words: scaled.append(clip(*words)))
+    for clip_norm in (None, 0.1):
+        trainer = Trainer(tiny.run_config(clip_norm=clip_norm), tiny.images())
+        with Waits() as waits:
+            next(trainer.run(1))
+        assert waits.reads == ["tolist"]
+        assert len(scaled) == (clip_norm is not None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nobody_elses_generator_is_touched(dropout, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    forks = []
+    fork = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **named: forks.append(named) or fork(**named))
+    before = torch.get_rng_state()
+    trainer = Trainer(tiny.run_config(replace(tiny.SMALLEST, dropout=dropout)), tiny.images())
+    made = len(forks)
+    list(trainer.run(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+    assert len(forks) - made == (2 if dropout else 0)
 
 
 def test_the_loss_is_the_weighted_mean_of_its_stages():

@@ -128,7 +128,7 @@ def _module(data: Images, config: AutoencoderConfig) -> Any:
     if high % 2 ** (levels - 1) or wide % 2 ** (levels - 1):
         raise ConfigError(f"images of {high}x{wide} cannot be halved {levels - 1} times; set --resolution")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would seed the GPUs, too
         return AutoencoderKL.from_config({
             "in_channels": channels, "out_channels": channels, "latent_channels": config.latent_channels,
             "block_out_channels": config.widths, "down_block_types": ("DownEncoderBlock2D",) * levels,

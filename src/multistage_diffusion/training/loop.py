@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import RunConfig
@@ -17,7 +17,7 @@ from multistage_diffusion.errors import NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training.batches import Batch, Batches
+from multistage_diffusion.training.batches import Batches
 from multistage_diffusion.training.ema import EMA
 
 
@@ -55,7 +55,7 @@ def build_denoiser(config: RunConfig, shape: tuple[int, int, int], found: Stages
     """
     stages = found if found is not None and found.edges == config.stages.edges else Stages(config.stages.edges)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+        torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed the GPUs, too
         return Denoiser(config.model, config.process, shape, stages)
 
 
@@ -133,8 +133,7 @@ class Trainer:
         training = self.config.training
         batch = self.batches(self.step)
         network = self.denoiser.network
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(rng.bits(training.seed, "dropout", torch.tensor([self.step]), 1)))
+        with self._dropout_seeded():
             losses = denoising_loss(
                 self.denoiser, batch.images, batch.noise, batch.sigma, batch.labels, augment=batch.augment,
                 counts=batch.counts,
@@ -142,8 +141,14 @@ class Trainer:
         loss = (batch.weight * losses).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), training.clip_norm or math.inf)
-        stage_loss = self._require_finite(batch, losses.detach(), norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        means = [part.mean() for part in losses.detach().split(batch.counts) if len(part)]
+        # Read at once, as each read waits for the device, and before the update, which a bad value must not reach.
+        loss_read, norm_read, *means_read = torch.stack([loss.detach(), norm, *means]).tolist()
+        stage_loss = _spread(means_read, batch.counts)
+        self._require_finite(stage_loss, norm_read)
+        if training.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), training.clip_norm, norm)
         seen = self.images + training.batch_size
         rate = training.learning_rate * min(1.0, seen / max(training.warmup_images, 1))
         for group in self.optimizer.param_groups:
@@ -152,22 +157,44 @@ class Trainer:
         self.ema.update(network, seen, training.batch_size)
         self.step += 1
         self.stage_images = [total + count for total, count in zip(self.stage_images, batch.counts, strict=True)]
-        return StepResult(self.step, self.images, float(loss.detach()), stage_loss, rate, float(norm))
+        return StepResult(self.step, self.images, loss_read, stage_loss, rate, norm_read)
 
-    def _require_finite(self, batch: Batch, losses: Tensor, norm: Tensor) -> tuple[float | None, ...]:
-        """Mean loss of each stage; stops before the update where a loss or the gradient is not finite."""
-        rows = losses.split(batch.counts)
-        means = [part.mean().item() if len(part) else None for part in rows]
-        for stage, mean in enumerate(means):
+    @contextlib.contextmanager
+    def _dropout_seeded(self) -> Iterator[None]:
+        """Dropout of a step depends on the step alone; the device's generator goes on as if it had not been used."""
+        if not self.config.model.dropout:
+            yield
+            return
+        seed = int(rng.bits(self.config.training.seed, "dropout", torch.tensor([self.step]), 1))
+        cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            _generator(self.device).manual_seed(seed)  # torch.manual_seed would seed every other device, too
+            yield
+
+    def _require_finite(self, stage_loss: tuple[float | None, ...], norm: float) -> None:
+        """Stop before the update where a loss or the gradient is not finite."""
+        for stage, mean in enumerate(stage_loss):
             if mean is not None and not math.isfinite(mean):
                 low, high = self.denoiser.stages.bounds(stage)
                 raise NumericsError(
                     f"loss is {mean} at step {self.step + 1} in stage {stage} (sigma {low:g} to {high:g}); the weights "
                     "were not updated; lower training.learning-rate or training.clip-norm, or look at the data"
                 )
-        if not math.isfinite(float(norm)):
+        if not math.isfinite(norm):
             raise NumericsError(
-                f"gradient norm is {float(norm)} at step {self.step + 1}; the weights were not updated; lower "
+                f"gradient norm is {norm} at step {self.step + 1}; the weights were not updated; lower "
                 "training.learning-rate"
             )
-        return tuple(means)
+
+
+def _spread(means: list[float], counts: tuple[int, ...]) -> tuple[float | None, ...]:
+    """One entry a stage, none where it has no rows."""
+    remaining = iter(means)
+    return tuple(next(remaining) if count else None for count in counts)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The generator that a device's dropout draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
