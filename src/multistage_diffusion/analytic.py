@@ -76,14 +76,14 @@ class OptimalDenoiser:
         images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"] | np.ndarray,
         *,
         labels: Int[Tensor, " count"] | None = None,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         block: int = 8192,
         resident: bool | None = None,
     ) -> None:
         if images.ndim != 4 or min(images.shape) < 1:
             raise DataError(f"an optimal denoiser needs images (count, chan, high, wide), got {tuple(images.shape)}")
         in_memory = isinstance(images, Tensor)
-        self.device = device if device is not None else (images.device if in_memory else torch.device("cpu"))
+        self.device = torch.device(device or (images.device if in_memory else "cpu"))
         self.shape = tuple(int(size) for size in images.shape[1:])
         resident = in_memory if resident is None else resident
         self._images = images.to(self.device) if in_memory and resident else images

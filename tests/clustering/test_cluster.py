@@ -93,6 +93,23 @@ def test_similarities_agree_with_the_definition_of_algorithm_1(digits, reference
         assert float((high.flatten(1).double().mean(1) - result.high[:, column]).abs().max()) <= 2 / 64
 
 
+def test_a_device_may_be_a_name(digits):
+    by_name, plain = (cluster(digits[:300], VP(), samples=800, resamples=0, device=device) for device in ("cpu", None))
+    assert by_name.stages == plain.stages
+
+
+def test_gradients_are_taken_on_the_device_asked_for(digits):
+    class Elsewhere(nn.Linear):
+        def forward(self, x, sigma):
+            raise RuntimeError(f"called on {x.device} with weights on {self.weight.device}")
+
+    denoiser = Elsewhere(2, 2)
+    for device, seen in (("meta", "meta"), (torch.device("meta"), "meta"), ("cpu", "cpu"), (None, "cpu")):
+        with pytest.raises(RuntimeError, match=f"called on {seen} with weights on {seen}"):
+            cluster(digits[:100], VP(), method="gradient", denoiser=denoiser, device=device)
+    assert denoiser.weight.device.type == "cpu"
+
+
 def test_matrices_are_similarities_and_inner_products(digits):
     denoiser = OptimalDenoiser(digits[:200])
     pairs = draw_grid(VP(), "time", 200, 60, 6, seed=0)

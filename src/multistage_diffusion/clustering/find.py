@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import time
@@ -103,7 +104,7 @@ def cluster(
     resamples: int = 200,
     seed: int = 0,
     denoiser: nn.Module | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     source: str = "",
     digest: str | None = None,
     progress: Progress | None = None,
@@ -130,7 +131,7 @@ def cluster(
         resamples: Number of bootstrap resamples behind the intervals.
         seed: Seed of all draws.
         denoiser: A trained module called as `denoiser(x, sigma)`, for the method `gradient`.
-        device: Where to compute; by default where the images are.
+        device: Where to compute; by default where the images are (for the method `gradient`, where the denoiser is).
         source: Name of the data, for the record.
         digest: SHA-256 of the data, for the record; by default that of `images`.
         progress: Called with the work done and all of it.
@@ -151,7 +152,7 @@ def cluster(
         case "timestep" | "snr":
             found = _baseline(process, options)
         case "gradient":
-            found = _gradient(images, process, denoiser, options, progress)
+            found = _gradient(images, process, denoiser, options, device, progress)
         case _:
             search = algorithm_1 if options.chosen == "crossing" else dynamic_programme
             found = search(images, labels, process, options, device, progress)
@@ -213,11 +214,18 @@ def _baseline(process: Process, options: Options) -> Found:
 
 
 def _gradient(
-    images: Tensor, process: Process, denoiser: nn.Module | None, options: Options, progress: Progress | None
+    images: Tensor,
+    process: Process,
+    denoiser: nn.Module | None,
+    options: Options,
+    device: torch.device | str | None,
+    progress: Progress | None,
 ) -> Found:
     """Levels whose gradients point the same way."""
     if denoiser is None:
         raise ConfigError("the method gradient needs a trained denoiser")
+    if device is not None and any(weight.device != torch.device(device) for weight in denoiser.parameters()):
+        denoiser = copy.deepcopy(denoiser).to(device)  # the caller's own stays where it is
     u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
     chosen = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-(options.samples or 4_000) // len(u))]
     affinity = gradient_affinity(

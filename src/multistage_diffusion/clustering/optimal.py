@@ -59,7 +59,7 @@ def algorithm_1(
     labels: Tensor | None,
     process: Process,
     options: Options,
-    device: torch.device | None,
+    device: torch.device | str | None,
     progress: Progress | None,
 ) -> Found:
     """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N.
@@ -147,7 +147,7 @@ def dynamic_programme(
     labels: Tensor | None,
     process: Process,
     options: Options,
-    device: torch.device | None,
+    device: torch.device | str | None,
     progress: Progress | None,
 ) -> Found:
     """Any number of stages by the dynamic programme on a matrix over levels.
