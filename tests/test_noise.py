@@ -103,6 +103,15 @@ def test_the_clock_keeps_the_dtype(config):
         assert all(value.dtype == dtype and value.shape == sigma.shape for value in (*factors, *others))
 
 
+def test_averages_over_levels_are_taken_in_a_time_that_is_not_sigma():
+    """EDM has no other time, so it borrows that of VP; all others have their own."""
+    for process in map(make_process, CONFIGS):
+        edm = process.config.kind == "edm"
+        assert process.clock().config == (VPConfig() if edm else process.config)
+        sigma = float64(process.sigma_min, 1.0, process.sigma_max)
+        assert not torch.equal(process.clock().t(sigma), sigma)
+
+
 def test_scales():
     sigma = float64(0.0, 0.5, 3.0)
     for kind in ("vp", "vp-cosine", "ldm"):

@@ -80,6 +80,7 @@ def test_shares():
     edm = make_process(EDMConfig())
     assert training_shares(edm, Stages((2.5103, 7.6577))) == pytest.approx((0.961, 0.035, 0.0035), rel=0.03)
     assert sum(stage_shares(edm, Stages((0.001, 100.0)))["time"]) == pytest.approx(1)
+    assert stage_shares(edm, Stages(tuple(edges)))["time"] == pytest.approx((0.4735, 0.2025, 0.3241), abs=1e-4)
     assert training_shares(edm, Stages()) == (1.0,)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.noise import VP, Process
+from multistage_diffusion.noise import Process
 
 MEASURES = ("time", "log-sigma", "training")
 
@@ -17,7 +17,7 @@ def level(process: Process, measure: str, u: Float[Tensor, "*shape"]) -> Float[T
 
     Args:
         process: Gives the range of levels, its time and its training distribution.
-        measure: `time`: uniform in the process's time, in VP time where the process has none but sigma (EDM);
+        measure: `time`: uniform in the time of `process.clock()`, its own (for EDM, whose time is sigma, VP's);
             `log-sigma`: uniform in ln sigma; `training`: the process's distribution of sigma in training.
         u: Shares in [0, 1], float64; for `training` in (0, 1).
 
@@ -30,7 +30,7 @@ def level(process: Process, measure: str, u: Float[Tensor, "*shape"]) -> Float[T
     ends = torch.tensor([process.sigma_min, process.sigma_max], dtype=torch.float64, device=u.device)
     match measure:
         case "time":
-            clock = VP() if process.config.kind == "edm" else process
+            clock = process.clock()
             first, last = clock.t(ends)
             return clock.sigma(first + u * (last - first))
         case "log-sigma":

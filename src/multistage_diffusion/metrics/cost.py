@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.models.layers import Attention
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import EDM, Process
+from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 
 
@@ -155,12 +155,12 @@ def stage_shares(process: Process, stages: Stages) -> dict[str, tuple[float, ...
         stages: The partition.
 
     Returns:
-        `training`: probability under the training distribution. `time`: length of the stage's interval in the process's
-        own time, between the ends of its sampling range (for EDM in ln sigma, since its time is sigma).
+        `training`: probability under the training distribution. `time`: length of the stage's interval in the time
+        of `process.clock()`, its own (for EDM, whose time is sigma, VP's), between the ends of its sampling range.
     """
     ends = torch.tensor([process.sigma_min, *stages.edges, process.sigma_max], dtype=torch.float64)
     ends = ends.clamp(process.sigma_min, process.sigma_max)
-    times = ends.log() if isinstance(process, EDM) else process.t(ends)
+    times = process.clock().t(ends)
     lengths = times.diff() / (times[-1] - times[0])
     return {"training": training_shares(process, stages), "time": tuple(lengths.tolist())}
 

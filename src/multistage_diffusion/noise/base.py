@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,10 @@ class Process(ABC, Generic[C]):
     @abstractmethod
     def t(self, sigma: Levels) -> Levels:
         """The process's own time at a noise level; the inverse of `sigma`."""
+
+    def clock(self) -> Process[Any]:
+        """The process whose time averages over noise levels are taken in: itself, unless its time is sigma."""
+        return self
 
     @abstractmethod
     def scale(self, sigma: Levels) -> Levels:

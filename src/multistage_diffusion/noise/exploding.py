@@ -9,6 +9,7 @@ import torch
 
 from multistage_diffusion.config import EDMConfig, VEConfig
 from multistage_diffusion.noise.base import Levels, Preconditioning, Process, normal_cdf, positive, predict_noise
+from multistage_diffusion.noise.preserving import VP
 
 
 @final
@@ -64,6 +65,10 @@ class EDM(Process[EDMConfig]):
     def t(self, sigma: Levels) -> Levels:
         """The time is sigma itself."""
         return sigma
+
+    def clock(self) -> VP:
+        """VP: evenly in sigma, all but a few of the levels would lie where images are noise."""
+        return VP()
 
     def scale(self, sigma: Levels) -> Levels:
         """1."""
