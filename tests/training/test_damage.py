@@ -186,3 +186,14 @@ def test_a_run_without_checkpoints_says_so(tmp_path):
     train_until(1, out)
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         load_run(out)
+
+
+def test_a_checkpoint_needs_its_configuration(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    found = list_checkpoints(folder / "checkpoints")[-1]
+    (found.path / "config.json").unlink()
+    manifest = json.loads((found.path / "manifest.json").read_text())
+    del manifest["files"]["config.json"]
+    (found.path / "manifest.json").write_text(json.dumps(manifest))
+    assert "does not name config.json" in str(found.damage())

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.errors import CheckpointError, ConfigError, NumericsError
 from multistage_diffusion.files import check_directory, read_json, whole_directory
-from multistage_diffusion.models.denoiser import load_weights
+from multistage_diffusion.models.denoiser import CONFIG, load_weights
 from multistage_diffusion.training.loop import Trainer
 
 RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
-FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE)
+FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE, CONFIG)
 _STATE_KEYS = {"step", "stage_images", "shape"}
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -102,7 +102,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
         safetensors.torch.save_file(trainer.ema.average, temporary / EMA_WEIGHTS)
         safetensors.torch.save_file(optimizer, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        (temporary / "config.json").write_text(json.dumps(to_dict(trainer.config), indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(to_dict(trainer.config), indent=2) + "\n")
     return Checkpoint(path, trainer.step)
 
 
