@@ -10,6 +10,7 @@ import tiny
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training import run
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import load_run, train
 from runs import log, same_run, tensors, train_until
@@ -134,6 +135,16 @@ def test_another_number_of_threads_is_said(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     with pytest.warns(UserWarning, match="trained with 1 threads and is continued with 7"):
         train(tiny.run_config(), tmp_path / "run", data=tiny.images())
+
+
+def test_another_kind_of_device_is_said(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        save = run.save_checkpoint
+        patch.setattr(run, "save_checkpoint", lambda *words: save(*words[:2], {**words[2], "device": "cuda"}))
+        train(tiny.run_config(steps=3), tmp_path / "run", data=tiny.images())
+    with pytest.warns(UserWarning, match="trained on cuda and is continued on cpu: equal up to rounding"):
+        train(tiny.run_config(), tmp_path / "run", data=tiny.images())
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].state()["device"] == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["files", "file", "model"])

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from multistage_diffusion.config import RunConfig, from_dict, to_dict
 from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
-from multistage_diffusion.errors import CheckpointError, ConfigError, UserError
+from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_atomic, write_json
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
@@ -34,18 +30,11 @@ from multistage_diffusion.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.loop import StepResult, Trainer, build_denoiser
 
 # What may change when a run is resumed: none of these changes what is computed.
 CHANGEABLE = {"training.steps", "training.save_every", "training.keep", "training.log_every", "data.root"}
-
-
-class StoppedError(UserError):
-    """Training was stopped by a signal, after a checkpoint; the exit code is 128 + the signal's number."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command resumes there")
-        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -141,41 +130,19 @@ def train(
         stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
     trainer = Trainer(config, data, device, stages)
     cost = network_cost(config.model, data.shape)
-    with _lock(folder), _signals() as stop:
-        _check_target(folder, config)  # once more: another process may have trained here while the data was read
-        remove_leftovers(folder)
-        remove_leftovers(folder / "checkpoints")
-        write_json(folder / "config.json", to_dict(config))
-        trainer.denoiser.stages.save(folder / "stages.json")
-        window = _resume(folder, trainer, data)
-        match data:
-            case Latents():
-                data.stage.save(folder / RECORD)
-            case _:
-                pass
+    with lock(folder), signals() as received:
+        window = _open(folder, trainer, data)
         resumed = trainer.step
-        fixed = {"data": data.digest, "threads": torch.get_num_threads(), "shape": list(data.shape)}
         with _Metrics(folder / "metrics.jsonl", resumed) as metrics:
             for result in trainer.run(config.training.steps):
                 window.add(result)
                 if result.step % config.training.log_every == 0:
-                    line = {
-                        "step": result.step, "images": result.images, **window.close(),
-                        "learning_rate": result.learning_rate, "gradient_norm": result.gradient_norm,
-                        "training_flops": cost.training_flops(trainer.stage_images),
-                        "seconds": round(time.perf_counter() - started, 3),
-                    }  # fmt: skip
-                    metrics.write(line)
+                    seconds = round(time.perf_counter() - started, 3)
+                    flops = cost.training_flops(trainer.stage_images)
+                    metrics.write(_line(result, window, flops, seconds))
                 if on_step is not None:
                     on_step(result, config.training.steps)
-                stopped = stop[:1]  # read once: a signal from here on stops after the next step
-                last = result.step == config.training.steps or bool(stopped)
-                if last or result.step % config.training.save_every == 0:
-                    metrics.sync()
-                    save_checkpoint(folder / "checkpoints", trainer, {"window": vars(window), **fixed})
-                    prune(folder / "checkpoints", config.training.keep, result.step)
-                if stopped:
-                    raise StoppedError(stopped[0], trainer.step)
+                _save_or_stop(folder, trainer, window, metrics, data, received)
         trainer.averaged().save_pretrained(folder / "model")
     flops = cost.training_flops(trainer.stage_images)
     loss = window.loss / window.steps if window.steps else window.last
@@ -264,6 +231,22 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _open(folder: Path, trainer: Trainer, data: Examples) -> _Window:
+    """Say what the run is, in a directory that this process holds, and go on from its newest checkpoint."""
+    _check_target(folder, trainer.config)  # once more: another process may have trained here while the data was read
+    remove_leftovers(folder)
+    remove_leftovers(folder / "checkpoints")
+    write_json(folder / "config.json", to_dict(trainer.config))
+    trainer.denoiser.stages.save(folder / "stages.json")
+    window = _resume(folder, trainer, data)
+    match data:
+        case Latents():
+            data.stage.save(folder / RECORD)
+        case _:
+            pass
+    return window
+
+
 def _resume(folder: Path, trainer: Trainer, data: Examples) -> _Window:
     """Load the newest valid checkpoint, if there is one, after checking that it continues the same run."""
     checkpoint, damages = newest_valid(folder / "checkpoints")
@@ -283,6 +266,12 @@ def _resume(folder: Path, trainer: Trainer, data: Examples) -> _Window:
             f"{torch.get_num_threads()}: equal up to rounding, not to the bit",
             stacklevel=2,
         )
+    if state.get("device") != trainer.device.type:
+        warnings.warn(
+            f"{folder} was trained on {state.get('device')} and is continued on {trainer.device.type}: equal up to "
+            "rounding, not to the bit",
+            stacklevel=2,
+        )
     if checkpoint.step > trainer.config.training.steps:
         raise ConfigError(
             f"{folder} has {checkpoint.step} steps already; training.steps {trainer.config.training.steps} is less"
@@ -291,44 +280,30 @@ def _resume(folder: Path, trainer: Trainer, data: Examples) -> _Window:
     return _Window(**window)
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the run directory; the operating system releases the lock when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise CheckpointError(f"cannot write in {folder}: {error.strerror}; choose another --out") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            owner = handle.read(64).strip() or "another process"
-            raise ConfigError(f"{folder} is being trained by {owner}; wait for it, or choose another --out") from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()}")
-        handle.flush()
-        yield
+def _line(result: StepResult, window: _Window, flops: float, seconds: float) -> dict[str, Any]:
+    """A line of metrics.jsonl; begins a new window."""
+    return {
+        "step": result.step, "images": result.images, **window.close(), "learning_rate": result.learning_rate,
+        "gradient_norm": result.gradient_norm, "training_flops": flops, "seconds": seconds,
+    }  # fmt: skip
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; the loop stops after the step at hand."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _save_or_stop(
+    folder: Path, trainer: Trainer, window: _Window, metrics: _Metrics, data: Examples, received: list[int]
+) -> None:
+    """Write a checkpoint where one is due, at the end, and before stopping at a signal."""
+    training, step = trainer.config.training, trainer.step
+    stop = received[:1]  # read once: a signal from here on stops after the next step
+    if stop or step == training.steps or step % training.save_every == 0:
+        metrics.sync()
+        state = {
+            "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(),
+            "device": trainer.device.type, "shape": list(data.shape),
+        }  # fmt: skip
+        save_checkpoint(folder / "checkpoints", trainer, state)
+        prune(folder / "checkpoints", training.keep, step)
+    if stop:
+        raise StoppedError(stop[0], step)
 
 
 class _Metrics:
