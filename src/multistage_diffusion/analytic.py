@@ -56,6 +56,18 @@ class PairPosterior:
     effective: Float[Tensor, "pairs levels"]
 
 
+def as_floats(images: Float[Tensor, "*shape"] | UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Images as numbers.
+
+    Args:
+        images: Of any float type, or uint8.
+
+    Returns:
+        Floats as they are, uint8 as levels of [-1, 1] in float32.
+    """
+    return images.float().div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images
+
+
 @final
 class OptimalDenoiser:
     """The exact denoiser of a finite set of images (of all of them, or of one class), streamed in blocks.
@@ -65,7 +77,8 @@ class OptimalDenoiser:
         labels: Class of each image, for posteriors within a class.
         device: Where to compute; by default where the images are.
         block: Images a matrix product takes at once; memory grows with it, not with the number of images.
-        resident: Hold a centred float32 copy; by default of tensors only, so that arrays stay on disk.
+        resident: Hold a centred float32 copy, too; by default of tensors only, so that arrays stay on disk.
+            Float64 rows need the images as they were given: as uint8 they take a quarter of the copy's memory.
 
     Raises:
         DataError: No images, not four dimensions, or values that are not finite.
@@ -93,7 +106,10 @@ class OptimalDenoiser:
         total = sum(self._raw(slice(start, stop)).sum(0, dtype=torch.float64) for start, stop in self._spans())
         self._mean = (torch.as_tensor(total) / len(images)).float()
         if resident:
-            self._centred = torch.cat([self._rows(start, stop) for start, stop in self._spans()])
+            centred = torch.empty(len(images), self._mean.numel(), device=self.device)
+            for start, stop in self._spans():
+                centred[start:stop] = self._rows(start, stop)
+            self._centred = centred
         self._bias = torch.cat([self._rows(*span).square().sum(1).mul_(-0.5) for span in self._spans()])
         self._radius = float((-2 * self._bias.min()).sqrt())
         if not np.isfinite(self._radius):
@@ -287,9 +303,7 @@ class OptimalDenoiser:
             values = self._images[rows if isinstance(rows, slice) else rows.to(self._images.device)]
         else:
             values = torch.from_numpy(np.array(self._images[rows if isinstance(rows, slice) else rows.cpu().numpy()]))
-        values = values.flatten(1).to(self.device)
-        if values.dtype == torch.uint8:
-            return values.float() / 127.5 - 1
+        values = as_floats(values.flatten(1).to(self.device))
         return values if values.dtype == torch.float64 else values.float()
 
     def _known_labels(self) -> Tensor:

@@ -93,6 +93,19 @@ def test_similarities_agree_with_the_definition_of_algorithm_1(digits, reference
         assert float((high.flatten(1).double().mean(1) - result.high[:, column]).abs().max()) <= 2 / 64
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"stages": 2, "unit_range": True}, {"max_images": 400}, {"method": "gradient"}]
+)
+def test_pixels_give_what_their_floats_give(digits, options):
+    pixels = ((digits[:500] + 1) * 127.5).round().to(torch.uint8)
+    floats = pixels.float().div(127.5).sub(1)
+    found = [
+        cluster(images, VP(), samples=800, resamples=20, denoiser=Affine(), **options) for images in (pixels, floats)
+    ]
+    assert found[0].stages.edges == found[1].stages.edges
+    assert found[0].intervals == found[1].intervals
+
+
 def test_a_device_may_be_a_name(digits):
     by_name, plain = (cluster(digits[:300], VP(), samples=800, resamples=0, device=device) for device in ("cpu", None))
     assert by_name.stages == plain.stages

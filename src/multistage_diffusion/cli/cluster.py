@@ -127,6 +127,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
+def _stored(seen: Examples) -> torch.Tensor:
+    """Images as they are stored, 8 bits a channel; latents as a model sees them."""
+    return seen.floats() if seen.images.is_floating_point() else seen.images
+
+
 def _latents(data: Images, autoencoder: str, device: torch.device, console: Console) -> Latents:
     """The images as a model of latents sees them."""
     from multistage_diffusion.cli.progress import encoding_progress
@@ -148,7 +153,7 @@ def _cluster(options: Options, data: Images, seen: Examples, device: torch.devic
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
         found = cluster(
-            seen.floats(),
+            _stored(seen),
             process,
             method=options.method,
             stages=options.stages,
@@ -201,7 +206,7 @@ def _draw(options: Options, data: Examples, found: Clustering) -> None:
     if options.plot is not None:
         plots.save(plots.similarity_figure(found), options.plot)
     if options.strip is not None:
-        figure = plots.strip_figure(data.floats(), found.stages, found.process, seed=options.seed)
+        figure = plots.strip_figure(_stored(data), found.stages, found.process, seed=options.seed)
         plots.save(figure, options.strip)
 
 

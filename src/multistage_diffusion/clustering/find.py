@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from multistage_diffusion import rng
+from multistage_diffusion.analytic import as_floats
 from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.optimal import Found, algorithm_1, dynamic_programme
@@ -87,7 +88,7 @@ class Clustering:
 
 
 def cluster(
-    images: Float[Tensor, "count chan high wide"],
+    images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"],
     process: Process,
     *,
     method: str = "optimal-denoiser",
@@ -112,7 +113,7 @@ def cluster(
     """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
 
     Args:
-        images: Images in [-1, 1] (or latents).
+        images: Images in [-1, 1] (or latents); uint8, a quarter of the memory, is read as levels of [-1, 1].
         process: The process that will be trained.
         method: `optimal-denoiser` compares the exact denoiser of the images at different levels; `timestep`, `snr` and
             `gradient` are the baselines of Go et al. 2023.
@@ -194,10 +195,11 @@ def _check_images(images: Tensor, options: Options) -> None:
         raise DataError(f"clustering needs at least two images, got {len(images)}")
     if len(images) < options.stages:
         raise DataError(f"{len(images)} images cannot tell {options.stages} stages apart; use more images")
-    if not bool((images.amin(0) < images.amax(0)).any()):
-        raise DataError(f"all {len(images)} images are equal: every noise level has the same denoiser")
-    if not bool(images.isfinite().all()):
+    low, high = images.amin(0), images.amax(0)
+    if not bool((low.isfinite() & high.isfinite()).all()):
         raise DataError("the images hold values that are not finite")
+    if not bool((low < high).any()):
+        raise DataError(f"all {len(images)} images are equal: every noise level has the same denoiser")
 
 
 def _digest(images: Tensor) -> str:
@@ -229,7 +231,12 @@ def _gradient(
     u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
     chosen = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-(options.samples or 4_000) // len(u))]
     affinity = gradient_affinity(
-        denoiser, images[chosen], level(process, options.measure, u), process, seed=options.seed, progress=progress
+        denoiser,
+        as_floats(images[chosen]),
+        level(process, options.measure, u),
+        process,
+        seed=options.seed,
+        progress=progress,
     )
     smallest, largest = size_limits(len(u), options.stages)
     cuts = partition(affinity_cost(affinity), options.stages, smallest=smallest, largest=largest)

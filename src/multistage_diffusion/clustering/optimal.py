@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.analytic import OptimalDenoiser
+from multistage_diffusion.analytic import OptimalDenoiser, as_floats
 from multistage_diffusion.clustering.options import Options
 from multistage_diffusion.clustering.partition import MAX_STAGES, block_cost, partition
 from multistage_diffusion.clustering.similarity import (
@@ -51,7 +51,7 @@ def _compared(images: Tensor, options: Options) -> Tensor:
     varies = images.amin(0) < images.amax(0)
     if not bool(varies.all()):
         images = images[:, varies][:, :, None, None]
-    return images / 2 if options.unit_range else images
+    return as_floats(images) / 2 if options.unit_range else images
 
 
 def algorithm_1(
@@ -90,6 +90,7 @@ def algorithm_1(
             compare_to_ends(exact, pairs, options.eta, options.reference, process.sigma_max,
                             within_class=labels is not None, progress=progress)
         )  # fmt: skip
+        del exact  # before the next one is made
     found = first_crossings(results[-1], options.alpha, resamples=options.resamples, seed=options.seed)
     if len(sizes) == 1:
         return Found(found.edges, found.intervals if options.resamples else (), similarity=results[-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from multistage_diffusion import rng
@@ -197,7 +197,7 @@ def _sigma_axis(axes: Axes, clustering: Clustering) -> None:
 
 
 def strip_figure(
-    images: Float[Tensor, "count chan high wide"],
+    images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"],
     stages: Stages,
     process: Process,
     *,
@@ -208,7 +208,7 @@ def strip_figure(
     """A few images with growing noise, and below each what the optimal denoiser makes of it.
 
     Args:
-        images: The data set, in [-1, 1].
+        images: The data set, in [-1, 1] or as uint8.
         stages: The partition; each column is framed in its stage's colour.
         process: Gives the range of levels, uniform in time.
         rows: Number of images.
@@ -230,7 +230,7 @@ def strip_figure(
         figure = Figure(figsize=(columns * 0.72, 2 * len(chosen) * 0.72 + 0.5), layout="constrained")
         grid: Any = figure.subplots(2 * len(chosen), columns, squeeze=False)
         for column, sigma in enumerate(sigmas.tolist()):
-            noisy = images[chosen] + sigma * noise
+            noisy = denoiser.images(chosen) + sigma * noise
             shown = noisy / (1 + sigma**2) ** 0.5
             denoised = denoiser(noisy, sigma)
             colour = STAGE_COLOURS[stages.of(sigma) % len(STAGE_COLOURS)]

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 LEVELS = 8  # levels a pair is compared on: a draw of t in each of so many equal parts of the measure
 _PAIRS = 128  # pairs at a time
 _FEWEST = 32  # a running mean of fewer draws is not believed
-_ELEMENTS = 1 << 24  # numbers compared at once
+_ELEMENTS = 1 << 20  # numbers compared at once: they stay in a cache
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ def compare_levels(
         delta = posterior.delta.flatten(2)
         effective[part] = posterior.effective.cpu()
         gram[part] = (delta @ delta.mT / delta.shape[2]).cpu()
-        similar[part] = torch.stack([_share_matrix(rows, eta) for rows in delta]).cpu()
+        for pair, rows in zip(part.tolist(), delta, strict=True):
+            similar[pair] = _share_matrix(rows, eta)
     return Similarities(*_gathered(similar, gram, effective))
 
 
