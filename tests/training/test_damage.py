@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from multistage_diffusion.errors import CheckpointError
-from multistage_diffusion.files import check_directory
+from multistage_diffusion.files import check_directory, remove_leftovers
 from multistage_diffusion.training.checkpoint import (
     EMA_WEIGHTS,
     OPTIMIZER,
@@ -21,6 +21,7 @@ from multistage_diffusion.training.checkpoint import (
     list_checkpoints,
     newest,
     newest_valid,
+    prune,
     restore_checkpoint,
 )
 from multistage_diffusion.training.loop import Trainer
@@ -197,3 +198,19 @@ def test_a_checkpoint_needs_its_configuration(finished, tmp_path):
     del manifest["files"]["config.json"]
     (found.path / "manifest.json").write_text(json.dumps(manifest))
     assert "does not name config.json" in str(found.damage())
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(finished / "checkpoints", folder)
+
+    def killed(path, ignore_errors):
+        next(path.iterdir()).unlink()
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shutil, "rmtree", killed)
+        prune(folder, 1, 8)
+    assert [(found.step, found.damage()) for found in list_checkpoints(folder)] == [(8, None)]
+    remove_leftovers(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-00000008"]

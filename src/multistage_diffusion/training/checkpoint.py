@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -200,7 +202,10 @@ def prune(folder: Path, keep: int, step: int) -> None:
     checkpoints = list_checkpoints(folder)
     later = [checkpoint for checkpoint in checkpoints if checkpoint.step > step]
     for checkpoint in later + [other for other in checkpoints if other.step <= step][:-keep]:
-        shutil.rmtree(checkpoint.path, ignore_errors=True)
+        hidden = checkpoint.path.with_name(f".{checkpoint.path.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            checkpoint.path.rename(hidden)  # a kill among its files leaves no half checkpoint; the next call clears up
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _require_finite(weights: dict[str, torch.Tensor], step: int) -> None:
