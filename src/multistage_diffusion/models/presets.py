@@ -75,7 +75,7 @@ def digits() -> Preset:
     """A small network for 8x8 digits: trains in a minute or two on two CPU cores."""
     # Edges as `msd cluster digits` finds them; widths as `msd cluster digits --allocate 0.004` chooses them.
     model = ModelConfig(
-        width=32, decoder_widths=(28, 20, 16), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
+        width=32, decoder_widths=(28, 20, 12), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
     )  # fmt: skip
     return Preset(model=model, process=VPConfig(prediction="v"), shape=(1, 8, 8), edges=(0.686, 5.71))
 
