@@ -132,7 +132,7 @@ def generated(
 def distances(
     extractor: FeatureExtractor,
     reference: Images,
-    images: Iterable[Float[Tensor, "batch chan high wide"]],
+    images: Iterable[Float[Tensor, "_ chan high wide"]],
     metrics: Sequence[str],
     *,
     batch_size: int = 500,

@@ -10,6 +10,13 @@ from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.training.guard import lock, signals
 
 
+@pytest.fixture
+def restore_sigint():
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def test_the_first_signal_is_collected_and_its_echo_too():
     with signals() as received:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
@@ -17,7 +24,8 @@ def test_the_first_signal_is_collected_and_its_echo_too():
         assert received == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
 
 
-def test_whoever_asks_again_is_heard_at_once(monkeypatch):
+def test_whoever_asks_again_is_heard_at_once(monkeypatch, restore_sigint):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes may start with it ignored
     before = signal.getsignal(signal.SIGINT)
     now = time.monotonic()
     with signals() as received:
