@@ -148,7 +148,8 @@ def test_no_recipe_is_too_wide_to_choose_widths_for(measured, name, shape):
     proxies.allocate(run, numbered(20, shape), 1e6, "training")
     with torch.device("meta"):
         for width in (*proxies.candidate_widths(run.model)[:2], *measured["widths"]):
-            MultiDecoderUNet(replace(run.model, blocks=1, decoder_widths=(width,)), shape)
+            network = MultiDecoderUNet(replace(run.model, blocks=1, decoder_widths=(width,)), shape)
+            assert len(network.decoders) == 1
 
 
 @given(width=st.integers(2, 1_000).map(lambda number: 4 * number), head=st.sampled_from([None, 16, 32]))

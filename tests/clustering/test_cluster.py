@@ -150,7 +150,7 @@ def test_bootstrap_weights_count_pairs():
 
 @pytest.mark.parametrize(("process", "tolerance"), [(VP(), 0.02), (EDM(), 0.06), (LDM(), 0.06)])
 def test_edges_of_digits_are_about_the_same_sigma_in_every_process(digits, process, tolerance):
-    """CLUSTERING.md's prototype found t = .189/.579 under VP."""
+    """Regression: an independent prototype found t = .189/.579 under VP."""
     found = cluster(digits, process, samples=2000, resamples=50)
     clock = VP().t(torch.tensor(found.stages.edges, dtype=torch.float64)).tolist()
     assert clock == pytest.approx((0.189, 0.579), abs=tolerance)

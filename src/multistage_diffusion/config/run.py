@@ -58,7 +58,7 @@ class StagesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The multi-decoder U-Net (PAPER tables in docs/architecture.md)."""
+    """The multi-decoder U-Net (the networks of the paper are presets: docs/architecture.md)."""
 
     architecture: Architecture = "multistage"
     """multistage: one encoder, a decoder per stage; separate: an encoder per stage too; unified: one network."""
