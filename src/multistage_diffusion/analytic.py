@@ -3,9 +3,9 @@
 Each is called as `denoiser(x, sigma)`, x = x0 + sigma eps, and returns the posterior mean of x0, so samplers take it.
 
 Over images y_i the posterior is a softmax of -|x - y_i|^2 / (2 sigma^2) (Zhang et al. 2024, Prop. 1). It is computed
-over blocks of centred images with float32 matrix products and a running softmax. Rounding of a float32 logit matters only
-where sigma is small, and there only images that lie close together: such levels take the float32 logits as a nomination
-and redo the few candidates from float64 differences.
+over blocks of centred images with float32 matrix products and a running softmax. Rounding of a float32 logit matters
+only where sigma is small, and there only images that lie close together: such levels take the float32 logits as a
+nomination and redo the few candidates from float64 differences.
 """
 
 from __future__ import annotations
