@@ -24,6 +24,10 @@ class StoppedError(UserError):
         self.exit_code = 128 + number
 
 
+class BusyError(ConfigError):
+    """Another process holds the folder."""
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the run directory; the operating system releases the lock when the process ends, however it ends.
@@ -35,7 +39,8 @@ def lock(folder: Path) -> Iterator[None]:
         While it is held.
 
     Raises:
-        ConfigError: Another process holds it, or this system has no locks.
+        BusyError: Another process holds it.
+        ConfigError: This system has no locks.
         CheckpointError: The folder cannot be written.
     """
     try:
@@ -55,7 +60,7 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             handle.seek(0)
             owner = handle.read(64).strip() or "another process"
-            raise ConfigError(f"{folder} is being trained by {owner}; wait for it, or choose another --out") from error
+            raise BusyError(f"{folder} is being trained by {owner}; wait for it, or choose another --out") from error
         handle.truncate(0)
         handle.write(f"process {os.getpid()}")
         handle.flush()
