@@ -7,7 +7,7 @@ from torch import nn
 
 import tiny
 from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, RAW, list_checkpoints
-from multistage_diffusion.training.ema import EMA
+from multistage_diffusion.training.ema import EMA, HalfLife
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import train
 
@@ -35,7 +35,7 @@ def test_it_equals_a_recomputation_from_the_checkpoints(half_life, ramp_up, tmp_
 def test_it_shares_no_storage_and_leaves_the_module_alone():
     module = nn.Linear(3, 3)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    average = EMA(module, 10.0, None)
+    average = EMA(module, HalfLife(10.0, None))
     assert not {t.data_ptr() for t in average.average.values()} & {p.data_ptr() for p in module.parameters()}
     average.update(module, 1, 1)
     assert tiny.bits_equal(module.state_dict(), before)
@@ -47,7 +47,7 @@ def test_it_shares_no_storage_and_leaves_the_module_alone():
 def test_half_of_it_is_left_after_a_half_life():
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    average = EMA(module, 50.0, None)
+    average = EMA(module, HalfLife(50.0, None))
     nn.init.ones_(module.weight)
     for _ in range(10):
         average.update(module, 0, 5)
@@ -57,7 +57,7 @@ def test_half_of_it_is_left_after_a_half_life():
 def test_it_moves_where_half_precision_would_stand_still():
     module = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     nn.init.ones_(module.weight)
-    average = EMA(module, 10_000.0, None)
+    average = EMA(module, HalfLife(10_000.0, None))
     nn.init.constant_(module.weight, 1.01)
     for _ in range(500):
         average.update(module, 0, 1)
@@ -70,10 +70,10 @@ def test_it_moves_where_half_precision_would_stand_still():
 
 def test_copies_and_restores_are_exact_and_strict():
     module, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    average = EMA(module, 10.0, None)
+    average = EMA(module, HalfLife(10.0, None))
     average.copy_to(other)
     assert tiny.bits_equal(other.state_dict(), module.state_dict())
-    restored = EMA(other, 10.0, None)
+    restored = EMA(other, HalfLife(10.0, None))
     restored.load({name: tensor + 1 for name, tensor in average.average.items()})
     assert torch.equal(restored.average["bias"], average.average["bias"] + 1)
     with pytest.raises(ValueError, match="other names: bias"):

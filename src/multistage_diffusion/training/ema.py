@@ -1,20 +1,26 @@
-"""Exponential moving average of the weights, in float32, apart from the trained weights."""
+"""Moving averages of the weights, in float32, apart from the trained weights."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from multistage_diffusion.errors import ConfigError
 
-@final
-class EMA:
-    """Average of a module's parameters with a half-life counted in images.
+LONGEST = 0.28  # relative width; a power function with exponent 0, the plain mean over all of training, has 0.2887
 
-    Args:
-        module: The module whose parameters are averaged; the average starts as a copy of them.
+
+@dataclass(frozen=True)
+class HalfLife:
+    """Exponential profile with a half-life counted in images.
+
+    Attributes:
         half_life: Half-life in images.
         ramp_up: The half-life is at most this share of the images seen, so that a young average forgets the random
             start; none: constant.
@@ -22,11 +28,8 @@ class EMA:
     Source: Karras et al. 2022, Sec. 5 and App. F.2 (half-life in images, ramp-up 0.05).
     """
 
-    def __init__(self, module: nn.Module, half_life: float, ramp_up: float | None) -> None:
-        self.half_life, self.ramp_up = half_life, ramp_up
-        self.average = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in module.named_parameters()
-        }
+    half_life: float
+    ramp_up: float | None
 
     def decay(self, images: int, batch_size: int) -> float:
         """Share of the old average that is kept by one update.
@@ -41,6 +44,56 @@ class EMA:
         half_life = self.half_life if self.ramp_up is None else min(self.half_life, self.ramp_up * images)
         return 0.5 ** (batch_size / half_life)
 
+
+@dataclass(frozen=True)
+class Power:
+    """Power-function profile: after t images, the weights at image tau count in proportion to tau^exponent.
+
+    It stretches with training, forgets the random start altogether, and has a closed form, from which averages of
+    other lengths can be put together afterwards (`snapshots.py`).
+
+    Attributes:
+        length: Standard deviation of the profile as a share of training so far (sigma_rel): 0.05 is short, 0.10 usual.
+
+    Source: Karras et al. 2024, Sec. 3.1.
+    """
+
+    length: float
+
+    @cached_property
+    def exponent(self) -> float:
+        """The exponent that has this length."""
+        return power_exponent(self.length)
+
+    def decay(self, images: int, batch_size: int) -> float:
+        """Share of the old average that is kept by one update.
+
+        Args:
+            images: Images seen, this batch included.
+            batch_size: Images of this batch.
+
+        Returns:
+            (1 - batch_size / images)^(exponent + 1): then the weights after a batch count exactly as the integral of
+            the profile over that batch.
+        """
+        return (1.0 - batch_size / images) ** (self.exponent + 1.0)
+
+
+@final
+class EMA:
+    """Average of a module's parameters.
+
+    Args:
+        module: The module whose parameters are averaged; the average starts as a copy of them.
+        profile: How fast the past is forgotten.
+    """
+
+    def __init__(self, module: nn.Module, profile: HalfLife | Power) -> None:
+        self.profile = profile
+        self.average = {
+            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in module.named_parameters()
+        }
+
     @torch.no_grad()
     def update(self, module: nn.Module, images: int, batch_size: int) -> None:
         """Move the average towards the module's parameters.
@@ -51,7 +104,7 @@ class EMA:
             batch_size: Images of this batch.
         """
         current = [parameter.detach().float() for parameter in module.parameters()]
-        share = 1.0 - self.decay(images, batch_size)
+        share = 1.0 - self.profile.decay(images, batch_size)
         torch._foreach_lerp_(list(self.average.values()), current, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
@@ -81,3 +134,35 @@ class EMA:
                 raise ValueError(f"the average of {name} has shape {tuple(average[name].shape)}")
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
+
+
+def relative_width(exponent: float) -> float:
+    """Standard deviation of a power-function profile, as a share of training so far.
+
+    Args:
+        exponent: At least 0.
+
+    Returns:
+        sigma_rel: the standard deviation of a Beta(exponent + 1, 1) variable.
+    """
+    return math.sqrt((exponent + 1.0) / (exponent + 3.0)) / (exponent + 2.0)
+
+
+def power_exponent(length: float) -> float:
+    """The exponent of the power function with a relative width, by bisection.
+
+    Args:
+        length: Relative width (sigma_rel).
+
+    Returns:
+        The exponent, to rounding.
+
+    Raises:
+        ConfigError: A length outside (0, 0.28].
+    """
+    if not 0.0 < length <= LONGEST:
+        raise ConfigError(f"the length of an average must lie in (0, {LONGEST}], got {length}")
+    low, high = 0.0, 1.0 / length  # the width of an exponent is less than 1 / (exponent + 2)
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if relative_width(middle) > length else (low, middle)
+    return high

@@ -18,7 +18,7 @@ from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
-from multistage_diffusion.training.ema import EMA
+from multistage_diffusion.training.ema import EMA, HalfLife
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Trainer:
             flip=config.data.flip and config.data.autoencoder is None,
             augment_probability=config.data.augment_probability, classes=config.model.classes, device=self.device,
         )  # fmt: skip
-        self.ema = EMA(self.denoiser.network, training.ema_half_life, training.ema_ramp_up)
+        self.ema = EMA(self.denoiser.network, HalfLife(training.ema_half_life, training.ema_ramp_up))
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
         self.optimizer = kind(
             self.denoiser.network.parameters(), lr=training.learning_rate, betas=training.betas,
