@@ -149,18 +149,25 @@ class TrainingConfig:
     """Half-life of the weights' average, in images."""
     ema_ramp_up: float | None = 0.05
     """The half-life is at most this share of the images seen; none: constant from the start."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths (sigma_rel) of power-function averages to track beside it, like 0.05 0.10; from their snapshots
+    --ema-length makes an average of any length after training."""
+    ema_snapshot_every: int = 5_000
+    """Steps between snapshots of the power-function averages; each takes 4 bytes a parameter and length."""
     seed: int = 0
     """Seed of weights, data order and noise."""
     save_every: int = 5_000
     """Steps between checkpoints."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for good; 0 keeps none but the newest."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "training")
-        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every", "ema_snapshot_every"):
             check(getattr(self, name) >= 1, f"training.{name.replace('_', '-')}", "at least 1", getattr(self, name))
         check(self.steps <= 10**12, "training.steps", "at most 10^12", self.steps)
         check(self.batch_size <= 10**6, "training.batch-size", "at most 10^6", self.batch_size)
@@ -173,6 +180,10 @@ class TrainingConfig:
         check(0 <= self.label_dropout <= 1, "training.label-dropout", "in [0, 1]", self.label_dropout)
         check(self.ema_half_life > 0, "training.ema-half-life", "positive", self.ema_half_life)
         check(self.ema_ramp_up is None or self.ema_ramp_up > 0, "training.ema-ramp-up", "positive", self.ema_ramp_up)
+        distinct = len(set(self.ema_lengths)) == len(self.ema_lengths)
+        check(distinct and all(0.001 <= length <= 0.28 for length in self.ema_lengths), "training.ema-lengths",
+              "different numbers in [0.001, 0.28]", self.ema_lengths)  # fmt: skip
+        check(self.keep_every >= 0, "training.keep-every", "at least 0", self.keep_every)
         check(0 <= self.seed < 2**63, "training.seed", "in [0, 2^63)", self.seed)
 
 

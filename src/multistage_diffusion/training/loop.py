@@ -18,7 +18,7 @@ from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
-from multistage_diffusion.training.ema import EMA, HalfLife
+from multistage_diffusion.training.ema import EMA, HalfLife, Power
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Trainer:
     Attributes:
         denoiser: The trained denoiser.
         ema: The average of its weights.
+        powers: Its power-function averages, one for each of `training.ema_lengths`.
         step: Steps taken.
         stage_images: Images that each stage was trained on.
     """
@@ -91,6 +92,7 @@ class Trainer:
             augment_probability=config.data.augment_probability, classes=config.model.classes, device=self.device,
         )  # fmt: skip
         self.ema = EMA(self.denoiser.network, HalfLife(training.ema_half_life, training.ema_ramp_up))
+        self.powers = tuple(EMA(self.denoiser.network, Power(length)) for length in training.ema_lengths)
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
         self.optimizer = kind(
             self.denoiser.network.parameters(), lr=training.learning_rate, betas=training.betas,
@@ -154,7 +156,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.ema.update(network, seen, training.batch_size)
+        for average in (self.ema, *self.powers):
+            average.update(network, seen, training.batch_size)
         self.step += 1
         self.stage_images = [total + count for total, count in zip(self.stage_images, batch.counts, strict=True)]
         return StepResult(self.step, self.images, loss_read, stage_loss, rate, norm_read)
