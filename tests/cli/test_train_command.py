@@ -126,6 +126,7 @@ def test_a_loss_that_explodes_has_code_4(tmp_path, capsys):
 def test_verify_says_what_is_whole_and_what_is_not(trained, tmp_path, capsys):
     found, _ = document(["verify", str(trained)], capsys)
     assert found["checkpoints"] == [{"step": step, "valid": True, "damage": None} for step in (2, 3)]
+    assert found["snapshots"] == []
     assert found["model"] == {"valid": True, "damage": None}
     copy = shutil.copytree(trained, tmp_path / "run")
     file = copy / "checkpoints" / "step-00000002" / RAW
@@ -192,3 +193,25 @@ def test_the_same_command_twice_gives_the_same_bits(trained, tmp_path):
     torch.manual_seed(1)
     assert dispatch(["train", "digits", "--out", str(out), *SMALL, "--training.save-every", "2"]) == 0
     assert tiny.bits_equal(tensors(out), tensors(trained))
+
+
+def test_an_average_of_another_length_is_exported_and_drawn_from(tmp_path, capsys):
+    out = tmp_path / "run"
+    averages = ["--training.ema-lengths", "0.05", "0.1", "--training.ema-snapshot-every", "1"]
+    assert dispatch(["train", "digits", "--out", str(out), *SMALL, *averages]) == 0
+    found, err = document(
+        ["export", str(out), "--ema-length", "0.07", "--out", str(tmp_path / "w.safetensors")], capsys
+    )
+    assert found["ema_length"] == 0.07 and 0 < found["ema_error"] < 0.1 and "of length 0.07" in err
+    stored = safetensors.torch.load_file(list_checkpoints(out / "checkpoints")[-1].path / EMA_WEIGHTS)
+    exported = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    assert exported.keys() == stored.keys() and not tiny.bits_equal(exported, stored)
+    drawn = [document(["sample", str(out), "--num", "1", "--steps", "2", "--out", str(tmp_path / name), *more], capsys)
+             for name, more in (("a", []), ("b", ["--ema-length", "0.07"]))]  # fmt: skip
+    assert drawn[1][0]["ema_length"] == 0.07 and drawn[0][0]["ema_length"] is None
+    found, _ = document(["evaluate", str(out), "--metrics", "loss", "--ema-length", "0.07"], capsys)
+    assert found["loss"] > 0
+    (out / "ema" / "step-00000002" / "ema-0.1.safetensors").write_bytes(b"x")
+    found, err = document(["verify", str(out)], capsys, code=5)
+    assert [row["valid"] for row in found["snapshots"]] == [True, False, True]
+    assert "step-00000002/ema-0.1.safetensors" in err.splitlines()[-1]

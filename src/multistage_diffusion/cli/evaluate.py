@@ -51,6 +51,8 @@ class Options(Compute):
     """Images drawn at once; changes no image."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
+    ema_length: float | None = None
+    """Relative width of another average, like 0.1, for a run trained with --training.ema-lengths."""
     data_root: str | None = None
     """Folder that holds the source's files."""
     out: str | None = None
@@ -81,7 +83,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.metrics.features import source_features
     from multistage_diffusion.training.run import load_run
 
-    loaded = load_run(target, weights=options.weights, device=device) if (target / "config.json").is_file() else None
+    loaded = (
+        load_run(target, weights=options.weights, ema_length=options.ema_length, device=device)
+        if (target / "config.json").is_file()
+        else None
+    )
     source = options.data or (loaded.config.data.source if loaded and loaded.config else None)
     if source is None:
         raise ConfigError(f"--data is needed: {target} does not say which images it should resemble")

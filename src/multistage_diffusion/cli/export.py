@@ -27,6 +27,8 @@ class Options(Common):
     """File to write."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
+    ema_length: float | None = None
+    """Relative width of another average, like 0.1, for a run trained with --training.ema-lengths."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.files import sha256, write_atomic
     from multistage_diffusion.training.run import load_run
 
-    loaded = load_run(options.run, weights=options.weights)
+    loaded = load_run(options.run, weights=options.weights, ema_length=options.ema_length)
     denoiser, path = loaded.denoiser, Path(options.out)
     about = {
         "model": to_dict(denoiser.network.config),
@@ -52,15 +54,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "edges": list(denoiser.stages.edges),
         "shape": list(denoiser.shape),
         "weights": options.weights,
+        "ema_length": options.ema_length,
         "step": loaded.step,
     }
     metadata = {"multistage-diffusion": json.dumps(about)}  # one entry: safetensors writes several in random order
     write_atomic(path, safetensors.torch.save(denoiser.network.state_dict(), metadata))
-    console.print(f"wrote {options.weights} weights of {options.run} to {path}")
+    kind = f"{options.weights} weights" if options.ema_length is None else f"ema weights of length {options.ema_length}"
+    console.print(f"wrote {kind} of {options.run} to {path}")
     return {
         "file": str(path),
         "sha256": sha256(path),
         "bytes": path.stat().st_size,
         "weights": options.weights,
+        "ema_length": options.ema_length,
+        "ema_error": loaded.rebuilt.error if loaded.rebuilt else None,
         "step": loaded.step,
     }

@@ -52,6 +52,8 @@ class Options(Compute):
     """Images drawn at once; changes no image."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
+    ema_length: float | None = None
+    """Relative width of another average, like 0.1, for a run trained with --training.ema-lengths."""
     offload: bool = False
     """Keep only the decoder in use on the device."""
     denoise_trace: bool = False
@@ -81,7 +83,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.sampling import Trace, sample
     from multistage_diffusion.training.run import load_run
 
-    loaded = load_run(options.run, weights=options.weights, device=device)
+    loaded = load_run(options.run, weights=options.weights, ema_length=options.ema_length, device=device)
     first_stage = load_first_stage(options.run, device)
     default = loaded.config.sampling if loaded.config else SamplingConfig()
     solver = options.solver or default.solver
@@ -96,7 +98,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     )  # fmt: skip
     names = [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
-        "run": options.run, "weights": options.weights, "step": loaded.step, "images": len(names),
+        "run": options.run, "weights": options.weights, "ema_length": options.ema_length, "step": loaded.step,
+        "images": len(names),
         "solver": solver, "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls),
         "seed": options.seed, "seconds": round(samples.seconds, 3),
     }  # fmt: skip

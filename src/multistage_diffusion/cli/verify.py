@@ -16,7 +16,7 @@ from multistage_diffusion.files import MANIFEST, check_directory
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
-    """Check every file of a run's checkpoints and model, or of a saved model, against the SHA-256 of its manifest.
+    """Check every file of a run's checkpoints, snapshots and model, or of a saved model, against its SHA-256.
 
     example: msd verify runs/digits
     """
@@ -41,6 +41,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     from multistage_diffusion.models.denoiser import CONFIG, WEIGHTS
     from multistage_diffusion.training.checkpoint import list_checkpoints
+    from multistage_diffusion.training.snapshots import list_snapshots
 
     folder = Path(options.run)
     if not (folder / "config.json").is_file():
@@ -51,7 +52,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         rows.append({"step": checkpoint.step, "valid": damage is None, "damage": damage})
         console.print(f"{checkpoint.path}: {damage or 'valid'}")
         damages += [damage] if damage else []
-    document: dict[str, Any] = {"run": str(folder), "checkpoints": rows, "model": None}
+    document: dict[str, Any] = {"run": str(folder), "checkpoints": rows, "snapshots": [], "model": None}
+    for path in list_snapshots(folder):
+        damage = check_directory(path)
+        document["snapshots"].append({"snapshot": path.name, "valid": damage is None, "damage": damage})
+        console.print(f"{path}: {damage or 'valid'}")
+        damages += [damage] if damage else []
     model = folder if (folder / MANIFEST).exists() or (folder / WEIGHTS).exists() else folder / "model"
     if model.is_dir():
         damage = check_directory(model, (CONFIG, WEIGHTS))

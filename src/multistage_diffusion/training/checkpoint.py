@@ -20,6 +20,7 @@ from multistage_diffusion.errors import CheckpointError, ConfigError, NumericsEr
 from multistage_diffusion.files import check_directory, read_json, whole_directory
 from multistage_diffusion.models.denoiser import CONFIG, load_weights
 from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.snapshots import file_name
 
 RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE, CONFIG)
@@ -98,10 +99,13 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
     }
     state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}
     _require_finite(weights, trainer.step)
-    size = sum(tensor.nbytes for group in (weights, trainer.ema.average, optimizer) for tensor in group.values())
+    averages = {EMA_WEIGHTS: trainer.ema.average}
+    averages |= {file_name(length): power.average for length, power in trainer.powers.items()}
+    size = sum(tensor.nbytes for group in (weights, optimizer, *averages.values()) for tensor in group.values())
     with whole_directory(path, size=size, replace=True) as temporary:  # a damaged one of this step gives way
         safetensors.torch.save_file(weights, temporary / RAW)
-        safetensors.torch.save_file(trainer.ema.average, temporary / EMA_WEIGHTS)
+        for file, average in averages.items():
+            safetensors.torch.save_file(average, temporary / file)
         safetensors.torch.save_file(optimizer, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
         (temporary / CONFIG).write_text(json.dumps(to_dict(trainer.config), indent=2) + "\n")
@@ -121,6 +125,8 @@ def restore_checkpoint(checkpoint: Checkpoint, trainer: Trainer) -> None:
     load_weights(trainer.denoiser.network, checkpoint.path / RAW)
     try:
         trainer.ema.load(safetensors.torch.load_file(checkpoint.path / EMA_WEIGHTS))
+        for length, power in trainer.powers.items():
+            power.load(safetensors.torch.load_file(checkpoint.path / file_name(length)))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in safetensors.torch.load_file(checkpoint.path / OPTIMIZER).items():
             index, key = name.split(".")
@@ -190,18 +196,20 @@ def newest(run: Path) -> Checkpoint:
     return checkpoints[-1]
 
 
-def prune(folder: Path, keep: int, step: int) -> None:
-    """Delete all but the newest checkpoints.
+def prune(folder: Path, keep: int, step: int, keep_every: int = 0) -> None:
+    """Delete all but the newest checkpoints, and those kept for good.
 
     Args:
         folder: The run's `checkpoints` folder.
-        keep: How many to keep, at least 1.
+        keep: How many of the newest to keep, at least 1.
         step: The step just saved. Later ones are damaged checkpoints that training went back from, and go too: kept as
             the newest, they would drive out the valid ones.
+        keep_every: Checkpoints at multiples of this step are kept for good; 0 keeps none.
     """
     checkpoints = list_checkpoints(folder)
     later = [checkpoint for checkpoint in checkpoints if checkpoint.step > step]
-    for checkpoint in later + [other for other in checkpoints if other.step <= step][:-keep]:
+    older = [checkpoint for checkpoint in checkpoints if checkpoint.step <= step][:-keep]
+    for checkpoint in later + [old for old in older if not keep_every or old.step % keep_every]:
         hidden = checkpoint.path.with_name(f".{checkpoint.path.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             checkpoint.path.rename(hidden)  # a kill among its files leaves no half checkpoint; the next call clears up

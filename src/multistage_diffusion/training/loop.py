@@ -75,7 +75,7 @@ class Trainer:
     Attributes:
         denoiser: The trained denoiser.
         ema: The average of its weights.
-        powers: Its power-function averages, one for each of `training.ema_lengths`.
+        powers: Its power-function averages, by their length.
         step: Steps taken.
         stage_images: Images that each stage was trained on.
     """
@@ -92,7 +92,7 @@ class Trainer:
             augment_probability=config.data.augment_probability, classes=config.model.classes, device=self.device,
         )  # fmt: skip
         self.ema = EMA(self.denoiser.network, HalfLife(training.ema_half_life, training.ema_ramp_up))
-        self.powers = tuple(EMA(self.denoiser.network, Power(length)) for length in training.ema_lengths)
+        self.powers = {length: EMA(self.denoiser.network, Power(length)) for length in training.ema_lengths}
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
         self.optimizer = kind(
             self.denoiser.network.parameters(), lr=training.learning_rate, betas=training.betas,
@@ -156,7 +156,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        for average in (self.ema, *self.powers):
+        for average in (self.ema, *self.powers.values()):
             average.update(network, seen, training.batch_size)
         self.step += 1
         self.stage_images = [total + count for total, count in zip(self.stage_images, batch.counts, strict=True)]

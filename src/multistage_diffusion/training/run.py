@@ -32,9 +32,14 @@ from multistage_diffusion.training.checkpoint import (
 )
 from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.loop import StepResult, Trainer, build_denoiser
+from multistage_diffusion.training.snapshots import FOLDER as SNAPSHOTS
+from multistage_diffusion.training.snapshots import Combination, rebuild, save_snapshot
 
 # What may change when a run is resumed: none of these changes what is computed.
-CHANGEABLE = {"training.steps", "training.save_every", "training.keep", "training.log_every", "data.root"}
+CHANGEABLE = {
+    "training.steps", "training.save_every", "training.keep", "training.keep_every", "training.log_every",
+    "training.ema_snapshot_every", "data.root",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,20 +163,25 @@ class LoadedRun:
         config: The run's configuration; none for a bare folder.
         step: Steps taken; none for a bare folder.
         stage_images: Images that each stage was trained on; none for a bare folder.
+        rebuilt: What an average of another length was put together from; none for weights as they were stored.
     """
 
     denoiser: Denoiser
     config: RunConfig | None = None
     step: int | None = None
     stage_images: tuple[int, ...] | None = None
+    rebuilt: Combination | None = None
 
 
-def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedRun:
+def load_run(
+    path: str | Path, *, weights: str = "ema", ema_length: float | None = None, device: torch.device | str = "cpu"
+) -> LoadedRun:
     """Load the newest checkpoint of a run, or a folder written by `Denoiser.save_pretrained`.
 
     Args:
         path: The run directory or the folder.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
+        ema_length: Relative width (sigma_rel) of another average, put together from the run's snapshots.
         device: Where the weights go.
 
     Returns:
@@ -184,20 +194,28 @@ def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | s
     folder = Path(path)
     if weights not in ("ema", "raw"):
         raise ConfigError(f"--weights must be ema or raw, got {weights}")
+    if ema_length is not None and weights == "raw":
+        raise ConfigError(f"--ema-length {ema_length} is the length of an average: leave --weights raw away")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} is not a run: it has no config.json; train one with msd train RECIPE --out {folder}"
         )
     document = read_json(folder / "config.json")
     if isinstance(document, dict) and "format" in document:
+        if ema_length is not None:
+            raise ConfigError(f"--ema-length needs the snapshots of a run, and {folder} is a saved model")
         return LoadedRun(Denoiser.from_pretrained(folder, device=device))
     config = from_dict(RunConfig, document, str(folder / "config.json"))
     checkpoint = newest(folder)
     state = checkpoint.state()
     shape = state["shape"]
     denoiser = build_denoiser(config, (shape[0], shape[1], shape[2]), Stages.load(folder / "stages.json"))
-    load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
-    return LoadedRun(denoiser.to(device).eval(), config, checkpoint.step, tuple(state["stage_images"]))
+    rebuilt = None
+    if ema_length is None:
+        load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
+    else:
+        rebuilt = rebuild(folder, checkpoint.path, ema_length, denoiser.network)
+    return LoadedRun(denoiser.to(device).eval(), config, checkpoint.step, tuple(state["stage_images"]), rebuilt)
 
 
 def _check_target(folder: Path, config: RunConfig) -> None:
@@ -236,6 +254,7 @@ def _open(folder: Path, trainer: Trainer, data: Examples) -> _Window:
     _check_target(folder, trainer.config)  # once more: another process may have trained here while the data was read
     remove_leftovers(folder)
     remove_leftovers(folder / "checkpoints")
+    remove_leftovers(folder / SNAPSHOTS)
     write_json(folder / "config.json", to_dict(trainer.config))
     trainer.denoiser.stages.save(folder / "stages.json")
     window = _resume(folder, trainer, data)
@@ -294,14 +313,18 @@ def _save_or_stop(
     """Write a checkpoint where one is due, at the end, and before stopping at a signal."""
     training, step = trainer.config.training, trainer.step
     stop = received[:1]  # read once: a signal from here on stops after the next step
-    if stop or step == training.steps or step % training.save_every == 0:
+    if trainer.powers and step % training.ema_snapshot_every == 0:
+        averages = {length: power.average for length, power in trainer.powers.items()}
+        save_snapshot(folder, averages, step, trainer.images)
+    kept = training.keep_every > 0 and step % training.keep_every == 0
+    if stop or kept or step == training.steps or step % training.save_every == 0:
         metrics.sync()
         state = {
             "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(),
             "device": trainer.device.type, "shape": list(data.shape),
         }  # fmt: skip
         save_checkpoint(folder / "checkpoints", trainer, state)
-        prune(folder / "checkpoints", training.keep, step)
+        prune(folder / "checkpoints", training.keep, step, training.keep_every)
     if stop:
         raise StoppedError(stop[0], step)
 

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import check_directory, read_json, whole_directory
@@ -32,6 +32,7 @@ FOLDER = "ema"
 _STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"ema-(\d\.\d+)\.safetensors")
+_FAR = 0.1  # share of the wanted profile that may be missed without a word
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,6 @@ class Combination:
     """
 
     weights: Float[Tensor, " snapshots"]
-    error: float
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """An average of a length that was not tracked.
-
-    Attributes:
-        weights: Tensors by the parameters' names, float32.
-        snapshots: Number of averages that it was put together from.
-        error: See `Combination`.
-    """
-
-    weights: dict[str, Tensor]
-    snapshots: int
     error: float
 
 
@@ -125,20 +111,21 @@ def list_snapshots(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def rebuild(run: Path, checkpoint: Path, length: float) -> Rebuilt:
-    """The average of a length, as training up to a checkpoint would have tracked it.
+def rebuild(run: Path, checkpoint: Path, length: float, network: nn.Module) -> Combination:
+    """Give a network the average of a length, as training up to a checkpoint would have tracked it.
 
     Args:
         run: The run directory, whose snapshots up to the checkpoint are used.
         checkpoint: A valid checkpoint of the run, whose averages are used too.
         length: Relative width, sigma_rel.
+        network: Takes the average.
 
     Returns:
-        The average. Its error is small for lengths between the tracked ones, and grows outside of them.
+        How it was put together. The error is small for lengths near the tracked ones and those between.
 
     Raises:
         ConfigError: The run tracked no averages, or the length is out of range.
-        CheckpointError: A file is unreadable.
+        CheckpointError: A file is unreadable, or belongs to another architecture.
     """
     power_exponent(length)
     now = _images(checkpoint)
@@ -147,15 +134,21 @@ def rebuild(run: Path, checkpoint: Path, length: float) -> Rebuilt:
         if folder != checkpoint and (damage := check_directory(folder, (_STATE,))):
             warnings.warn(f"{damage}; the snapshot is left out", stacklevel=2)
         elif (images := _images(folder)) <= now:
-            known |= {
-                Profile(float(m[1]), images): path for path in folder.iterdir() if (m := _FILE.fullmatch(path.name))
-            }
+            files = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+            known |= {Profile(float(match[1]), images): path for match, path in files if match}
     if not known:
         raise ConfigError(
             f"{run} tracked no average that another length could be made of: train with --training.ema-lengths 0.05 0.1"
         )
     combination = combine(tuple(known), Profile(length, now))
-    return Rebuilt(_weighted_sum(list(known.values()), combination.weights), len(known), combination.error)
+    if combination.error > _FAR:
+        warnings.warn(
+            f"the {len(known)} averages that {run} stored come only within {combination.error:.0%} of the profile of "
+            f"length {length}; choose a length nearer to those tracked, or take snapshots more often",
+            stacklevel=2,
+        )
+    _add_up(list(known.values()), combination.weights.tolist(), network)
+    return combination
 
 
 def combine(known: Sequence[Profile], wanted: Profile) -> Combination:
@@ -191,20 +184,19 @@ def _products(power: Tensor, time: Tensor) -> Tensor:
     return p * q / (p + q - 1.0) * ratio / torch.minimum(t, s)
 
 
-def _weighted_sum(files: Sequence[Path], weights: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def _add_up(files: Sequence[Path], weights: Sequence[float], network: nn.Module) -> None:
     """Tensor by tensor in float64, so that memory holds one of them, whatever the number of files."""
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-            total: dict[str, Tensor] = {}
-            for name in opened[0].keys():
-                total[name] = torch.zeros((), dtype=torch.float64)
-                for file, weight in zip(opened, weights.tolist(), strict=True):
-                    total[name] = total[name] + weight * file.get_tensor(name).double()
-                total[name] = total[name].float()
-            return total
+            for name, parameter in network.named_parameters():
+                total = torch.zeros(parameter.shape, dtype=torch.float64)
+                for file, weight in zip(opened, weights, strict=True):
+                    total += weight * file.get_tensor(name).double().view_as(total)
+                parameter.copy_(total)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"cannot combine the averages of {files[0].parent.parent}: {error}") from error
+        raise CheckpointError(f"cannot combine the averages of {files[0].parent}: {error}") from error
 
 
 def _images(folder: Path) -> int:
