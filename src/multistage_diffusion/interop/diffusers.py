@@ -6,7 +6,6 @@ compare outputs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,32 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.config import LDMConfig, ModelConfig, Prediction, ProcessConfig
+from multistage_diffusion.config import LDMConfig, Prediction, ProcessConfig
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
+from multistage_diffusion.interop.weights import complete, model_config, our_weights
 from multistage_diffusion.models.denoiser import UNDIVIDED, Denoiser
 from multistage_diffusion.stages import Stages
 
-# What our blocks are, in diffusers' words; what a configuration does not say has diffusers' default.
-_REQUIRED: dict[str, Any] = {
-    "center_input_sample": False, "time_embedding_type": "positional", "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1, "downsample_type": "conv", "upsample_type": "conv", "act_fn": "silu",
-    "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
-    "attn_norm_num_groups": None, "time_embedding_dim": None,
-}  # fmt: skip
-_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "freq_shift": 0, "flip_sin_to_cos": True, "layers_per_block": 2,
-    "downsample_padding": 1, "dropout": 0.0, "attention_head_dim": 8, "norm_num_groups": 32, "norm_eps": 1e-5,
-    "sample_size": None, "block_out_channels": (224, 448, 672, 896),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
 _BETAS: dict[str, Literal["sqrt-linear", "linear"]] = {"scaled_linear": "sqrt-linear", "linear": "linear"}
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
-_RESIDUAL = {
-    "norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2",
-    "shortcut": "conv_shortcut",
-}  # fmt: skip
 
 
 @runtime_checkable
@@ -108,27 +90,15 @@ def convert(
         ConfigError: The U-Net has a part that ours has not; the message names the option.
         CheckpointError: A weight is missing, left over or of another shape.
     """
-    found = {**_DEFAULTS, **_REQUIRED, **options}
+    found = complete(options)
     size = resolution or found["sample_size"]
     if not isinstance(size, int):
         raise ConfigError(f"the U-Net's sample_size is {size}; give the resolution in pixels a side")
-    model = _model(found, size, len(stages))
+    model = model_config(found, size, len(stages))
     denoiser = Denoiser(model, process or LDMConfig(), (found["in_channels"], size, size), stages)
-    remaining = dict(weights)
-    network = denoiser.network
-    state = {
-        f"{part}.{index}.{name}": tensor.clone()
-        for part, count, tensors in (
-            ("encoders", 1, _encoder(model, remaining, flip=not found["flip_sin_to_cos"])),
-            ("decoders", len(network.decoders), _decoder(model, remaining)),
-        )
-        for index in range(count)
-        for name, tensor in tensors.items()
-    }
-    if remaining:
-        raise CheckpointError(f"the U-Net has weights that ours has not, like {next(iter(remaining))}")
+    state = our_weights(model, size, weights, sines_first=not found["flip_sin_to_cos"])
     try:
-        network.load_state_dict(state)
+        denoiser.network.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights do not fit the configuration: {str(error).splitlines()[1].strip()}"
@@ -217,97 +187,3 @@ def process_from_scheduler(options: Mapping[str, Any]) -> LDMConfig:
         num_steps=options.get("num_train_timesteps", 1000), beta_first=options.get("beta_start", 1e-4),
         beta_last=options.get("beta_end", 0.02), betas=_BETAS[schedule], prediction=_PREDICTIONS[prediction],
     )  # fmt: skip
-
-
-def _model(options: Mapping[str, Any], size: int, stages: int) -> ModelConfig:
-    """Our configuration of the same network."""
-    for name, wanted in _REQUIRED.items():
-        same_groups = name == "attn_norm_num_groups" and options[name] == options["norm_num_groups"]
-        if options[name] != wanted and not same_groups:
-            raise ConfigError(f"the U-Net's {name} must be {json.dumps(wanted)}, got {json.dumps(options[name])}")
-    widths, groups = list(options["block_out_channels"]), options["norm_num_groups"]
-    down, up = list(options["down_block_types"]), list(options["up_block_types"])
-    attends = [name == "AttnDownBlock2D" for name in down]
-    mirrored = ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)]
-    if not set(down) <= {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored:
-        raise ConfigError(
-            f"the U-Net's blocks must be DownBlock2D or AttnDownBlock2D, mirrored on the way up, got {down} and {up}"
-        )
-    if any(width % widths[0] for width in widths) or widths[0] % 4 or groups > widths[0] // 4 or widths[0] % groups:
-        raise ConfigError(
-            f"the U-Net's block_out_channels {widths} must be multiples of the first, and norm_num_groups {groups} "
-            "must divide it, with 4 channels a group"
-        )
-    if options["in_channels"] != options["out_channels"]:
-        raise ConfigError(
-            f"the U-Net maps {options['in_channels']} channels to {options['out_channels']}, not the same"
-        )
-    return ModelConfig(
-        architecture="unified" if stages == 1 else "multistage", width=widths[0], decoder_widths=(widths[0],) * stages,
-        multipliers=tuple(width // widths[0] for width in widths), blocks=options["layers_per_block"],
-        attention=tuple(size >> level for level, attend in enumerate(attends) if attend), decoder_attention="all",
-        head_channels=options["attention_head_dim"], middle="encoder",
-        resampling="conv" if options["downsample_padding"] else "conv-after", skip_scale=1.0, groups=groups,
-        norm_eps=options["norm_eps"], dropout=options["dropout"], frequency_shift=options["freq_shift"],
-    )  # fmt: skip
-
-
-def _take(weights: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
-    """Weight and bias of a layer, renamed."""
-    found = {}
-    for kind in ("weight", "bias"):
-        if f"{theirs}.{kind}" not in weights:
-            raise CheckpointError(f"the U-Net has no weight {theirs}.{kind}")
-        found[f"{ours}.{kind}"] = weights.pop(f"{theirs}.{kind}")
-    return found
-
-
-def _residual(weights: dict[str, Tensor], ours: str, theirs: str, attention: str | None) -> dict[str, Tensor]:
-    """A residual block, with the attention that follows it."""
-    state: dict[str, Tensor] = {}
-    for mine, name in _RESIDUAL.items():
-        if name != "conv_shortcut" or f"{theirs}.conv_shortcut.weight" in weights:
-            state |= _take(weights, f"{ours}.{mine}", f"{theirs}.{name}")
-    if attention is not None:
-        state |= _take(weights, f"{ours}.attention.norm", f"{attention}.group_norm")
-        parts = [_take(weights, name, f"{attention}.{name}") for name in ("to_q", "to_k", "to_v")]
-        for kind in ("weight", "bias"):
-            joined = torch.cat([tensor for part in parts for name, tensor in part.items() if name.endswith(kind)])
-            state[f"{ours}.attention.qkv.{kind}"] = joined if kind == "bias" else joined[:, :, None, None]
-        out = _take(weights, f"{ours}.attention.out", f"{attention}.to_out.0")
-        state |= {name: tensor[:, :, None, None] if tensor.ndim == 2 else tensor for name, tensor in out.items()}
-    return state
-
-
-def _encoder(model: ModelConfig, weights: dict[str, Tensor], *, flip: bool) -> dict[str, Tensor]:
-    """Noise embedding, downward half and middle."""
-    state = _take(weights, "stem", "conv_in")
-    state |= _take(weights, "embedding.first", "time_embedding.linear_1")
-    state |= _take(weights, "embedding.second", "time_embedding.linear_2")
-    if flip:  # theirs has the sines first
-        sines, cosines = state["embedding.first.weight"].chunk(2, dim=1)
-        state["embedding.first.weight"] = torch.cat((cosines, sines), dim=1)
-    for level in range(len(model.multipliers)):
-        for block in range(model.blocks):
-            here = f"down_blocks.{level}.attentions.{block}"
-            attention = here if f"{here}.to_q.weight" in weights else None
-            theirs = f"down_blocks.{level}.resnets.{block}"
-            state |= _residual(weights, f"levels.{level}.{block}", theirs, attention)
-        if level + 1 < len(model.multipliers):
-            state |= _take(weights, f"downs.{level}.conv", f"down_blocks.{level}.downsamplers.0.conv")
-    state |= _residual(weights, "middle.0", "mid_block.resnets.0", "mid_block.attentions.0")
-    return state | _residual(weights, "middle.1", "mid_block.resnets.1", None)
-
-
-def _decoder(model: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Upward half and output."""
-    state: dict[str, Tensor] = {}
-    for level in range(len(model.multipliers)):
-        for block in range(model.blocks + 1):
-            here = f"up_blocks.{level}.attentions.{block}"
-            attention = here if f"{here}.to_q.weight" in weights else None
-            state |= _residual(weights, f"levels.{level}.{block}", f"up_blocks.{level}.resnets.{block}", attention)
-        if level + 1 < len(model.multipliers):
-            state |= _take(weights, f"ups.{level}.conv", f"up_blocks.{level}.upsamplers.0.conv")
-    state |= _take(weights, "norm", "conv_norm_out")
-    return state | _take(weights, "head", "conv_out")
