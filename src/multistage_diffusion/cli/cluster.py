@@ -129,7 +129,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 def _stored(seen: Examples) -> torch.Tensor:
     """Images as they are stored, 8 bits a channel; latents as a model sees them."""
-    return seen.floats() if seen.images.is_floating_point() else seen.images
+    from multistage_diffusion.data.latents import Latents
+
+    match seen:
+        case Latents():
+            return seen.floats()
+        case _:
+            return seen.pixels()
 
 
 def _latents(data: Images, autoencoder: str, device: torch.device, console: Console) -> Latents:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.data import Images
 
 _GRID = 64  # images in the grid, evenly spaced over the set
+_BLOCK = 1024  # images in memory at once
 _GRID_SIDE = 48  # smaller images are enlarged by a whole factor to about this many pixels
 
 
@@ -77,8 +78,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 def _describe(images: Images, split: str) -> dict[str, Any]:
     """The facts, in units of the pixels (range) and of the networks (mean, std: [-1, 1])."""
+    import torch
+
     counts = [] if images.labels is None else images.labels.bincount(minlength=len(images.classes)).tolist()
-    histogram = images.images.flatten().bincount(minlength=256).double()
+    blocks = (images.pixels(rows) for rows in torch.arange(len(images)).split(_BLOCK))
+    histogram = sum((block.flatten().bincount(minlength=256) for block in blocks), torch.zeros(256)).double()
     levels = histogram.new_tensor(range(256)) / 127.5 - 1.0
     share = histogram / histogram.sum()
     mean = float(levels @ share)

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from multistage_diffusion.data.shards import MAX_BYTES, Shards, row_digests
 from multistage_diffusion.errors import DataError, NumericsError
 
-MAX_SET_BYTES = 16 * 2**30  # a set larger than this, at one byte a channel, is not loaded into memory
+MAX_SET_BYTES = MAX_BYTES  # a set larger than this, at one byte a channel, is not loaded into memory
 _FILTER = Image.Resampling.BILINEAR
 
 Pixels: TypeAlias = UInt8[Tensor, "batch chan high wide"]
@@ -27,7 +28,7 @@ class Images:
 
     Attributes:
         name: The source, as the user wrote it.
-        images: Pixels, 8 bits a channel; 1 channel is grey, 3 are red, green and blue.
+        images: Pixels, 8 bits a channel; 1 channel is grey, 3 are red, green and blue. In memory, or on disk.
         labels: Class of each image, int64, or None where the source has none.
         classes: Names of the classes; `labels` index them.
         skipped: What the source holds but this set does not, and why; one line each.
@@ -37,13 +38,13 @@ class Images:
     """
 
     name: str
-    images: Pixels
+    images: Pixels | Shards
     labels: Int[Tensor, " labelled"] | None = None
     classes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.images.numel() == 0:
+        if 0 in self.images.shape:
             raise DataError(f"{self.name}: no images found{_first(self.skipped)}")
         if self.labels is None:
             return
@@ -64,12 +65,26 @@ class Images:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content (pixels, labels, class names), in hexadecimal digits; the name has no part in it."""
+        """SHA-256 of the content (each image's digest, labels, class names), in hexadecimal digits; not of the name."""
         labels = b"" if self.labels is None else self.labels.cpu().contiguous().numpy().tobytes()
         content = hashlib.sha256(repr((tuple(self.images.shape), len(labels), self.classes)).encode())
-        content.update(self.images.cpu().contiguous().numpy().data)
+        content.update(_digests(self.images).numpy().data)
         content.update(labels)
         return content.hexdigest()
+
+    def pixels(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n chan high wide"]:
+        """Images as they are stored, in memory.
+
+        Args:
+            index: Which images, on the device of `images`; by default all.
+
+        Returns:
+            8 bits a channel.
+
+        Raises:
+            DataError: An image on disk is damaged, or all are too many for memory.
+        """
+        return self.images[slice(None) if index is None else index]
 
     def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n chan high wide"]:
         """Images as the networks see them.
@@ -80,8 +95,18 @@ class Images:
         Returns:
             float32 in [-1, 1]: x / 127.5 - 1. `to_uint8` gives the same pixels back.
         """
-        chosen = self.images if index is None else self.images[index]
-        return chosen.float().div_(127.5).sub_(1.0)
+        return self.seen(self.pixels(index))
+
+    def seen(self, rows: Pixels) -> Float[Tensor, "batch chan high wide"]:
+        """Stored images as the networks see them.
+
+        Args:
+            rows: As `pixels` gives them.
+
+        Returns:
+            float32 in [-1, 1].
+        """
+        return rows.float().div_(127.5).sub_(1.0)
 
     def take(self, index: Int[Tensor, " n"]) -> Images:
         """A subset.
@@ -96,7 +121,7 @@ class Images:
             DataError: `index` is empty.
         """
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, images=self.images[index], labels=labels)
+        return replace(self, images=_some(self.images, index), labels=labels)
 
     def fitted(self, resolution: int) -> Images:
         """The same set, each image cropped to its central square and resized.
@@ -106,7 +131,20 @@ class Images:
 
         Returns:
             The set; itself if it has that size already.
+
+        Raises:
+            DataError: The images are on disk, and of another size.
         """
+        if self.shape[1:] == (resolution, resolution):
+            return self
+        match self.images:
+            case Shards():
+                raise DataError(
+                    f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; convert "
+                    f"their source again with --resolution {resolution}"
+                )
+            case _:
+                pass
         return replace(self, images=fit(self.images, resolution))
 
 
@@ -163,6 +201,24 @@ def content_key(picture: UInt8[Tensor, "chan high wide"]) -> int:
     for plane in picture.expand(3, -1, -1).numpy():
         content.update(np.ascontiguousarray(plane).data)
     return int.from_bytes(content.digest(), "little")
+
+
+def _digests(rows: Pixels | Shards) -> UInt8[Tensor, "rows 16"]:
+    """The digest of each image: read where the images are on disk, else computed."""
+    match rows:
+        case Shards():
+            return rows.digests
+        case _:
+            return row_digests(rows)
+
+
+def _some(rows: Pixels | Shards, index: Int[Tensor, " n"]) -> UInt8[Tensor, "n chan high wide"] | Shards:
+    """Some of the images: in memory, or still on disk."""
+    match rows:
+        case Shards():
+            return rows.take(index)
+        case _:
+            return rows[index]
 
 
 def _first(skipped: tuple[str, ...]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -19,12 +19,12 @@ from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.autoencoder import Autoencoder, load_autoencoder
 from multistage_diffusion.data.cache import cache_directory
 from multistage_diffusion.data.images import Images
+from multistage_diffusion.data.shards import Shards, ShardWriter, open_shards
 from multistage_diffusion.data.sources import load_data
-from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.files import check_directory, read_json, whole_directory, write_json
+from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
+from multistage_diffusion.files import read_json, whole_directory, write_json
 
 RECORD = "latents.json"
-_VALUES, _ABOUT = "latents.f32", "about.json"
 Progress = Callable[[int, int], None]
 
 
@@ -34,19 +34,21 @@ class Latents:
 
     Attributes:
         name: The source of the images.
-        images: Latents in the autoencoder's own unit, float32; may be mapped from a file.
+        images: Latents in the autoencoder's own unit, float32; in memory, or on disk.
         stage: Autoencoder and scale that they were made with.
         labels: Class of each image, int64, or None where the source has none.
         classes: Names of the classes.
+        skipped: What the source holds but the images do not, and why.
         key: SHA-256 of images and autoencoder together.
     """
 
     name: str
-    images: Float[Tensor, "batch chan high wide"]
+    images: Float[Tensor, "batch chan high wide"] | Shards
     stage: FirstStage
     key: str
     labels: Int[Tensor, " labelled"] | None = None
     classes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,7 +73,18 @@ class Latents:
         Returns:
             float32, scaled.
         """
-        return (self.images if index is None else self.images[index]) * self.stage.scale
+        return self.seen(self.images[slice(None) if index is None else index])
+
+    def seen(self, rows: Float[Tensor, "batch chan high wide"]) -> Float[Tensor, "batch chan high wide"]:
+        """Stored latents as the networks see them.
+
+        Args:
+            rows: Some of `images`, in memory.
+
+        Returns:
+            The same, scaled.
+        """
+        return rows * self.stage.scale
 
 
 Examples: TypeAlias = Images | Latents
@@ -147,16 +160,13 @@ def load_examples(config: DataConfig, device: torch.device | str = "cpu", progre
     images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.max_bad)
     if config.autoencoder is None:
         return images
-    if config.flip:
-        labels = None if images.labels is None else images.labels.repeat(2)
-        images = replace(images, images=torch.cat((images.images, images.images.flip(3))), labels=labels)
     autoencoder = load_autoencoder(config.autoencoder, device)
-    return encode(images, autoencoder, scale=config.latent_scale, progress=progress)
+    return encode(images, autoencoder, scale=config.latent_scale, mirrored=config.flip, progress=progress)
 
 
 def encode(
-    images: Images, autoencoder: Autoencoder, *, scale: float | None = None, batch_size: int = 256,
-    progress: Progress | None = None,
+    images: Images, autoencoder: Autoencoder, *, scale: float | None = None, mirrored: bool = False,
+    batch_size: int = 256, progress: Progress | None = None,
 ) -> Latents:  # fmt: skip
     """Encode images once; the cache is keyed by their content and the autoencoder's weights.
 
@@ -164,6 +174,7 @@ def encode(
         images: The images.
         autoencoder: The autoencoder.
         scale: Factor of the latents; by default 1 over their standard deviation.
+        mirrored: Encode the mirrored images, too; their latents come behind those of the images.
         batch_size: Images at a time.
         progress: Told how many images are encoded, of how many.
 
@@ -174,16 +185,17 @@ def encode(
         DataError: The autoencoder cannot encode images of this shape.
         CheckpointError: The cache cannot be written.
     """
-    key = hashlib.sha256(f"latents 1 {images.digest} {autoencoder.digest}".encode()).hexdigest()
+    key = hashlib.sha256(f"latents 2 {images.digest} {mirrored} {autoencoder.digest}".encode()).hexdigest()
     folder = cache_directory() / "latents" / key[:32]
-    if check_directory(folder, (_VALUES, _ABOUT)) is not None:
+    try:
+        values, about = open_shards(folder)
+    except DataError:  # missing, or damaged
         with whole_directory(folder, replace=True) as temporary:
-            _write(images, autoencoder, temporary, batch_size, progress)
-    about = read_json(folder / _ABOUT)
-    shape = [int(side) for side in about["shape"]]
-    values = torch.from_file(str(folder / _VALUES), shared=False, size=math.prod(shape), dtype=torch.float32)
+            _write(images, autoencoder, temporary, mirrored, batch_size, progress)
+        values, about = open_shards(folder)
     stage = FirstStage(autoencoder, scale or 1 / about["deviation"], images.shape[0])
-    return Latents(images.name, values.reshape(shape), stage, key, images.labels, images.classes)
+    labels = images.labels.repeat(2) if mirrored and images.labels is not None else images.labels
+    return Latents(images.name, values, stage, key, labels, images.classes, images.skipped)
 
 
 def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> FirstStage | None:
@@ -216,20 +228,22 @@ def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> Fir
     return FirstStage(autoencoder, float(scale), int(channels))
 
 
-def _write(images: Images, autoencoder: Autoencoder, folder: Path, batch_size: int, progress: Progress | None) -> None:
-    """Encode batch by batch into a file, and measure the standard deviation on the way."""
-    total, square, count = 0.0, 0.0, 0
-    shape: list[int] = []
-    with (folder / _VALUES).open("wb") as file:
-        for rows in torch.arange(len(images)).split(batch_size):
-            latents = autoencoder.encode(images.floats(rows)).contiguous()
-            file.write(latents.numpy().data)
-            shape = [len(images), *latents.shape[1:]]
-            total += float(latents.double().sum())
-            square += float(latents.double().square().sum())
-            count += latents.numel()
-            if progress is not None:
-                progress(int(rows[-1]) + 1, len(images))
-    deviation = math.sqrt(max(square / count - (total / count) ** 2, 0.0))
-    about = {"source": images.name, "autoencoder": autoencoder.name, "shape": shape, "deviation": deviation}
-    (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+def _write(
+    images: Images, autoencoder: Autoencoder, folder: Path, mirrored: bool, batch_size: int, progress: Progress | None
+) -> None:
+    """Encode batch by batch into shards, and measure the standard deviation on the way."""
+    total, square, count, done = 0.0, 0.0, 0, 0
+    expected = len(images) * (1 + mirrored)
+    with contextlib.closing(ShardWriter(folder, expected=expected)) as writer:
+        for mirror in (False, True) if mirrored else (False,):
+            for rows in torch.arange(len(images)).split(batch_size):
+                pixels = images.floats(rows)
+                latents = autoencoder.encode(pixels.flip(3) if mirror else pixels).contiguous()
+                writer.add(latents)
+                total += float(latents.double().sum())
+                square += float(latents.double().square().sum())
+                count, done = count + latents.numel(), done + len(rows)
+                if progress is not None:
+                    progress(done, expected)
+        deviation = math.sqrt(max(square / count - (total / count) ** 2, 0.0))
+        writer.finish(source=images.name, autoencoder=autoencoder.name, deviation=deviation)

@@ -108,4 +108,4 @@ def _own_parts(name: Literal["mnist", "fashion-mnist", "cifar10"], split: Split,
         for part in (("train", "test") if split == "all" else (split,))
     ]
     labels = [part.labels for part in parts if part.labels is not None]
-    return Images(name, torch.cat([part.images for part in parts]), torch.cat(labels), parts[0].classes)
+    return Images(name, torch.cat([part.pixels() for part in parts]), torch.cat(labels), parts[0].classes)

@@ -182,7 +182,7 @@ def run_demo(
     )
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
     clustering = cluster(
-        data.images, make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed,
+        data.pixels(), make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed,
         source=data.name, digest=data.digest,
     )  # fmt: skip
     edges = clustering.stages.edges

@@ -1,0 +1,310 @@
+"""Rows of one shape in memory-mapped files: written once, then read in any order without being loaded.
+
+A folder holds `rows-00000.bin`, `rows-00001.bin`, ... (the rows as they are, one behind the other, the same number in
+each file but the last), `digests.bin` (16 bytes of BLAKE2b for each row) and `index.json`. The writer's caller adds the
+manifest with the SHA-256 of every file. Each row is compared with its digest whenever it is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO, final
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped, UInt8
+from torch import Tensor
+
+from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
+from multistage_diffusion.files import read_json
+
+INDEX = "index.json"
+_FORMAT = "multistage-diffusion rows 1"
+_DIGESTS, _DIGEST_BYTES = "digests.bin", 16
+_SHARD_BYTES = 256 * 2**20
+_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+_MAX_ROW_BYTES = 2**30
+MAX_BYTES = 16 * 2**30  # more is not read into memory at once
+_MAX_FILES = 100_000
+
+Row = tuple[int, int, int]
+
+
+@final
+class Shards:
+    """Rows that stay on disk; indexed like a tensor, by a slice or a tensor of indices, they are read.
+
+    Args:
+        folder: Where the files are.
+        shape: Shape of one row.
+        dtype: Type of the numbers.
+        count: Number of rows in the files.
+        per_file: Number of rows in each file but the last.
+    """
+
+    def __init__(self, folder: Path, shape: Row, dtype: torch.dtype, count: int, per_file: int) -> None:
+        self.folder, self.dtype = folder, dtype
+        self._row, self._count, self._per_file = shape, count, per_file
+        self._chosen: Tensor | None = None  # the rows meant, in order; all where there are none
+        self._files = [
+            torch.from_file(
+                str(folder / _file(number)), shared=False, size=rows * math.prod(shape), dtype=dtype
+            ).reshape(rows, *shape)
+            for number, rows in enumerate(_rows_of_files(count, per_file))
+        ]  # fmt: skip
+        self._digests = torch.from_file(
+            str(folder / _DIGESTS), shared=False, size=count * _DIGEST_BYTES, dtype=torch.uint8
+        ).reshape(count, _DIGEST_BYTES)
+
+    def __len__(self) -> int:
+        return self._count if self._chosen is None else len(self._chosen)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Number of rows, then the shape of one."""
+        return len(self), *self._row
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that all rows would take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def digests(self) -> UInt8[Tensor, "rows 16"]:
+        """The digest of each row."""
+        return self._digests if self._chosen is None else self._digests[self._chosen]
+
+    def take(self, index: Int[Tensor, " n"]) -> Shards:
+        """Some of the rows, still on disk.
+
+        Args:
+            index: Which, in the order wanted.
+
+        Returns:
+            Those rows.
+        """
+        some = copy.copy(self)
+        some._chosen = index if self._chosen is None else self._chosen[index]
+        return some
+
+    def to(self, device: torch.device | str) -> Shaped[Tensor, "rows chan high wide"]:
+        """Read all rows into memory.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The rows.
+
+        Raises:
+            DataError: As for reading some.
+        """
+        return self[:].to(device)
+
+    def __getitem__(self, index: slice | Int[Tensor, " n"]) -> Shaped[Tensor, "n chan high wide"]:
+        """Read rows.
+
+        Args:
+            index: A slice, or a tensor of indices on the CPU.
+
+        Returns:
+            The rows, in memory.
+
+        Raises:
+            DataError: A row differs from its digest, or they are too many for memory.
+        """
+        rows = torch.arange(len(self))[index] if isinstance(index, slice) else index
+        rows = rows if self._chosen is None else self._chosen[rows]
+        if (size := len(rows) * math.prod(self._row) * self.dtype.itemsize) > MAX_BYTES:
+            raise DataError(f"{self.folder}: {size:,} bytes are too many to be held in memory at once")
+        read = torch.empty(len(rows), *self._row, dtype=self.dtype)
+        order = rows.argsort()  # as they lie on the disk
+        numbers, counts = (rows[order] // self._per_file).unique_consecutive(return_counts=True)
+        for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            read[places] = self._files[number][rows[places] - number * self._per_file]
+        wrong = (row_digests(read) != self._digests[rows]).any(1).nonzero()[:, 0]
+        if len(wrong):
+            row = int(rows[wrong[0]])
+            raise DataError(
+                f"{self.folder / _file(row // self._per_file)}: row {row % self._per_file} is damaged (it differs from "
+                f"its digest); delete {self.folder} and make it again"
+            )
+        return read
+
+
+def open_shards(folder: Path) -> tuple[Shards, dict[str, Any]]:
+    """Open a folder of rows; nothing but the index is read.
+
+    Args:
+        folder: Written with a `ShardWriter`.
+
+    Returns:
+        The rows, and what the writer's caller said about them.
+
+    Raises:
+        DataError: No such folder, an index that makes no sense, or files that are missing or of another size.
+    """
+    try:
+        index: Any = read_json(folder / INDEX)
+        if index["format"] != _FORMAT:
+            raise ValueError(f"format {str(index['format'])[:60]!r} instead of {_FORMAT!r}")
+        dtype, count, per_file = _DTYPES[index["dtype"]], index["rows"], index["rows_per_file"]
+        (channels, height, width), about = index["shape"], index["about"]
+        shape = (channels, height, width)
+        if not all(type(number) is int and number > 0 for number in (*shape, count, per_file)):
+            raise ValueError("sizes must be whole numbers above 0")
+        if math.prod(shape) * dtype.itemsize > _MAX_ROW_BYTES or count > _MAX_FILES * per_file:
+            raise ValueError("sizes beyond any data set")
+        if not isinstance(about, dict):
+            raise ValueError("about must hold names")
+    except ConfigError as error:
+        raise DataError(f"{error}; msd data SOURCE --convert {folder} writes it") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / INDEX}: not an index of rows ({str(error)[:100]})") from error
+    row = math.prod(shape) * dtype.itemsize
+    require_size(folder / _DIGESTS, count * _DIGEST_BYTES)
+    for number, rows in enumerate(_rows_of_files(count, per_file)):
+        require_size(folder / _file(number), rows * row)
+    return Shards(folder, shape, dtype, count, per_file), about
+
+
+def require_size(path: Path, size: int) -> None:
+    """Refuse a file that is missing or of another size.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+
+    Raises:
+        DataError: It is not there, not a regular file, or has another size.
+    """
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        what = "no such file" if found is None else f"{found} bytes instead of {size}"
+        raise DataError(f"{path}: {what}; delete {path.parent} and make it again")
+
+
+def row_digests(rows: Shaped[Tensor, "n *shape"]) -> UInt8[Tensor, "n 16"]:
+    """A digest of each row's bytes.
+
+    Args:
+        rows: Any rows.
+
+    Returns:
+        16 bytes of BLAKE2b each.
+    """
+    plain = rows.cpu().contiguous().flatten(1).numpy()
+    digests = b"".join(hashlib.blake2b(row.data, digest_size=_DIGEST_BYTES).digest() for row in plain)
+    return torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(rows), _DIGEST_BYTES)
+
+
+@final
+class ShardWriter:
+    """Writes rows as they come.
+
+    Args:
+        folder: An empty folder, best one of `whole_directory`, which makes it durable and adds the manifest.
+        expected: Number of rows that will come, about; to refuse at once where the disk is too small.
+        shard_bytes: Size of a file, about.
+    """
+
+    def __init__(self, folder: Path, *, expected: int = 0, shard_bytes: int = _SHARD_BYTES) -> None:
+        self._folder, self._expected, self._shard_bytes = folder, expected, shard_bytes
+        self._digests, self._count, self._per_file = bytearray(), 0, 0
+        self._shape: Row = (0, 0, 0)
+        self._dtype = torch.uint8
+        self._file: BinaryIO | None = None
+
+    def add(self, rows: Shaped[Tensor, "n chan high wide"]) -> None:
+        """Write rows behind those written before. One channel among three is repeated, whichever comes first.
+
+        Args:
+            rows: On the CPU; height, width and type as those before.
+
+        Raises:
+            CheckpointError: The disk has no room for what is expected.
+            OSError: The disk is full, or cannot be written.
+        """
+        if self._count == 0:
+            self._begin(rows)
+        if rows.shape[1] > self._shape[0]:
+            self._widen(rows.shape[1])
+        rows = rows.expand(-1, self._shape[0], -1, -1).contiguous()
+        assert rows.dtype == self._dtype and tuple(rows.shape[1:]) == self._shape
+        self._digests += row_digests(rows).numpy().tobytes()
+        while len(rows):
+            space = self._per_file - self._count % self._per_file
+            if space == self._per_file:
+                self._open("wb")
+            assert self._file is not None
+            self._file.write(rows[:space].numpy().data)
+            self._count += len(rows[:space])
+            rows = rows[space:]
+
+    def finish(self, **about: Any) -> Shards:
+        """Write the index, and open what was written.
+
+        Args:
+            about: What else the index says.
+
+        Returns:
+            The rows.
+        """
+        self.close()
+        (self._folder / _DIGESTS).write_bytes(self._digests)
+        names = {dtype: name for name, dtype in _DTYPES.items()}
+        document = {
+            "format": _FORMAT, "dtype": names[self._dtype], "shape": list(self._shape), "rows": self._count,
+            "rows_per_file": self._per_file, "about": about,
+        }  # fmt: skip
+        (self._folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        return open_shards(self._folder)[0]
+
+    def close(self) -> None:
+        """Close the file that is open, if one is."""
+        if self._file is not None:
+            self._file.close()
+
+    def _begin(self, rows: Tensor) -> None:
+        channels, height, width = rows.shape[1:]
+        self._shape, self._dtype = (channels, height, width), rows.dtype
+        row = rows[0].nbytes
+        self._per_file = max(1, self._shard_bytes // row)
+        needed, free = self._expected * (row + _DIGEST_BYTES), shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise CheckpointError(
+                f"cannot write {self._folder.parent} ({needed} bytes): {free} bytes are free; free space or choose "
+                "another folder"
+            )
+
+    def _open(self, mode: str) -> None:
+        self.close()
+        self._file = (self._folder / _file(self._count // self._per_file)).open(mode)  # pyright: ignore
+
+    def _widen(self, channels: int) -> None:
+        """Repeat the one channel of the rows written before."""
+        self.close()
+        self._digests.clear()
+        for number, count in enumerate(_rows_of_files(self._count, self._per_file)):
+            path = self._folder / _file(number)
+            grey = torch.from_numpy(np.fromfile(path, np.uint8)).reshape(count, *self._shape)
+            wide = grey.expand(-1, channels, -1, -1).contiguous()
+            self._digests += row_digests(wide).numpy().tobytes()
+            path.write_bytes(wide.numpy().data)
+        self._shape = (channels, *self._shape[1:])
+        if self._count % self._per_file:
+            self._open("ab")
+
+
+def _file(number: int) -> str:
+    return f"rows-{number:05d}.bin"
+
+
+def _rows_of_files(count: int, per_file: int) -> list[int]:
+    """Number of rows in each file."""
+    return [min(per_file, count - start) for start in range(0, count, per_file)]
