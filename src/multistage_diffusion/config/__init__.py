@@ -19,6 +19,7 @@ from multistage_diffusion.config.process import (
 from multistage_diffusion.config.run import (
     Architecture,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     RunConfig,
     SamplingConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "EDMConfig",
     "FlowConfig",
     "LDMConfig",
+    "LoggingConfig",
     "ModelConfig",
     "Prediction",
     "ProcessConfig",

@@ -10,6 +10,7 @@ from multistage_diffusion.config.process import ProcessConfig, VPConfig
 from multistage_diffusion.config.values import check, check_numbers
 
 Architecture = Literal["multistage", "unified", "separate"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +205,41 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run shows of itself while it trains, beside metrics.jsonl; nothing of it changes what is trained."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics and grids, too; each is an extra, like multistage-diffusion[wandb]."""
+    project: str = "multistage-diffusion"
+    """Project (experiment) of wandb, mlflow and trackio."""
+    name: str | None = None
+    """Name of the run there; by default that of the run directory."""
+    grid_every: int = 0
+    """Steps between grids of samples, drawn from the averaged weights with the same seeds; 0 draws none."""
+    grid_images: int = 64
+    """Images of a grid; the classes of a conditional model take turns."""
+    evaluate_every: int = 0
+    """Steps between evaluations of the averaged weights on held-out images; 0 makes none."""
+    metrics: tuple[str, ...] = ("fd", "loss")
+    """What is evaluated, as in msd evaluate; loss alone draws no samples and needs no features."""
+    evaluate_images: int = 1_000
+    """Generated images behind an evaluation's distances."""
+    sample_batch: int = 256
+    """Images drawn at once in both; halved where memory does not suffice, and changes no image."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "logging")
+        check(len(set(self.trackers)) == len(self.trackers), "logging.trackers", "different names", self.trackers)
+        check(self.project != "" and self.name != "", "logging.project and logging.name", "not empty", '""')
+        for name in ("grid_every", "evaluate_every"):
+            check(getattr(self, name) >= 0, f"logging.{name.replace('_', '-')}", "at least 0", getattr(self, name))
+        for name, least in (("grid_images", 1), ("evaluate_images", 2), ("sample_batch", 1)):
+            check(getattr(self, name) >= least, f"logging.{name.replace('_', '-')}", f"at least {least}",
+                  getattr(self, name))  # fmt: skip
+        check(self.evaluate_every == 0 or len(self.metrics) > 0, "logging.metrics", "one or more names", self.metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that determines a run."""
 
@@ -213,6 +249,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         stages = len(self.edges) + 1

@@ -1,0 +1,208 @@
+"""Trackers: what they are told, the same run again, and that none of them can stop or delay a training."""
+
+import json
+import sys
+import threading
+import time
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import tiny
+from multistage_diffusion.config import to_dict
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.training import trackers
+from multistage_diffusion.training.trackers import RECORD, About, Trackers, flat_numbers, require_installed
+
+
+class Told:
+    """A package that remembers what it was told, and can fail or hang."""
+
+    def __init__(self):
+        self.calls, self.fails, self.gate = [], False, threading.Event()
+        self.gate.set()
+
+    def __call__(self, *words, **named):
+        self.gate.wait(10)
+        if self.fails:
+            raise ConnectionError("the network is down\nfor long")
+        self.calls.append((words, named))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """As much of wandb as is used."""
+    told = Told()
+    module = types.ModuleType("wandb")
+
+    def init(**named):
+        print("wandb says hello")
+        if told.fails:
+            raise ConnectionError("the network is down")
+        told.init = named
+        return types.SimpleNamespace(log=told, finish=lambda exit_code: told("finish", exit_code), define_metric=told)
+
+    module.init, module.Image, module.Settings = init, lambda path: f"image of {path}", dict
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
+
+
+def about(folder, reported=None):
+    return About(folder, "project", "name", to_dict(tiny.run_config()), reported or {})
+
+
+def logged(told):
+    return [words[0] for words, _ in told.calls if words and isinstance(words[0], dict)]
+
+
+def test_what_is_told(wandb, tmp_path, capsys):
+    with Trackers(("wandb",), about(tmp_path)) as reports:
+        reports.scalars(1, {"loss": 0.5})
+        reports.image(1, "samples", tmp_path / "grid.png")
+    assert logged(wandb) == [{"loss": 0.5, "step": 1}, {"samples": f"image of {tmp_path / 'grid.png'}", "step": 1}]
+    assert wandb.calls[-1] == (("finish", 0), {})
+    assert wandb.init["config"]["training"]["batch_size"] == 4
+    assert (wandb.init["project"], wandb.init["name"], wandb.init["resume"]) == ("project", "name", "allow")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_is_the_same_run_and_repeats_nothing(wandb, tmp_path):
+    with Trackers(("wandb",), about(tmp_path)) as reports:
+        reports.scalars(1, {"loss": 0.5})
+    first = wandb.init["id"]
+    wandb.calls.clear()
+    for reported in ({"loss": 4, "fd": 2, "samples": 2}, {"loss": 2}):  # the second life ended before step 4
+        with Trackers(("wandb",), about(tmp_path, reported)) as reports:
+            assert wandb.init["id"] == first
+            reports.scalars(4, {"loss": 0.4, "fd": 7.0})
+            reports.image(2, "samples", tmp_path / "grid.png")
+            reports.scalars(5, {"loss": 0.3})
+        assert logged(wandb) == [{"fd": 7.0, "step": 4}, {"loss": 0.3, "step": 5}]
+        wandb.calls.clear()
+    assert json.loads((tmp_path / RECORD).read_text())["reported"] == {"fd": 2, "loss": 4, "samples": 2}
+
+
+def test_a_network_that_is_down_costs_a_warning(wandb, tmp_path):
+    with pytest.warns(UserWarning) as caught, Trackers(("wandb",), about(tmp_path)) as reports:
+        wandb.fails = True
+        for step in range(3):
+            reports.scalars(step + 1, {"loss": 0.5})
+    said = [str(warning.message) for warning in caught]
+    assert said[0] in (
+        "wandb did not take a report; training goes on: ConnectionError: the network is down",
+        "wandb did not take a report: ConnectionError: the network is down",
+    )
+    assert said[1:] == ["wandb did not take 4 reports in all; metrics.jsonl has them"]
+
+
+def test_one_that_cannot_start_is_left_out(wandb, tmp_path):
+    wandb.fails = True
+    with pytest.warns(UserWarning, match="wandb is left out of this run: ConnectionError: the network is down"):
+        reports = Trackers(("wandb",), about(tmp_path))
+    with reports:
+        reports.scalars(1, {"loss": 0.5})
+
+
+def test_one_that_hangs_delays_nothing(wandb, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.05)
+    monkeypatch.setattr(trackers, "_LONGEST_QUEUE", 3)
+    with pytest.warns(UserWarning) as caught:
+        with Trackers(("wandb",), about(tmp_path)) as reports:
+            wandb.gate.clear()
+            begin = time.monotonic()
+            for step in range(100):
+                reports.scalars(step + 1, {"loss": 0.5})
+            assert time.monotonic() - begin < 1
+    said = [str(warning.message) for warning in caught]
+    assert said[0] == "wandb did not take a report; training goes on: TimeoutError: 3 reports wait already"
+    assert said[-1] == "the trackers did not take everything within 0 s"
+    wandb.gate.set()
+
+
+def test_a_run_that_fails_is_closed_as_failed(wandb, tmp_path):
+    with pytest.raises(KeyError), Trackers(("wandb",), about(tmp_path)):
+        raise KeyError
+    assert wandb.calls[-1] == (("finish", 1), {})
+
+
+def test_nothing_is_started_or_written_unasked(tmp_path):
+    before = threading.active_count()
+    with Trackers((), about(tmp_path)) as reports:
+        reports.scalars(1, {"loss": 0.5})
+        assert threading.active_count() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, trackers._KNOWN[name][1], None)
+    with pytest.raises(ConfigError) as caught:
+        require_installed((name,))
+    assert str(caught.value).startswith(f"logging.trackers {name} cannot be imported (")
+    assert str(caught.value).endswith(f"pip install 'multistage-diffusion[{name}]'")
+
+
+def test_every_tracker_has_its_extra():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert trackers._KNOWN.keys() <= project["optional-dependencies"].keys()
+
+
+def test_numbers_of_a_line():
+    line = {"loss": 1, "stage_loss": [0.5, None], "prdc": {"recall": 0.1}, "solver": "heun", "good": True}
+    assert flat_numbers(line) == {"loss": 1.0, "stage_loss/0": 0.5, "prdc/recall": 0.1}
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_the_package_itself_where_installed(name, tmp_path, monkeypatch, capsys):
+    """Two lives of a run, the second one asked to repeat what the first has told."""
+    pytest.importorskip(trackers._KNOWN[name][1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Image.new("L", (8, 8)).save(folder / "grid.png")
+    capsys.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        for reported, steps in (({}, (1, 2, 3)), ({"loss": 3, "samples": 3}, (2, 3, 4, 5))):
+            with Trackers((name,), about(folder, reported)) as reports:
+                for step in steps:
+                    reports.scalars(step, {"loss": 1 / step})
+                reports.image(3, "samples", folder / "grid.png")
+    assert not [warning for warning in caught if "did not take" in str(warning.message)]
+    assert capsys.readouterr().out == ""
+    record = json.loads((folder / RECORD).read_text())
+    if name != "wandb":  # its offline files are its own
+        assert read_back(name, folder, record[name]) == [1, 2, 3, 4, 5]
+    else:
+        files = sorted(path.name for path in (folder / "wandb").rglob("*.wandb"))
+        assert files == [f"run-{record[name]['id']}.wandb"] * 2
+
+
+def read_back(name, folder, record):
+    """The steps of the loss."""
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Images("samples")] == [3]
+        assert "config/text_summary" in events.Tags()["tensors"]
+        return [event.step for event in events.Scalars("loss")]
+    if name == "mlflow":
+        from mlflow import MlflowClient
+
+        found = MlflowClient().get_run(record["id"])
+        assert found.info.status == "FINISHED" and found.data.params["training.batch_size"] == "4"
+        return [metric.step for metric in MlflowClient().get_metric_history(record["id"], "loss")]
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert SQLiteStorage.get_runs("project") == [record["name"]]
+    return [line["step"] for line in SQLiteStorage.get_logs("project", record["name"]) if line.get("loss")]
