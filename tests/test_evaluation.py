@@ -11,14 +11,20 @@ from multistage_diffusion.config import ModelConfig, SamplingConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import evaluate, evaluate_images, generated, held_out_loss
-from multistage_diffusion.metrics.features import FeatureExtractor
+from multistage_diffusion.metrics.features import SourceClassifier
 from multistage_diffusion.stages import Stages
 
 SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=3)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def extractor():
-    return FeatureExtractor("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
+    return SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
 
 
 def test_loss_of_the_constant_answer_has_a_closed_form():
@@ -98,7 +104,7 @@ def test_images_against_themselves_are_at_distance_zero():
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match='no metric fdd; did you mean "fd"'):
         evaluate(tiny.denoiser(), tiny.images(), metrics=["fdd"])
-    with pytest.raises(ConfigError, match="has no labels"):
+    with pytest.raises(ConfigError, match="need features, and no extractor"):
         evaluate(tiny.denoiser(), tiny.images(), metrics=["fd"])
     with pytest.raises(ConfigError, match="needs a run"):
         evaluate_images(tiny.images(), tiny.images(), extractor(), ["loss"])

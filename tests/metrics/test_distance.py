@@ -1,13 +1,17 @@
 """Distances against scipy, closed forms, hand counts and each other."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
 from multistage_diffusion.errors import ConfigError, DataError, NumericsError
-from multistage_diffusion.metrics.distance import Distances, prdc
-from multistage_diffusion.metrics.features import Features
+from multistage_diffusion.metrics import distance
+from multistage_diffusion.metrics.distance import cautions, keeps_features, prdc, with_limit
+from multistage_diffusion.metrics.extractor import Features
+from multistage_diffusion.metrics.statistics import Statistics
 
 
 def normal(count, features=8, seed=0, mean=0.0, scale=1.0):
@@ -15,12 +19,18 @@ def normal(count, features=8, seed=0, mean=0.0, scale=1.0):
     return torch.randn(count, features, generator=generator, dtype=torch.float64) * scale + mean
 
 
+def statistics(rows, batch=10_000, *, keep=True, classes=4, first=0):
+    classes = min(classes, rows.shape[1])
+    result = Statistics(rows.shape[1], classes, keep=keep, first=first)
+    for part in rows.float().split(batch):
+        result.update(Features(part, part[:, :classes]))
+    return result
+
+
 def measure(metrics, real, generated, batch=10_000, **options):
-    distances = Distances(metrics, real.shape[1], **options)
-    for kind, rows in ((True, real), (False, generated)):
-        for part in rows.float().split(batch):
-            distances.update(Features(part, part[:, :4]), real=kind)
-    return distances.figures()
+    kept = keeps_features(metrics)
+    sets = [statistics(rows, batch, keep=keep) for rows, keep in zip((real, generated), kept, strict=True)]
+    return distance.measure(metrics, *sets, **options)
 
 
 def frechet_by_scipy(a, b):
@@ -73,9 +83,51 @@ def test_inception_score_by_hand():
     information = (probability * (probability / probability.mean(0)).log()).sum(1).mean()
     result = measure(["is"], rows, rows)
     assert result["is"] == pytest.approx(float(information.exp()), rel=1e-9)
-    sure = Distances(["is"], 8)
-    sure.update(Features(torch.zeros(40, 8), torch.eye(4).repeat(10, 1) * 200), real=False)
-    assert sure.figures() == {"is": pytest.approx(4.0), "is_std": 0.0}
+    sure = statistics(torch.eye(4).repeat(10, 1) * 200)
+    assert distance.measure(["is"], Statistics(4, 4), sure) == {"is": pytest.approx(4.0), "is_std": 0.0}
+
+
+def test_figures_agree_with_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Bare(torch.nn.Module):
+        num_features = 16
+
+        def forward(self, features):
+            return features
+
+    real, generated = normal(200, 16), normal(200, 16, seed=1, mean=0.3, scale=1.2)
+    ours = measure(["fd", "kid"], real, generated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory, and of one split
+        theirs = {
+            "fd": FrechetInceptionDistance(Bare()).set_dtype(torch.float64),
+            "kid": KernelInceptionDistance(Bare(), subsets=1, subset_size=200).set_dtype(torch.float64),
+        }
+        score = InceptionScore(Bare(), splits=1)
+        score.update(generated.float().double())
+        information = float(score.compute()[0])
+    for name, metric in theirs.items():
+        metric.update(real.float().double(), real=True)
+        metric.update(generated.float().double(), real=False)
+        figure = metric.compute()
+        assert ours[name] == pytest.approx(float(figure[0] if name == "kid" else figure), rel=1e-7)
+    alone = distance.measure(["is"], Statistics(16, 16), statistics(generated, classes=16))
+    assert alone["is"] == pytest.approx(information, rel=1e-7)
+
+
+def test_a_tenth_of_the_images_makes_a_split(monkeypatch):
+    monkeypatch.setattr(distance, "_SUBSET", 20)
+    rows = normal(203).float().double()
+    scores = []
+    for k in range(10):
+        probability = rows[k::10, :4].softmax(1)
+        scores.append((probability * (probability / probability.mean(0)).log()).sum(1).mean().exp())
+    result = measure(["is"], rows, rows, batch=7)
+    assert result["is"] == pytest.approx(float(torch.stack(scores).mean()), rel=1e-9)
+    assert result["is_std"] == pytest.approx(float(torch.stack(scores).std()), rel=1e-9)
 
 
 def naive_prdc(real, generated, k):
@@ -120,10 +172,10 @@ def test_batches_and_the_global_generator_do_not_matter(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
     again = measure(metrics, real, generated, batch=97, seed=3)
-    assert list(once) == ["fd", "fd_infinity", "kid", "kid_std", "is", "is_std", "prdc"]
+    assert list(once) == ["fd", "fd_infinity", "fd_infinity_images", "kid", "kid_std", "is", "is_std", "prdc"]
     for name, figure in once.items():
         assert again[name] == pytest.approx(figure, rel=1e-9)
-    assert once["kid_std"] > 0
+    assert once["kid_std"] > 0 and once["is_std"] == 0.0
 
 
 def test_fd_infinity_takes_the_bias_away():
@@ -141,18 +193,43 @@ def test_too_little_is_refused_or_cautioned():
         measure(["prdc"], rows, rows)
     with pytest.raises(DataError, match="fd_infinity needs at least 32"):
         measure(["fd_infinity"], rows, rows)
-    distances = Distances(["fd"], 8)
-    distances.update(Features(rows.float(), rows.float()), real=True)
-    assert len(distances.cautions()) == 2
-    assert Distances(["is"], 8).cautions() == ()
+    assert len(cautions(["fd"], 5, 0, 8)) == 2
+    assert cautions(["fd"], 16, 16, 8) == cautions(["is"], 5, 0, 8) == ()
+
+
+def test_the_limit_stands_beside_the_plain_figure_when_few_images_are_drawn():
+    assert with_limit(["fd", "kid"], 1_000, 64) == ("fd", "kid", "fd_infinity")
+    for metrics, count in ((["fd"], 255), (["fd"], 50_000), (["kid"], 1_000), (["fd_infinity", "fd"], 1_000)):
+        assert with_limit(metrics, count, 64) == tuple(metrics)  # too few, customary, not asked, asked
+
+
+@pytest.mark.parametrize("sizes", [(37, 263), (150, 150), (0, 300)])
+def test_sets_may_come_from_several_processes(sizes):
+    real, generated = normal(300), normal(300, seed=1, mean=0.2)
+    whole = statistics(generated)
+    start = [sum(sizes[:k]) for k in range(3)]
+    parts = [statistics(generated[start[k] : start[k + 1]], first=start[k]) for k in range(2)]
+    # Each sum is taken in the order of the calls: what `add` and `join` would get from the other process.
+    theirs = iter([torch.tensor(float(parts[1].count)).double(), parts[1].total, parts[1].outer, parts[1].split_count,
+                   parts[1].split_probability, parts[1].split_information])  # fmt: skip
+    parts[0].combine(lambda mine: mine + next(theirs), lambda rows: torch.cat((rows, parts[1].features)))
+    assert torch.equal(parts[0].features, whole.features)
+    metrics = ["fd", "fd_infinity", "kid", "is", "prdc"]
+    once, again = (distance.measure(metrics, statistics(real), seen) for seen in (whole, parts[0]))
+    for name, figure in once.items():
+        assert again[name] == pytest.approx(figure, rel=1e-9)
+    assert again["is"] == pytest.approx(once["is"], rel=1e-12)
 
 
 def test_wrong_input_is_refused():
+    one = statistics(normal(5))
     with pytest.raises(ConfigError, match='no metric fid; did you mean "fd"'):
-        Distances(["fid"], 8)
+        distance.measure(["fid"], one, one)
     with pytest.raises(ConfigError, match="at least one metric"):
-        Distances([], 8)
+        distance.measure([], one, one)
+    with pytest.raises(ConfigError, match="features that know classes"):
+        distance.measure(["is"], one, statistics(normal(5), classes=0))
     with pytest.raises(DataError, match="must have 8 numbers, got 3"):
-        Distances(["fd"], 8).update(Features(torch.zeros(2, 3), torch.zeros(2, 3)), real=True)
-    with pytest.raises(NumericsError, match="generated images hold NaN"):
-        Distances(["fd"], 2).update(Features(torch.full((2, 2), torch.nan), torch.zeros(2, 3)), real=False)
+        one.update(Features(torch.zeros(2, 3), torch.zeros(2, 4)))
+    with pytest.raises(NumericsError, match="hold NaN"):
+        one.update(Features(torch.full((2, 8), torch.nan), torch.zeros(2, 4)))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import DataError, NumericsError
-from multistage_diffusion.metrics.features import FeatureExtractor, source_features
+from multistage_diffusion.metrics.features import SourceClassifier, source_features
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path):
 
 def test_large_and_oblong_images_are_averaged_down():
     for shape in ((3, 64, 64), (1, 48, 20), (3, 16, 16), (1, 4, 4), (1, 200, 5)):
-        extractor = FeatureExtractor("x", shape, ("a", "b"))
+        extractor = SourceClassifier("x", shape, ("a", "b"))
         assert extractor(torch.zeros(2, *shape)).features.shape == (2, 64)
 
 

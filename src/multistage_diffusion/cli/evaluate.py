@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 class Options(Compute):
     """Measure a run, or a folder of images, against real images that were held out from training.
 
-    Metrics: fd (Fréchet distance), fd_infinity (the same, extrapolated to infinitely many images), kid (kernel
-    distance), is (inception score's formula), prdc (precision, recall, density, coverage), loss (held-out denoising
-    loss, by stage). The features are those of a small classifier of the source, so none of the figures is FID.
+    Metrics: fd (Fréchet distance), fd_infinity (the same, extrapolated to infinitely many images; comes with fd where
+    few are drawn), kid (kernel distance), is (inception score's formula), prdc (precision, recall, density, coverage),
+    loss (held-out denoising loss, by stage and by noise level). Only with the features inception is fd called fid.
+
+    Under torchrun the processes share the images: torchrun --nproc_per_node 2 -m multistage_diffusion evaluate ...
 
     example: msd evaluate runs/digits --metrics fd,prdc,loss --num 1000
     """
@@ -37,6 +39,9 @@ class Options(Compute):
     """Source of the real images; by default that of the run."""
     metrics: str = "fd,loss"
     """Metrics, separated by commas."""
+    features: str = "source"
+    """What sees the images: source (a classifier of the source's classes), efficientnet-lite0, inception or dinov2;
+    behind a colon a local file of its weights (dinov2: folder, or name on the hub)."""
     num: int = 1_000
     """Generated images behind the distances, for a run."""
     reference: Literal["test", "train"] = "test"
@@ -80,7 +85,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import load_first_stage
     from multistage_diffusion.evaluation import evaluate, evaluate_images
     from multistage_diffusion.files import write_json
-    from multistage_diffusion.metrics.features import source_features
+    from multistage_diffusion.metrics.extractors import load_extractor
     from multistage_diffusion.training.run import load_run
 
     loaded = (
@@ -97,7 +102,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     real = test if options.reference == "test" else train
 
     def extractor() -> FeatureExtractor:
-        return source_features(train, test, device=device)
+        return load_extractor(options.features, train, test, device=device)
 
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
@@ -107,10 +112,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         if first_stage is None:
             _check_shape(loaded, real)
         document = evaluate(
-            loaded.denoiser, real, metrics=names, extractor=extractor if train.labels is not None else None,
-            num=options.num, sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
-            first_stage=first_stage,
+            loaded.denoiser, real, metrics=names, extractor=extractor, num=options.num,
+            sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
+            first_stage=first_stage, stage_images=loaded.stage_images,
         )  # fmt: skip
+    if not document:  # another process has it
+        return {}
     document = {"target": str(target), "step": loaded.step if loaded else None, **document}
     if options.out is not None:
         write_json(Path(options.out), document)

@@ -21,6 +21,11 @@ from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 
+CONVENTION = (
+    "GMACs: 10^9 multiply-accumulates of every matrix product and convolution of one image's forward pass, attention "
+    "included; FLOPs: 2 a multiply-accumulate; training: forward and backward pass of each image in its stage"
+)
+
 
 @dataclass(frozen=True)
 class StageCost:
@@ -38,6 +43,11 @@ class StageCost:
     flops: int
     training_flops: int
     flops_without_attention: int
+
+    @property
+    def gmacs(self) -> float:
+        """Multiply-accumulates of one forward pass, attention included, in 10^9."""
+        return self.flops / 2e9
 
 
 @dataclass(frozen=True)

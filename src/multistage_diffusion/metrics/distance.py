@@ -1,182 +1,228 @@
-"""Distances between two sets of images, from their features: streamed in, in float64 on the CPU.
+"""Distances between two sets of images, from their statistics, in float64 on the CPU.
 
-The Fréchet distance, the kernel distance and the inception score are torchmetrics'; precision, recall, density and
-coverage are ours. Only figures from Inception features may be called FID, KID and IS in a report.
+Written here, because the sums are cached, added over processes and reused: scipy and torchmetrics are what the tests
+compare with. Only figures from Inception features may be called FID, KID and IS in a report.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, final, get_args
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.errors import ConfigError, DataError, NumericsError, suggest
-from multistage_diffusion.metrics.features import Features
+from multistage_diffusion.errors import ConfigError, DataError, suggest
+from multistage_diffusion.metrics.statistics import SPLITS, Statistics
 
 Metric: TypeAlias = Literal["fd", "fd_infinity", "kid", "is", "prdc"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-Figures: TypeAlias = dict[str, float | dict[str, float]]
+Figures: TypeAlias = dict[str, float | list[int] | dict[str, float]]
 
-_SUBSET = (
-    1000  # images in a subset of the kernel distance and in a split of the inception score (Binkowski et al. 2018)
-)
-_SUBSETS = 100
-_SPLITS = 10  # Salimans et al. 2016
+CUSTOMARY = 50_000  # generated images behind published figures; with fewer, the plain Fréchet distance needs its limit
+_SUBSET = 1000  # images in a subset of the kernel distance and, at least, in a split of the inception score
+_SUBSETS = 100  # Binkowski et al. 2018
 _EXTRAPOLATED = 15  # sizes of the regression (Chong and Forsyth 2020)
 _NEIGHBOURS = 5  # Naeem et al. 2020
 _BLOCK = 1024  # rows of a distance matrix held at a time
 
 
-@final
-class Distances:
-    """Takes features batch by batch and returns the figures at the end; how they were batched does not matter.
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuse names that are no metric.
 
-    The Fréchet distance keeps sums only; the other metrics keep the features, 8 bytes a number.
+    Args:
+        metrics: Names.
+
+    Raises:
+        ConfigError: No metric, or an unknown one.
     """
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(f"no metric {name}{suggest(name, METRICS)}")
+    if not metrics:
+        raise ConfigError(f"name at least one metric of {', '.join(METRICS)}")
 
-    def __init__(self, metrics: Sequence[str], num_features: int, *, seed: int = 0) -> None:
-        """Start with nothing seen.
 
-        Args:
-            metrics: What to measure: any of `METRICS`.
-            num_features: Length of a feature vector.
-            seed: Of the random subsets.
+def keeps_features(metrics: Sequence[str]) -> tuple[bool, bool]:
+    """Which sets must keep their features for some metrics.
 
-        Raises:
-            ConfigError: No metric, or an unknown one.
-        """
-        for name in metrics:
-            if name not in METRICS:
-                raise ConfigError(f"no metric {name}{suggest(name, METRICS)}")
-        if not metrics:
-            raise ConfigError(f"name at least one metric of {', '.join(METRICS)}")
-        self.metrics, self.num_features, self._seed = tuple(metrics), num_features, seed
-        self._counts = {True: 0, False: 0}
-        self._kept: dict[bool, list[Tensor]] = {True: [], False: []}
-        self._logits: list[Tensor] = []
-        self._frechet = _frechet_metric(num_features) if {"fd", "fd_infinity"} & set(metrics) else None
+    Args:
+        metrics: Some of `METRICS`.
 
-    def update(self, batch: Features, *, real: bool) -> None:
-        """Take a batch.
+    Returns:
+        Whether the real and the generated images must.
+    """
+    both = bool({"kid", "prdc"} & set(metrics))
+    return both, both or "fd_infinity" in metrics
 
-        Args:
-            batch: Features of some images.
-            real: Whether they are of the reference or generated.
 
-        Raises:
-            DataError: Features of another length.
-            NumericsError: A feature is NaN or infinite.
-        """
-        features = batch.features.detach().cpu().double()
-        if features.shape[1] != self.num_features:
-            raise DataError(f"features must have {self.num_features} numbers, got {features.shape[1]}")
-        if not bool(features.isfinite().all() and batch.logits.isfinite().all()):
-            raise NumericsError(f"the features of {'real' if real else 'generated'} images hold NaN or infinite values")
-        self._counts[real] += len(features)
-        if self._frechet is not None and (real or "fd" in self.metrics):
-            self._frechet.update(features, real=real)
-        if {"kid", "prdc"} & set(self.metrics) or (not real and "fd_infinity" in self.metrics):
-            self._kept[real].append(features)
-        if not real and "is" in self.metrics:
-            self._logits.append(batch.logits.detach().cpu().double())
+def with_limit(metrics: Sequence[str], generated: int, num_features: int) -> tuple[str, ...]:
+    """Metrics with `fd_infinity` behind `fd` where the plain figure says much about the number of images.
 
-    def figures(self) -> Figures:
-        """What was asked for, one key a metric; `kid_std` and `is_std` beside theirs; `prdc` holds its four.
+    Args:
+        metrics: Some of `METRICS`.
+        generated: Number of generated images.
+        num_features: Length of a feature vector.
 
-        Returns:
-            Figures in the order asked.
+    Returns:
+        The metrics; more than asked if fewer than `CUSTOMARY` images are drawn, but enough for the regression.
+    """
+    if "fd" in metrics and "fd_infinity" not in metrics and 4 * num_features <= generated < CUSTOMARY:
+        return (*metrics, "fd_infinity")
+    return tuple(metrics)
 
-        Raises:
-            DataError: Too few images for a metric.
-        """
-        for real, least in ((True, 0 if self.metrics == ("is",) else 2), (False, 2)):
-            if self._counts[real] < least:
-                kind = "real" if real else "generated"
-                raise DataError(f"at least 2 {kind} images are needed for a distance, got {self._counts[real]}")
-        result: Figures = {}
-        for name in self.metrics:
-            match name:
-                case "fd":
-                    assert self._frechet is not None
-                    result[name] = max(0.0, float(self._frechet.compute()))
-                case "fd_infinity":
-                    result[name] = self._extrapolated()
-                case "kid":
-                    result[name], result["kid_std"] = self._kernel()
-                case "is":
-                    result[name], result["is_std"] = self._score()
-                case "prdc":
-                    result[name] = prdc(torch.cat(self._kept[True]), torch.cat(self._kept[False]))
-        return result
 
-    def cautions(self) -> tuple[str, ...]:
-        """Reasons to doubt the figures, for the report.
+def measure(metrics: Sequence[str], real: Statistics, generated: Statistics, *, seed: int = 0) -> Figures:
+    """Figures of generated images against real ones.
 
-        Returns:
-            One line each; none if there are enough images.
-        """
-        few = [
-            f"{count} {'real' if real else 'generated'} images, fewer than 2 x {self.num_features} features: "
-            "the Fréchet distance says more about their number than about their quality"
-            for real, count in self._counts.items()
-            if count < 2 * self.num_features
-        ]
-        return tuple(few) if self._frechet is not None else ()
+    Args:
+        metrics: Some of `METRICS`.
+        real: Statistics of the reference; with features where `keeps_features` says so. Not needed for `is`.
+        generated: Statistics of generated images, likewise.
+        seed: Of the random subsets.
 
-    def _kernel(self) -> tuple[float, float]:
-        """Squared maximum mean discrepancy with a cubic kernel: mean and deviation over random subsets."""
-        from torchmetrics.image.kid import KernelInceptionDistance
+    Returns:
+        One key a metric, in the order asked; `kid_std` and `is_std` beside theirs, `fd_infinity_images` (least and most
+        images of the regression) beside `fd_infinity`; `prdc` holds its four.
 
-        size = min(_SUBSET, *self._counts.values())
-        subsets = 1 if size == max(self._counts.values()) else _SUBSETS
-        with _quiet(self._seed):
-            metric = KernelInceptionDistance(
-                _Identity(self.num_features), subsets=subsets, subset_size=size, sync_on_compute=False
-            )
-            for real, kept in self._kept.items():
-                metric.update(torch.cat(kept), real=real)
-            mean, deviation = metric.compute()
-        return float(mean), float(deviation)
+    Raises:
+        ConfigError: No metric, an unknown one, or `is` where the features know no classes.
+        DataError: Too few images for a metric.
+    """
+    check_metrics(metrics)
+    for kind, count, least in (
+        ("real", real.count, 0 if set(metrics) == {"is"} else 2),
+        ("generated", generated.count, 2),
+    ):
+        if count < least:
+            raise DataError(f"at least 2 {kind} images are needed for a distance, got {count}")
+    result: Figures = {}
+    for name in metrics:
+        match name:
+            case "fd":
+                result[name] = frechet_distance(real, generated)
+            case "fd_infinity":
+                result[name], result["fd_infinity_images"] = _limit(real, generated, seed)
+            case "kid":
+                result[name], result["kid_std"] = _kernel_distance(real.features, generated.features, seed)
+            case "is":
+                result[name], result["is_std"] = _inception_score(generated)
+            case _:
+                result[name] = prdc(real.features.double(), generated.features.double())
+    return result
 
-    def _score(self) -> tuple[float, float]:
-        """Exponential of the information that an image gives about its class: mean and deviation over splits."""
-        from torchmetrics.image.inception import InceptionScore
 
-        logits = torch.cat(self._logits)
-        splits = min(_SPLITS, max(1, len(logits) // _SUBSET))
-        with _quiet(self._seed):
-            metric = InceptionScore(_Identity(logits.shape[1]), splits=splits, sync_on_compute=False)
-            metric.update(logits)
-            mean, deviation = metric.compute()
-        return float(mean), float(deviation) if splits > 1 else 0.0
+def cautions(metrics: Sequence[str], real: int, generated: int, num_features: int) -> tuple[str, ...]:
+    """Reasons to doubt the figures, for the report.
 
-    def _extrapolated(self) -> float:
-        """The Fréchet distance of infinitely many generated images: its line in 1 / images, at 0.
+    Args:
+        metrics: What was measured.
+        real: Number of real images.
+        generated: Number of generated images.
+        num_features: Length of a feature vector.
 
-        Source: Chong and Forsyth 2020, "Effectively unbiased FID". They use plain and quasi-random noise; we, subsets.
-        """
-        assert self._frechet is not None
-        features = torch.cat(self._kept[False])
-        count, least = len(features), 2 * self.num_features
-        if count < 2 * least:
-            raise DataError(f"fd_infinity needs at least {2 * least} generated images, got {count}")
-        sizes = torch.linspace(max(least, count // 10), count, _EXTRAPOLATED, dtype=torch.float64).long()
-        distances = []
-        for i, size in enumerate(sizes.tolist()):
-            chosen = features[rng.permutation(self._seed, "fd-infinity", i, count)[:size]]
-            metric = _frechet_metric(self.num_features)
-            _copy_real(self._frechet, metric)
-            metric.update(chosen, real=False)
-            distances.append(float(metric.compute()))
-        design = torch.stack((torch.ones(_EXTRAPOLATED, dtype=torch.float64), 1.0 / sizes.double()), dim=1)
-        line = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
-        return float(line[0, 0])
+    Returns:
+        One line each; none if there are enough images.
+    """
+    if not {"fd", "fd_infinity"} & set(metrics):
+        return ()
+    return tuple(
+        f"{count} {kind} images, fewer than 2 x {num_features} features: "
+        "the Fréchet distance says more about their number than about their quality"
+        for kind, count in (("real", real), ("generated", generated))
+        if count < 2 * num_features
+    )
+
+
+def frechet_distance(real: Statistics, generated: Statistics) -> float:
+    """Squared 2-Wasserstein distance between normal distributions of the sets' means and covariances.
+
+    Args:
+        real: One set.
+        generated: The other.
+
+    Returns:
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
+
+    Source: Heusel et al. 2017.
+    """
+    return _frechet(real.mean(), _root(real.covariance()), generated.mean(), _root(generated.covariance()))
+
+
+def _frechet(mean: Tensor, root: Tensor, other_mean: Tensor, other_root: Tensor) -> float:
+    """The same from roots, C = R R^T: the trace of (C1 C2)^(1/2) is the sum of the singular values of R1^T R2.
+
+    That needs no root of a product, which is not symmetric, and is exact to rounding where covariances are singular.
+    """
+    cross = torch.linalg.svdvals(root.T @ other_root).sum()
+    distance = (mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R with R R^T = C; eigenvalues that rounding made negative are 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+def _limit(real: Statistics, generated: Statistics, seed: int) -> tuple[float, list[int]]:
+    """The Fréchet distance of infinitely many generated images: its line in 1 / images, at 0; and the images used.
+
+    Source: Chong and Forsyth 2020, "Effectively unbiased FID". They use plain and quasi-random noise; we, subsets.
+    """
+    features, num_features = generated.features, len(generated.total)
+    count, least = len(features), 2 * num_features
+    if count < 2 * least:
+        raise DataError(f"fd_infinity needs at least {2 * least} generated images, got {count}")
+    sizes = torch.linspace(max(least, count // 10), count, _EXTRAPOLATED, dtype=torch.float64).long()
+    mean, root, distances = real.mean(), _root(real.covariance()), list[float]()
+    for i, size in enumerate(sizes.tolist()):
+        chosen = features[rng.permutation(seed, "fd-infinity", i, count)[:size]].double()
+        distances.append(_frechet(mean, root, chosen.mean(0), _root(chosen.T.cov())))
+    design = torch.stack((torch.ones(_EXTRAPOLATED, dtype=torch.float64), 1.0 / sizes.double()), dim=1)
+    line = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
+    return float(line[0, 0]), [int(sizes[0]), count]
+
+
+def _kernel_distance(real: Tensor, generated: Tensor, seed: int) -> tuple[float, float]:
+    """Unbiased squared maximum mean discrepancy with a cubic kernel: mean and deviation over random subsets.
+
+    Source: Binkowski et al. 2018.
+    """
+    size = min(_SUBSET, len(real), len(generated))
+    subsets = 1 if size == max(len(real), len(generated)) else _SUBSETS
+    found = []
+    for i in range(subsets):
+        x, y = (
+            rows[rng.permutation(seed, f"kid-{kind}", i, len(rows))[:size]].double()
+            for kind, rows in (("real", real), ("generated", generated))
+        )
+        within = sum(float(_kernel(rows, rows).fill_diagonal_(0.0).sum()) for rows in (x, y)) / (size * (size - 1))
+        found.append(within - 2 * float(_kernel(x, y).mean()))
+    values = torch.tensor(found, dtype=torch.float64)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+def _inception_score(generated: Statistics) -> tuple[float, float]:
+    """Exponential of the information that an image gives about its class: mean and deviation over splits.
+
+    Source: Salimans et al. 2016. Every tenth image makes a split; they are one set where there are too few.
+    """
+    if generated.split_probability.shape[1] == 0:
+        raise ConfigError("the metric is needs features that know classes, and these do not")
+    parts = [generated.split_count, generated.split_probability, generated.split_information]
+    if generated.count < SPLITS * _SUBSET:
+        parts = [part.sum(0, keepdim=True) for part in parts]
+    count, probability, information = parts
+    mean = probability / count[:, None]
+    scores = (information / count - torch.xlogy(mean, mean).sum(1)).exp()
+    return float(scores.mean()), float(scores.std()) if len(scores) > 1 else 0.0
 
 
 def prdc(
@@ -220,36 +266,3 @@ def prdc(
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     """Distance of each row to its k-th neighbour among the others."""
     return torch.cat([torch.cdist(rows, features).kthvalue(neighbours + 1).values for rows in features.split(_BLOCK)])
-
-
-class _Identity(nn.Module):
-    """Lets features through: torchmetrics takes a network, and ours has run already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def _frechet_metric(num_features: int) -> Any:
-    """Torchmetrics' Fréchet distance on bare features; importing it takes a second."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    return FrechetInceptionDistance(_Identity(num_features), sync_on_compute=False)
-
-
-def _copy_real(source: Any, target: Any) -> None:
-    """Give a metric the reference that another has seen."""
-    for name in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
-        setattr(target, name, getattr(source, name).clone())
-
-
-@contextmanager
-def _quiet(seed: int) -> Iterator[None]:
-    """Torchmetrics draws subsets from torch's global generator and warns of the memory it keeps: lend it a seed."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -12,13 +12,12 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -29,8 +28,7 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.data.cache import cache_directory
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError, NumericsError
 from multistage_diffusion.files import read_json, write_atomic, write_json
-
-Batch: TypeAlias = Float[Tensor, "batch chan high wide"]
+from multistage_diffusion.metrics.extractor import Batch, FeatureExtractor
 
 VERSION = 1  # of everything below that decides the weights: raise it and cached classifiers are made anew
 NUM_FEATURES = 64
@@ -47,32 +45,19 @@ _HIDDEN_SCALE = 0.3  # tried on digits: a smaller start tells damaged from held-
 _BLOCK = 256  # images a forward pass
 
 
-@dataclass(frozen=True)
-class Features:
-    """What an extractor sees in a batch of images.
-
-    Attributes:
-        features: The last hidden layer before its activation, so that none is dead, scaled to mean 0 and variance 1
-            over the training images; one row an image.
-        logits: Scores of the classes, before the softmax.
-    """
-
-    features: Float[Tensor, "batch features"]
-    logits: Float[Tensor, "batch classes"]
-
-
 @final
-class FeatureExtractor(nn.Module):
-    """Features of images of one shape.
+class SourceClassifier(FeatureExtractor):
+    """A small classifier of images of one shape.
+
+    Its features are the last hidden layer before its activation, so that none is dead, scaled to mean 0 and variance 1
+    over the training images.
 
     Attributes:
-        name: What the features are, like `digits-classifier`.
         shape: Channels, height and width of the images.
         classes: Names of the classes, in the order of the logits.
-        accuracy: Share of the held-out images whose class it names right.
-        num_features: Length of a feature vector.
-        num_classes: Length of a row of logits.
     """
+
+    block = _BLOCK
 
     def __init__(self, name: str, shape: tuple[int, int, int], classes: tuple[str, ...], accuracy: float = 0.0) -> None:
         """Weights drawn from a fixed seed, without touching torch's generators.
@@ -103,29 +88,22 @@ class FeatureExtractor(nn.Module):
         self.spread = nn.Buffer(torch.ones(NUM_FEATURES))
         self._draw_weights()
 
-    def forward(
-        self, images: Float[Tensor, "batch chan high wide"] | UInt8[Tensor, "batch chan high wide"]
-    ) -> Features:
-        """Features and logits; an image's result does not depend on its batch-mates beyond rounding.
+    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """Features and logits of a few images.
 
         Args:
-            images: Floats in [-1, 1], or pixels in 0..255.
+            x: Images in [-1, 1].
 
         Returns:
-            float32, on the device of the extractor, in the order of the images.
+            Both.
 
         Raises:
-            DataError: Images of another shape, or floats outside [-1, 1].
-            NumericsError: A value is NaN or infinite.
+            DataError: Images of another shape.
         """
-        if tuple(images.shape[1:]) != self.shape:
-            raise DataError(f"{self.name} is for images of shape {self.shape}, got {tuple(images.shape[1:])}")
-        parts = []
-        with torch.no_grad():
-            for block in images.split(_BLOCK):
-                hidden = self._hidden(_checked(block.to(self.head.weight.device)))
-                parts.append(((hidden - self.center) / self.spread, self._logits(hidden)))
-        return Features(torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts]))
+        if tuple(x.shape[1:]) != self.shape:
+            raise DataError(f"{self.name} is for images of shape {self.shape}, got {tuple(x.shape[1:])}")
+        hidden = self._hidden(x)
+        return (hidden - self.center) / self.spread, self._logits(hidden)
 
     def train_logits(self, x: Batch) -> Float[Tensor, "batch classes"]:
         """Logits with their graph, for training.
@@ -137,14 +115,6 @@ class FeatureExtractor(nn.Module):
             Scores of the classes.
         """
         return self._logits(self._hidden(x))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the weights, in hexadecimal digits: two figures compare only if it is the same."""
-        return hashlib.sha256(save_tensors(self._weights())).hexdigest()
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
 
     def _hidden(self, x: Tensor) -> Tensor:
         size = _reduced((x.shape[2], x.shape[3]))
@@ -191,7 +161,7 @@ def source_features(
         raise DataError(f"{train.name}: training and held-out images differ in shape or classes")
     key = hashlib.sha256(f"{VERSION}/{train.digest}/{test.digest}".encode()).hexdigest()[:32]
     stem = (cache_directory() / "features" if cache is None else cache) / f"classifier-{key}"
-    fresh = FeatureExtractor(f"{train.name.rpartition('/')[2]}-classifier", train.shape, train.classes)
+    fresh = SourceClassifier(f"{train.name.rpartition('/')[2]}-classifier", train.shape, train.classes)
     extractor = _load(fresh, stem)
     if extractor is None:
         with _one_thread():
@@ -200,7 +170,7 @@ def source_features(
     return extractor.to(device).eval().requires_grad_(False)
 
 
-def _train(model: FeatureExtractor, train: Images, test: Images) -> FeatureExtractor:
+def _train(model: SourceClassifier, train: Images, test: Images) -> SourceClassifier:
     """AdamW with a linear warm-up and a cosine end; the order of the images is a pure function of the epoch."""
     assert train.labels is not None and test.labels is not None
     steps = max(1, min(_EPOCHS * len(train), _MOST_SAMPLES) // _BATCH)
@@ -212,10 +182,10 @@ def _train(model: FeatureExtractor, train: Images, test: Images) -> FeatureExtra
         loss.backward()
         optimizer.step()
         rate.step()
-    seen = model(train.images).features.double()
+    seen = model(train.pixels()).features.double()
     model.center.copy_(seen.mean(0))
     model.spread.copy_(seen.std(0).clamp_min(1e-6))
-    named = model(test.images).logits.argmax(1)
+    named = model(test.pixels()).logits.argmax(1)
     if not bool(model.head.weight.isfinite().all()):
         raise NumericsError(f"training {model.name} diverged")
     model.accuracy = round(float(named.eq(test.labels).double().mean()), 6)
@@ -229,16 +199,16 @@ def _batches(count: int) -> Iterator[Tensor]:
         yield from order.split(_BATCH)
 
 
-def _save(model: FeatureExtractor, stem: Path) -> None:
+def _save(model: SourceClassifier, stem: Path) -> None:
     """Weights, then the JSON that vouches for them; a cache that cannot be written only costs time."""
-    content = save_tensors(model._weights())
+    content = save_tensors(model.weights())
     document = {"name": model.name, "accuracy": model.accuracy, "sha256": hashlib.sha256(content).hexdigest()}
     with contextlib.suppress(CheckpointError):
         write_atomic(stem.with_suffix(".safetensors"), content)
         write_json(stem.with_suffix(".json"), document)
 
 
-def _load(fresh: FeatureExtractor, stem: Path) -> FeatureExtractor | None:
+def _load(fresh: SourceClassifier, stem: Path) -> SourceClassifier | None:
     """The cached classifier, or None if there is none that is whole."""
     try:
         document: Any = read_json(stem.with_suffix(".json"))
@@ -251,18 +221,6 @@ def _load(fresh: FeatureExtractor, stem: Path) -> FeatureExtractor | None:
         return None
     fresh.accuracy = accuracy
     return fresh
-
-
-def _checked(block: Tensor) -> Batch:
-    """Images as floats in [-1, 1]."""
-    if block.dtype == torch.uint8:
-        return block.float().div_(127.5).sub_(1.0)
-    low, high = (float(value) for value in block.aminmax())
-    if not math.isfinite(low + high):
-        raise NumericsError("images hold NaN or infinite values")
-    if low < -1.0 or high > 1.0:
-        raise DataError(f"images must lie in [-1, 1], got {low:.4g}..{high:.4g}; clip them as to_uint8 does")
-    return block.float()
 
 
 def _reduced(size: tuple[int, ...]) -> tuple[int, int]:

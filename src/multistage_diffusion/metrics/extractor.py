@@ -1,0 +1,114 @@
+"""What every feature extractor is: images in, one row of numbers and one of class scores an image out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from multistage_diffusion.errors import DataError, NumericsError
+
+Batch: TypeAlias = Float[Tensor, "batch chan high wide"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor sees in a batch of images.
+
+    Attributes:
+        features: One row an image.
+        logits: Scores of the classes, before the softmax; no columns where the extractor knows no classes.
+    """
+
+    features: Float[Tensor, "batch features"]
+    logits: Float[Tensor, "batch classes"]
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """Features of images; an image's result does not depend on its batch-mates beyond rounding.
+
+    Attributes:
+        name: What the features are, with how images are resized for them, like `digits-classifier`.
+        num_features: Length of a feature vector.
+        num_classes: Length of a row of logits; 0 for a network without classes.
+        accuracy: Share of the held-out images whose class it names right; none where nobody measured it.
+        block: Images a forward pass.
+    """
+
+    name: str
+    num_features: int
+    num_classes: int
+    accuracy: float | None = None
+    block: int = 64
+
+    @abstractmethod
+    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """Features and logits of a few images in [-1, 1], on the device of the weights."""
+
+    def forward(self, images: Batch | UInt8[Tensor, "batch chan high wide"]) -> Features:
+        """Features and logits.
+
+        Args:
+            images: Floats in [-1, 1], or pixels in 0..255.
+
+        Returns:
+            float32, on the device of the extractor, in the order of the images.
+
+        Raises:
+            DataError: Images of a shape that the extractor cannot see, or floats outside [-1, 1].
+            NumericsError: A value is NaN or infinite.
+        """
+        device, parts = next(self.parameters()).device, []
+        with torch.no_grad():
+            for block in images.split(self.block):
+                parts.append(self.see(_checked(block.to(device))))
+        return Features(torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts]))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, in hexadecimal digits: two figures compare only if it is the same."""
+        return hashlib.sha256(save_tensors(self.weights())).hexdigest()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights, on the CPU.
+
+        Returns:
+            A tensor for each name.
+        """
+        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+
+
+def coloured_pixels(x: Batch) -> Float[Tensor, "batch 3 high wide"]:
+    """Images as networks for photographs see them.
+
+    Args:
+        x: Images in [-1, 1].
+
+    Returns:
+        Three channels of whole numbers in 0..255; grey images become grey colours.
+
+    Raises:
+        DataError: Neither 1 nor 3 channels.
+    """
+    if x.shape[1] not in (1, 3):
+        raise DataError(f"these features are of images with 1 or 3 channels, got {x.shape[1]}")
+    return x.add(1.0).mul(127.5).round().expand(-1, 3, -1, -1)
+
+
+def _checked(block: Tensor) -> Tensor:
+    """Images as floats in [-1, 1]."""
+    if block.dtype == torch.uint8:
+        return block.float().div_(127.5).sub_(1.0)
+    low, high = (float(value) for value in block.aminmax())
+    if not math.isfinite(low + high):
+        raise NumericsError("images hold NaN or infinite values")
+    if low < -1.0 or high > 1.0:
+        raise DataError(f"images must lie in [-1, 1], got {low:.4g}..{high:.4g}; clip them as to_uint8 does")
+    return block.float()
