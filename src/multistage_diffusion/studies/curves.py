@@ -1,0 +1,152 @@
+"""Studies that are curves: quality against training FLOPs, and against network evaluations of the sampler."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.sampling import call_plan
+from multistage_diffusion.studies.designs import Variants
+from multistage_diffusion.studies.estimate import estimate
+from multistage_diffusion.studies.tables import METRICS, Lab, compared, measured, row, summed
+
+SOLVERS = ("ddim", "dpm-3", "dpmpp-2m", "heun")
+
+
+def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
+    """Quality on the way, and the FLOPs at which each model reaches the final quality of the first.
+
+    Args:
+        lab: What to work with.
+        variants: The models, the unified one first.
+
+    Returns:
+        A row a model with `curve`, one entry a point, and `reach`: for `fd` and `loss` the share of the first model's
+        training FLOPs at which its final mean is reached, interpolated, as an estimate over seeds; none where a seed
+        does not reach it.
+    """
+    rows = []
+    for label, config in variants.items():
+        cells = lab.runs(config)
+        curve = []
+        for point in range(cells[0].points):
+            figures = [measured(lab, one, point) for one in cells]
+            spent = lab.cells.spent(cells[0], point)
+            curve.append({"tflops": spent["tflops"], "steps": spent["steps"], **summed(figures)})
+        rows.append({**row(lab, label, config), "curve": curve})
+    for own in rows:
+        own["reach"] = {name: _reach(own["curve"], rows[0]["curve"], name) for name in METRICS}
+    return compared(rows)
+
+
+def crossing(spent: Sequence[float], values: Sequence[float], target: float) -> float | None:
+    """Where a falling curve first reaches a target, interpolated in the logarithm of the values.
+
+    Args:
+        spent: Increasing costs.
+        values: Positive values at these costs.
+        target: The value to reach.
+
+    Returns:
+        The cost; that of the first point if it is there already, none if it is never reached.
+    """
+    if values[0] <= target:
+        return spent[0]
+    for (low, before), (high, after) in itertools.pairwise(zip(spent, values, strict=True)):
+        if before > target >= after:
+            return low + (high - low) * math.log(before / target) / math.log(before / after)
+    return None
+
+
+def _reach(curve: list[dict[str, Any]], reference: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The share of the reference's FLOPs at which each seed is where the reference's same seed ends."""
+    shares = []
+    for seed, target in enumerate(reference[-1][name]["values"]):
+        spent = [point["tflops"] for point in curve]
+        found = crossing(spent, [point[name]["values"][seed] for point in curve], target)
+        if found is None:
+            return None
+        shares.append(found / reference[-1]["tflops"])
+    return estimate(shares).document()
+
+
+def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each model but the first: at which share of the FLOPs it is as good.
+
+    Args:
+        rows: From `efficiency`.
+
+    Returns:
+        The sentences.
+    """
+    sentences = []
+    for own in rows[1:]:
+        for name, words in METRICS.items():
+            reach = own["reach"][name]
+            if reach is None:
+                sentences.append(
+                    f"{own['label']} does not reach the final {words} of {rows[0]['label']} within its FLOPs."
+                )
+                continue
+            low_high = reach["interval"]
+            told = "" if low_high is None else f" (95% interval {low_high[0]:.0%} to {low_high[1]:.0%})"
+            sentences.append(
+                f"{own['label']} reaches the final {words} of {rows[0]['label']} at {reach['mean']:.0%} of its "
+                f"training FLOPs{told}."
+            )
+    return sentences
+
+
+def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
+    """Fréchet distance against the sampler's network evaluations.
+
+    Args:
+        lab: What to work with.
+        variants: The models.
+
+    Returns:
+        A row for each model, solver and number of evaluations.
+    """
+    rows = []
+    for label, config in variants.items():
+        cells = lab.runs(config)
+        for solver, wanted in itertools.product(SOLVERS, lab.budget.evaluations):
+            chosen = SamplingConfig(solver=solver, steps=_steps(solver, wanted))
+            found = [lab.cells.distance(one, lab.extractor, chosen, lab.budget.samples_on_the_way) for one in cells]
+            denoiser = lab.cells.denoiser(cells[0])
+            calls = call_plan(denoiser, solver=solver, steps=chosen.steps)
+            cost = cells[0].cost(lab.data.shape)
+            rows.append({
+                "label": label, "solver": solver, "steps": chosen.steps, "nfe": len(calls),
+                "mflops_per_sample": cost.flops([calls.count(k) for k in range(len(cost.stages))]) / 1e6,
+                "fd": estimate([item["fd"] for item in found]).document(),
+            })  # fmt: skip
+    return rows
+
+
+def sampling_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The best solver of each model at each number of evaluations.
+
+    Args:
+        rows: From `sampling`.
+
+    Returns:
+        A sentence a model.
+    """
+    sentences = []
+    for label in dict.fromkeys(own["label"] for own in rows):
+        own = [item for item in rows if item["label"] == label]
+        parts = []
+        for nfe in sorted({item["nfe"] for item in own}):
+            best = min((item for item in own if item["nfe"] == nfe), key=lambda item: item["fd"]["mean"])
+            parts.append(f"{best['solver']} at {nfe} ({best['fd']['mean']:.1f})")
+        sentences.append(f"{label}: least Fréchet distance by network evaluations: {', '.join(parts)}.")
+    return sentences
+
+
+def _steps(solver: str, evaluations: int) -> int:
+    """Steps of a solver that takes at most so many evaluations: Heun's takes two a step but for the last."""
+    return max(1, (evaluations + 1) // 2) if solver == "heun" else evaluations

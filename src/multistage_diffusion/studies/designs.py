@@ -1,0 +1,201 @@
+"""Which models each study trains: a label and a run for each row of its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from multistage_diffusion.clustering import cluster
+from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
+from multistage_diffusion.config.run import Architecture
+from multistage_diffusion.data import Images
+from multistage_diffusion.files import read_json, write_json
+from multistage_diffusion.noise import make_process
+from multistage_diffusion.studies.budgets import PUBLISHED, Budget
+from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, widths
+from multistage_diffusion.studies.proxies import allocate
+
+METHODS = {"timestep": "uniform in timestep", "snr": "log-SNR", "gradient": "gradient affinity",
+           "optimal-denoiser": "optimal denoiser"}  # fmt: skip
+STAGES = (1, 2, 3, 4, 5, 6)
+DECODERS = {  # decoder widths in encoder widths, low to high noise
+    "published, 1.5 / 1 / 0.125": PUBLISHED,
+    "equal": (1.0, 1.0, 1.0),
+    "narrow, 1 / 0.5 / 0.25": (1.0, 0.5, 0.25),
+    "reversed, 0.5 / 1 / 1.5": (0.5, 1.0, 1.5),
+}
+# Four stages inside the training distribution and their decoders, in encoder widths: the best of a first trial.
+NARROWING = ((0.25, 0.9, 4.0), (1.0, 1.0, 0.5, 0.25))
+SIZES = (0.5, 1.0, 1.5)  # networks of the interval study, in base widths
+Variants = dict[str, RunConfig]
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds what the designs need and training cannot say: edges and allocated widths. Each is found once and kept.
+
+    Attributes:
+        folder: Where they are kept.
+        data: Training images.
+        budget: The budget.
+        cells: The trained models, for the clustering by gradients.
+        say: Told what happens, in lines.
+        guess: Train nothing: edges and widths that need training are stand-ins unless they were found before.
+    """
+
+    folder: Path
+    data: Images
+    budget: Budget
+    cells: Callable[[], Cells]
+    say: Say
+    guess: bool = False
+
+    def edges(self, method: str = "optimal-denoiser", stages: int = 3, measure: str = "time") -> tuple[float, ...]:
+        """Edges in sigma, to four digits: what they are known to, and the same on every machine.
+
+        Args:
+            method: A method of `cluster`.
+            stages: Number of stages.
+            measure: What averages over noise levels are taken in.
+
+        Returns:
+            The edges; none for one stage.
+        """
+        if stages == 1:
+            return ()
+
+        def find() -> dict[str, Any]:
+            denoiser = None
+            if method == "gradient" and self.guess:
+                return {"edges": list(self.edges(stages=stages))}
+            if method == "gradient":
+                trained = self.trained_for_gradients()
+                self.cells().fill([trained])
+                denoiser = self.cells().denoiser(trained).requires_grad_()
+            found = cluster(
+                self.data.images, make_process(self.budget.base.process), method=method, stages=stages,
+                measure=measure, objective="variance" if measure == "training" else None, denoiser=denoiser,
+                source=self.data.name, digest=self.data.digest,
+            )  # fmt: skip
+            rounded = [float(f"{edge:.4g}") for edge in found.stages.edges]
+            self.say(f"edges by {method} ({stages} stages, {measure}): {', '.join(f'{edge:g}' for edge in rounded)}")
+            return {"edges": rounded, "edges_t": list(found.edges_t), "intervals": found.stages.found["intervals"]}
+
+        return tuple(self._kept(f"edges-{method}-{stages}-{measure}", find)["edges"])
+
+    def allocated(self) -> RunConfig:
+        """The run that clustering and allocation choose; no held-out image has a say in it.
+
+        Four stages of least variance under the training distribution, and the decoder widths of least expected loss at
+        the budget.
+        """
+        edges = self.edges(stages=4, measure="training")
+        base = _multistage(self.budget.base, edges, (self.budget.base.model.width,) * 4)
+
+        def find() -> dict[str, Any]:
+            if self.guess:
+                return {"decoder_widths": list(base.model.decoder_widths)}
+            self.say("decoder widths by proxy runs")
+            return allocate(
+                base, self.data, self.budget.tflops / 1e3, "training", steps=self.budget.proxy_steps, say=self.say
+            )
+
+        found = self._kept(f"widths-{self.budget.tflops:g}", find)
+        return _multistage(self.budget.base, edges, tuple(found["decoder_widths"]))
+
+    def trained_for_gradients(self) -> Cell:
+        """The unified model whose gradients are compared."""
+        return cell(unified(self.budget.base), self.budget.tflops, self.budget.points)
+
+    def _kept(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was found under this name for this data and base run; found now if it was not."""
+        asked = {"data": self.data.digest, "process": to_dict(self.budget.base.process)}
+        if name.startswith(("widths", "edges-gradient")):
+            asked["base"] = to_dict(self.budget.base)
+        path = self.folder / f"{name}.json"
+        if path.is_file() and (document := read_json(path))["asked"] == json.loads(json.dumps(asked)):
+            return document
+        document = {"asked": asked, **find()}
+        if not self.guess:
+            write_json(path, document)
+        return document
+
+
+def unified(base: RunConfig) -> RunConfig:
+    """One network for all noise levels, of the encoder's width."""
+    return replace(base, model=replace(base.model, architecture="unified"))
+
+
+def architectures(finder: Finder) -> Variants:
+    """Table 3; the rows with early stopping are read off the separate networks' own history."""
+    base, edges = finder.budget.base, finder.edges()
+    equal, tailored = widths(base.model, 1, 1, 1), widths(base.model, *PUBLISHED)
+    return {
+        "unified": unified(base),
+        "separate": _multistage(base, edges, equal, "separate"),
+        "separate, tailored": _multistage(base, edges, tailored, "separate"),
+        "multistage": _multistage(base, edges, tailored),
+        "multistage, allocated": finder.allocated(),
+    }
+
+
+def clusterings(finder: Finder) -> Variants:
+    """Table 4: the same network on the edges of four clusterings, and on the one that training asks for."""
+    base = finder.budget.base
+    tailored = widths(base.model, *PUBLISHED)
+    rows = {label: _multistage(base, finder.edges(method), tailored) for method, label in METHODS.items()}
+    rows["least variance in training"] = _multistage(base, finder.edges(measure="training"), tailored)
+    return rows
+
+
+def efficiency(finder: Finder) -> Variants:
+    """Table 2 and Fig. 1d: the unified model, the paper's edges and widths, and two choices of our own.
+
+    These are what clustering and allocation choose, and four stages that narrow with the noise.
+    """
+    base = finder.budget.base
+    return {
+        "unified": unified(base),
+        "multistage": _multistage(base, finder.edges(), widths(base.model, *PUBLISHED)),
+        "multistage, allocated": finder.allocated(),
+        "multistage, narrowing": _multistage(base, NARROWING[0], widths(base.model, *NARROWING[1])),
+    }
+
+
+def stages(finder: Finder) -> Variants:
+    """App. B.6: 1 to 6 stages, each of least variance under the training distribution; equal decoders."""
+    base = finder.budget.base
+    rows = {"1 stage": unified(base)}
+    for number in STAGES[1:]:
+        equal = widths(base.model, *(1.0,) * number)
+        rows[f"{number} stages"] = _multistage(base, finder.edges(stages=number, measure="training"), equal)
+    return rows
+
+
+def decoders(finder: Finder) -> Variants:
+    """App. B.5: decoder widths at equal training FLOPs, on the edges of the optimal denoiser."""
+    base, edges = finder.budget.base, finder.edges()
+    rows = {"unified": unified(base)}
+    return rows | {label: _multistage(base, edges, widths(base.model, *factors)) for label, factors in DECODERS.items()}
+
+
+def intervals(finder: Finder) -> Variants:
+    """Fig. 2: separate networks of three sizes, and the unified one, each to be put in place on one stage."""
+    base, edges = finder.budget.base, finder.edges()
+    rows = {"unified": unified(base)}
+    for factor in SIZES:
+        (width,) = widths(base.model, factor)
+        own = replace(base, model=replace(base.model, width=width))
+        rows[f"separate, width {width}"] = _multistage(own, edges, (width,) * 3, "separate")
+    return rows
+
+
+def _multistage(
+    base: RunConfig, edges: tuple[float, ...], decoder_widths: tuple[int, ...],
+    architecture: Architecture = "multistage",
+) -> RunConfig:  # fmt: skip
+    model = replace(base.model, architecture=architecture, decoder_widths=decoder_widths)
+    return replace(base, stages=StagesConfig(edges=edges), model=model)

@@ -1,0 +1,215 @@
+"""Running a study: what it trains and costs, its rows, its findings, its document."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multistage_diffusion.config import to_dict
+from multistage_diffusion.data import load_data
+from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.files import write_json
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.studies import curves, designs, interference, intervals, tables
+from multistage_diffusion.studies.budgets import Budget
+from multistage_diffusion.studies.cells import Cell, Cells, Say, Watch
+from multistage_diffusion.studies.designs import Finder, Variants
+from multistage_diffusion.studies.tables import Lab
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table or figure of the paper.
+
+    Attributes:
+        title: What it is about.
+        question: What it asks, in a sentence, with its place in the paper.
+        variants: The models that it compares.
+        rows: Measures them.
+        findings: Says what the rows say.
+        extra: Further cells that it trains.
+    """
+
+    title: str
+    question: str
+    variants: Callable[[Finder], Variants]
+    rows: Callable[[Lab, Variants], Rows]
+    findings: Callable[[Sequence[dict[str, Any]]], list[str]]
+    extra: Callable[[Lab], list[Cell]] = lambda lab: []
+
+    def cells(self, lab: Lab) -> list[Cell]:
+        """All that it trains; all seeds of a model side by side."""
+        found = [one for config in self.variants(lab.finder).values() for one in lab.runs(config)]
+        return [*found, *self.extra(lab)]
+
+
+def _architectures(lab: Lab, variants: Variants) -> Rows:
+    rows = []
+    for label, config in variants.items():
+        rows.append(tables.row(lab, label, config))
+        if config.model.architecture == "separate":
+            rows.append(tables.early_stopped(lab, f"{label}, early stopping", config))
+    return tables.compared(rows)
+
+
+STUDIES = {
+    "efficiency": Study(
+        "Quality against training FLOPs",
+        "At which share of the unified model's training FLOPs is a multistage model as good? (Table 2, Fig. 1d)",
+        designs.efficiency, curves.efficiency, curves.efficiency_findings,
+    ),
+    "architectures": Study(
+        "Architectures at equal training FLOPs",
+        "What do separate networks, early stopping, tailored widths and a shared encoder each bring? (Table 3)",
+        designs.architectures, _architectures, tables.findings,
+    ),
+    "clusterings": Study(
+        "Clusterings at equal training FLOPs",
+        "Does it matter where the stages are cut? (Table 4)",
+        designs.clusterings, tables.table, tables.findings,
+    ),
+    "stages": Study(
+        "Number of stages at equal training FLOPs",
+        "How many stages, with equal decoders? (App. B.6)",
+        designs.stages, tables.table, tables.findings,
+    ),
+    "decoders": Study(
+        "Decoder widths at equal training FLOPs",
+        "How wide should each stage's decoder be? (App. B.5)",
+        designs.decoders, tables.table, tables.findings,
+    ),
+    "sampling": Study(
+        "Quality against network evaluations",
+        "How does each solver do with few evaluations, on unified and multistage models? (Table 1)",
+        designs.efficiency, curves.sampling, curves.sampling_findings,
+    ),
+    "intervals": Study(
+        "One stage at a time",
+        "How good is a network on one stage alone, by its size, with a well-trained one on the others? (Fig. 2)",
+        designs.intervals, intervals.intervals, intervals.intervals_findings,
+        lambda lab: [intervals.well_trained(lab)],
+    ),
+    "interference": Study(
+        "Interference between stages",
+        "Do the gradients of different stages agree, in the encoder and in the decoders? (section 3)",
+        designs.efficiency, interference.interference, interference.interference_findings,
+    ),
+}  # fmt: skip
+
+
+def open_lab(
+    budget: Budget, folder: Path, *, device: torch.device | str = "cpu", say: Say = print, guess: bool = False
+) -> Lab:
+    """Load the data and find the edges that losses by stage are given in.
+
+    Args:
+        budget: The budget; its base run says which data.
+        folder: Where trained models and results are kept.
+        device: Where to compute.
+        say: Told what happens, in lines.
+        guess: Train nothing: edges and widths that need training are stand-ins unless they were found before.
+
+    Returns:
+        The lab.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    own = budget.base.data
+    data, test = (
+        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.max_bad)
+        for split in ("train", "test")
+    )
+    held: list[Cells] = []
+    finder = Finder(folder / "found", data, budget, lambda: held[0], say, guess)
+    held.append(Cells(folder / "cells", data, test, Stages(finder.edges()), device=device, say=say))
+    return Lab(budget, data, test, held[0], finder)
+
+
+def names(wanted: str) -> tuple[str, ...]:
+    """The studies that a name stands for.
+
+    Args:
+        wanted: A study, or `all`.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ConfigError: No such study.
+    """
+    if wanted == "all":
+        return tuple(STUDIES)
+    if wanted not in STUDIES:
+        raise ConfigError(f"no study {wanted}{suggest(wanted, (*STUDIES, 'all'))}")
+    return (wanted,)
+
+
+def costs(lab: Lab, wanted: Sequence[str]) -> Rows:
+    """What the studies train, each model once, and what that costs, before any of it runs.
+
+    Args:
+        lab: What to work with.
+        wanted: Names of studies.
+
+    Returns:
+        A row a cell: `study` (the first that needs it), `cell`, `steps`, `tflops`, `parameters`, `done`.
+    """
+    rows, seen = [], set()
+    for name in wanted:
+        for one in STUDIES[name].cells(lab):
+            if one in seen:
+                continue
+            seen.add(one)
+            steps = one.steps(lab.data.shape)[-1]
+            rows.append({
+                "study": name, "cell": lab.cells.path(one).name, "steps": steps,
+                "tflops": steps * one.step_flops(lab.data.shape) / 1e12,
+                "parameters": one.cost(lab.data.shape).parameters, "done": lab.cells.done(one),
+            })  # fmt: skip
+    return rows
+
+
+def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] | None = None) -> dict[str, Any]:
+    """Train what a study needs and is not in the cache, measure it, and write its document.
+
+    Args:
+        name: The study.
+        lab: What to work with.
+        out: Where `NAME.json` goes.
+        watch: Makes the function that is called after each step of a cell.
+
+    Returns:
+        The document: `study`, `title`, `question`, `rows`, `findings`, `settings`, `seconds`.
+
+    Raises:
+        NumericsError: A loss is not finite.
+        StoppedError: SIGTERM or SIGINT came; the same call goes on from there.
+    """
+    begin, study = time.perf_counter(), STUDIES[name]
+    lab.cells.fill(study.cells(lab), watch)
+    rows = study.rows(lab, study.variants(lab.finder))
+    trained = {lab.cells.path(one).name: lab.cells.spent(one)["tflops"] for one in study.cells(lab)}
+    document = {
+        "study": name, "title": study.title, "question": study.question, "rows": rows,
+        "findings": study.findings(rows),
+        "settings": {
+            "base": to_dict(lab.budget.base),
+            "budget": {key: value for key, value in asdict(lab.budget).items() if key != "base"},
+            "stages": list(lab.cells.stages.edges), "data": lab.data.name, "digest": lab.data.digest,
+            "images": len(lab.data), "held_out": len(lab.test), "shape": list(lab.data.shape),
+            "features": {"name": lab.extractor.name, "accuracy": lab.extractor.accuracy,
+                         "digest": lab.extractor.digest},
+            "cells": len(trained), "training_tflops": sum(trained.values()),
+        },
+        "seconds": round(time.perf_counter() - begin, 1),
+    }  # fmt: skip
+    write_json(out / f"{name}.json", document)
+    return document
