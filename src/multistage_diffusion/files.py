@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import json
@@ -186,6 +187,17 @@ def remove_leftovers(directory: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def remove_abandoned(path: Path) -> None:
+    """Delete what writers of a file or directory left that are no longer running on this machine.
+
+    Args:
+        path: The name that they were to write.
+    """
+    for leftover in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_leftover(leftover.name) and not _is_running(int(leftover.name.split(".")[-2])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file or directory of this name was left by an interrupted write.
 
@@ -198,12 +210,13 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def check_directory(path: Path, required: Sequence[str] = ()) -> str | None:
+def check_directory(path: Path, required: Sequence[str] = (), *, sizes_only: str = "") -> str | None:
     """Compare each file of a directory with its manifest.
 
     Args:
         path: A directory written by `whole_directory`.
         required: Files that the manifest must name.
+        sizes_only: Pattern of names, like `shard-*.bin`, of files that are too large to be read for this.
 
     Returns:
         None if all is well, else what is wrong, naming the file.
@@ -219,11 +232,21 @@ def check_directory(path: Path, required: Sequence[str] = ()) -> str | None:
                 return f"{file} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            if sha256(file) != expected["sha256"]:
+            if not fnmatch.fnmatch(name, sizes_only) and sha256(file) != expected["sha256"]:
                 return f"{file} is damaged (SHA-256 differs from the manifest)"
     except (ConfigError, KeyError, TypeError, AttributeError, OSError, ValueError) as error:
         return f"{path / MANIFEST} is unreadable: {error}"
     return None
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _recover(path: Path) -> None:

@@ -84,7 +84,7 @@ def test_latents_are_encoded_once_and_keyed_by_content(tmp_path, cache):
     digests = {first.digest, encode(images, other).digest, encode(tiny.images(10, seed=1), autoencoder).digest,
                encode(images, autoencoder, scale=2.0).digest}  # fmt: skip
     assert len(digests) == 4
-    values = next((cache / "latents").glob("*/rows-00000.bin"))
+    values = next((cache / "latents").glob("*/shard-00000.bin"))
     values.write_bytes(values.read_bytes()[:-4])  # a damaged cache is made again
     assert len(encode(images, autoencoder)) == 10
 

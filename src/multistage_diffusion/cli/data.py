@@ -1,4 +1,4 @@
-"""`msd data`: what a source holds."""
+"""`msd data`: what a source holds; the same as shards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from multistage_diffusion.cli.common import Common
+from multistage_diffusion.config.values import check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import write_atomic
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.data import Images
 
+_CONVERT_MAX_BAD = 0.01
 _GRID = 64  # images in the grid, evenly spaced over the set
 _BLOCK = 1024  # images in memory at once
 _GRID_SIDE = 48  # smaller images are enlarged by a whole factor to about this many pixels
@@ -26,7 +28,7 @@ _GRID_SIDE = 48  # smaller images are enlarged by a whole factor to about this m
 class Options(Common):
     """Show what a source holds: how many images, their shape and range, classes, what was skipped and why.
 
-    Example: msd data fashion-mnist --split test --grid images.png
+    Example: msd data folder:photos --resolution 64 --grid photos.png --convert photos-64
     """
 
     source: tyro.conf.Positional[str]
@@ -38,7 +40,11 @@ class Options(Common):
     resolution: int | None = None
     """Crop to the central square and resize to this many pixels a side; by default no resizing."""
     on_bad_file: Literal["error", "skip"] = "skip"
-    """What to do with a picture that cannot be read: stop, or list it; training stops at the first."""
+    """What to do with a picture that cannot be read: stop, or leave it out and list it."""
+    max_bad: float | None = None
+    """With skip, the largest share of pictures that may be left out; by default all for a look, 0.01 for --convert."""
+    convert: str | None = None
+    """Write all of the source to this folder: the source shards:FOLDER, which is read without decoding or memory."""
     grid: str | None = None
     """Write a picture of 64 of the images to this PNG file."""
 
@@ -54,23 +60,27 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         The JSON document.
 
     Raises:
-        ConfigError: `--grid` does not name a PNG file.
+        ConfigError: An option is out of range.
         DataError: The source cannot be found, read or used.
+        CheckpointError: A file cannot be written.
     """
-    from multistage_diffusion.data import load_data
+    from multistage_diffusion.data.collection import Reading
+    from multistage_diffusion.data.sources import convert, look
 
+    limit = options.max_bad if options.max_bad is not None else _CONVERT_MAX_BAD if options.convert else 1.0
+    check(0 <= limit <= 1, "max-bad", "in [0, 1]", limit)
     if options.grid is not None and Path(options.grid).suffix.lower() != ".png":
         raise ConfigError(f"--grid must name a .png file, got {options.grid}")
-    images = load_data(
-        options.source,
-        split=options.split,
-        root=options.data_root,
-        resolution=options.resolution,
-        max_bad=1.0 if options.on_bad_file == "skip" else 0.0,
-    )
-    document = _describe(images, options.split)
+    source, root = options.source, options.data_root
+    reading = Reading(options.resolution, limit if options.on_bad_file == "skip" else 0.0)
+    if options.convert is not None:
+        convert(source, Path(options.convert), root, reading)
+        source, root = f"shards:{options.convert}", None
+    found = look(source, options.split, root, reading)
+    document = _describe(found.images, options.split)
+    document["changes"] = found.changes
     if options.grid is not None:
-        write_atomic(Path(options.grid), _picture(images))
+        write_atomic(Path(options.grid), _picture(found.images))
         document["grid"] = options.grid
     _print(document, console)
     return document
@@ -121,6 +131,8 @@ def _print(document: dict[str, Any], console: Console) -> None:
         lines += [f"    {line}" for line in document["skipped"][:20]]
         lines += ["    ..."] if len(document["skipped"]) > 20 else []
     lines.append(f"  sha256 {document['digest']}")
+    if document["changes"]:
+        lines.append(f"  files: {document['changes']}")
     if "grid" in document:
         lines.append(f"  grid: {document['grid']}")
     console.print("\n".join(lines), markup=False, highlight=False)

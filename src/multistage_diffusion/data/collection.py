@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from multistage_diffusion.data.decode import PictureError, decode
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, fit
+from multistage_diffusion.data.shards import Shards, ShardWriter
 from multistage_diffusion.errors import DataError
 
 _TEST_SHARE = 0.1
@@ -38,16 +40,33 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the pictures of a collection are read.
+
+    Attributes:
+        resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
+        max_bad: Largest share of the pictures that may be unreadable; 0 refuses the first of them.
+        writer: Where the pixels go one by one; by default they are kept in memory.
+    """
+
+    resolution: int | None = None
+    max_bad: float = 0.0
+    writer: ShardWriter | None = None
+
+
+@dataclass(frozen=True)
 class Collection:
     """A set of images, and which of them are held out.
 
     Attributes:
         images: All images.
         test: True for those held out.
+        files: SHA-256 of each file that was read, by name; none where the source is not made of files.
     """
 
     images: Images
     test: Bool[Tensor, " batch"]
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, split: str) -> Images:
         """One part of the set.
@@ -68,16 +87,13 @@ class Collection:
         return self.images.take(index)
 
 
-def collect(
-    source: str, entries: Sequence[Entry], *, resolution: int | None, max_bad: float, skipped: Iterable[str] = ()
-) -> Collection:
+def collect(source: str, entries: Sequence[Entry], reading: Reading, skipped: Iterable[str] = ()) -> Collection:
     """Decode the pictures of a collection.
 
     Args:
         source: The source, as the user wrote it.
         entries: Its pictures, in order.
-        resolution: Crop to the central square and resize to this many pixels a side.
-        max_bad: Largest share of the pictures that may be unreadable; 0 refuses the first of them.
+        reading: How.
         skipped: What was passed over already.
 
     Returns:
@@ -85,31 +101,35 @@ def collect(
 
     Raises:
         DataError: A bad picture, different sizes and no resolution, too many pixels for memory, or none at all.
+        CheckpointError: The disk that the pixels are written to is too small.
     """
-    good, pictures, keys, bad, total = list[Entry](), list[Tensor](), list[int](), list[str](), 0
+    good, keys, bad, files = list[Entry](), list[int](), list[str](), dict[str, str]()
+    pixels = _Pixels(source, reading.writer, len(entries))
     for entry in entries:
         try:
-            picture = decode(entry.read())
+            content = entry.read()
+            files[entry.name] = hashlib.sha256(content).hexdigest()
+            picture = decode(content)
         except PictureError as error:
             bad.append(f"{shown(entry.name)}: {error}")
-            if max_bad == 0:
+            if reading.max_bad == 0:
                 raise DataError(f"{source}: {bad[0]}; remove it, or skip bad files") from error
+            if len(bad) > reading.max_bad * len(entries):
+                raise DataError(
+                    f"{source}: {len(bad)} of {len(entries)} pictures cannot be read, the first: {bad[0]}"
+                ) from error
             continue
         keys.append(content_key(picture))
-        picture = picture if resolution is None else fit(picture[None], resolution)[0]
-        if pictures and picture.shape[1:] != pictures[0].shape[1:]:
-            raise DataError(
-                f"{source}: images of different sizes, {_size(pictures[0])} ({shown(good[0].name)}) and "
-                f"{_size(picture)} ({shown(entry.name)}); choose one with --resolution"
-            )
+        pixels.add(picture if reading.resolution is None else fit(picture[None], reading.resolution)[0], entry.name)
         good.append(entry)
-        pictures.append(picture)
-        total += 3 * picture[0].numel()
-        if total > MAX_SET_BYTES:
-            raise DataError(f"{source}: more than {MAX_SET_BYTES:,} bytes of pixels; choose a smaller --resolution")
-    if len(bad) > max_bad * len(entries):
-        raise DataError(f"{source}: {len(bad)} of {len(entries)} pictures cannot be read, the first: {bad[0]}")
-    return _assemble(source, good, pictures, keys, (*skipped, *bad))
+    skipped = (*skipped, *bad)
+    if not good:
+        hint = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
+        raise DataError(f"{source}: no images found{hint}")
+    classes, labels = number_labels([entry.label for entry in good])
+    own = _parts(good)
+    images = Images(source, pixels.finish(), labels, classes, skipped)
+    return Collection(images, hashed_test(keys) if own is None else own, files)
 
 
 def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:
@@ -226,20 +246,6 @@ def shown(name: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
-def _assemble(
-    source: str, entries: Sequence[Entry], pictures: Sequence[Tensor], keys: Sequence[int], skipped: tuple[str, ...]
-) -> Collection:
-    """Stack the pictures (in colour if one is), number the labels, choose what is held out."""
-    if not pictures:
-        hint = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
-        raise DataError(f"{source}: no images found{hint}")
-    channels = max(len(picture) for picture in pictures)
-    pixels = torch.stack([picture.expand(channels, -1, -1) for picture in pictures])
-    classes, labels = number_labels([entry.label for entry in entries])
-    own = _parts(entries)
-    return Collection(Images(source, pixels, labels, classes, skipped), hashed_test(keys) if own is None else own)
-
-
 def number_labels(labels: Sequence[str | None]) -> tuple[tuple[str, ...], Tensor | None]:
     """Numbers for names of classes.
 
@@ -266,5 +272,38 @@ def _parts(entries: Sequence[Entry]) -> Tensor | None:
     return torch.tensor(test) if named and any(test) and not all(test) else None
 
 
-def _size(picture: Tensor) -> str:
-    return f"{picture.shape[1]} x {picture.shape[2]}"
+class _Pixels:
+    """Gathers pictures of one size, in memory or in a writer; in colour if one is."""
+
+    def __init__(self, source: str, writer: ShardWriter | None, expected: int) -> None:
+        self._source, self._writer, self._first, self._total = source, writer, "", 0
+        self._size: tuple[int, ...] = ()
+        self._pictures = list[Tensor]()
+        if writer is not None:
+            writer.expected = expected
+
+    def add(self, picture: Tensor, name: str) -> None:
+        size = tuple(picture.shape[1:])
+        if not self._size:
+            self._size, self._first = size, name
+        if size != self._size:
+            raise DataError(
+                f"{self._source}: images of different sizes, {self._size[0]} x {self._size[1]} ({shown(self._first)}) "
+                f"and {size[0]} x {size[1]} ({shown(name)}); choose one with --resolution"
+            )
+        if self._writer is not None:
+            self._writer.add(picture[None])
+            return
+        self._pictures.append(picture)
+        self._total += 3 * picture[0].numel()
+        if self._total > MAX_SET_BYTES:
+            raise DataError(
+                f"{self._source}: more than {MAX_SET_BYTES:,} bytes of pixels; choose a smaller --resolution, or "
+                "write them to disk: msd data SOURCE --convert FOLDER"
+            )
+
+    def finish(self) -> Tensor | Shards:
+        if self._writer is not None:
+            return self._writer.finish()
+        channels = max(len(picture) for picture in self._pictures)
+        return torch.stack([picture.expand(channels, -1, -1) for picture in self._pictures])

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from multistage_diffusion.data.collection import Collection, Entry, collect
+from multistage_diffusion.data.collection import Collection, Entry, Reading, collect
 from multistage_diffusion.data.decode import read_regular
 from multistage_diffusion.errors import DataError
 
@@ -15,12 +15,12 @@ _DEBIAN = Path("/usr/share/fonts/truetype/noto")
 _MAX_FONT_BYTES = 64 * 2**20
 
 
-def read_emoji(root: str | None, resolution: int | None) -> Collection:
+def read_emoji(root: str | None, reading: Reading) -> Collection:
     """The font's bitmaps (136 x 128), on white; of equal pictures the first.
 
     Args:
         root: Folder to look for the font in first.
-        resolution: Pixels a side, of the central square.
+        reading: How its pictures are read.
 
     Returns:
         The set, in the order of the glyphs' names; a tenth is held out by content. There are no labels.
@@ -39,7 +39,7 @@ def read_emoji(root: str | None, resolution: int | None) -> Collection:
     entries = [Entry(f"{name}.png", lambda content=content: content) for content, name in unique.items()]
     copies = len(glyphs) - len(unique)
     skipped = [f"{copies} glyphs: the same picture as another"] if copies else []
-    return collect("noto-emoji", entries, resolution=resolution, max_bad=0.0, skipped=skipped)
+    return collect("noto-emoji", entries, reading, skipped)
 
 
 def _bitmaps(path: Path) -> dict[str, bytes]:

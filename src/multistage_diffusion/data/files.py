@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from multistage_diffusion.data.collection import (
     Collection,
     Entry,
+    Reading,
     collect,
     folder_labels,
     label_entries,
@@ -34,17 +35,17 @@ _MAX_JSON = 256 * 2**20
 _MAX_EXPANSION = 200  # pictures do not deflate further; deflate itself reaches 1032
 _UNCHECKED = 2**20  # bytes below which an entry may expand as it likes
 _MAX_SHARDS = 100_000
+_MAX_ARCHIVE = 2**40  # bytes in the pictures of an archive, which are read one by one
 _TAR_BLOCK = 512
 
 
-def read_folder(source: str, path: Path, resolution: int | None, max_bad: float) -> Collection:
+def read_folder(source: str, path: Path, reading: Reading) -> Collection:
     """Pictures below a folder; links to folders are not followed.
 
     Args:
         source: The source, as the user wrote it.
         path: The folder.
-        resolution: Pixels a side, if asked.
-        max_bad: Largest share of unreadable pictures.
+        reading: How its pictures are read.
 
     Returns:
         The set, in the order of the names; labels from `dataset.json` or from the folders' names.
@@ -72,17 +73,16 @@ def read_folder(source: str, path: Path, resolution: int | None, max_bad: float)
     skipped = summary(others, "not pictures by their name")
     if links:
         skipped.append(f"{links} link{'s' if links > 1 else ''} to a folder: not followed")
-    return collect(source, entries, resolution=resolution, max_bad=max_bad, skipped=skipped)
+    return collect(source, entries, reading, skipped)
 
 
-def read_zip(source: str, path: Path, resolution: int | None, max_bad: float) -> Collection:
+def read_zip(source: str, path: Path, reading: Reading) -> Collection:
     """Pictures in a zip archive, laid out as EDM's tools do, or in folders named after their classes.
 
     Args:
         source: The source, as the user wrote it.
         path: The archive.
-        resolution: Pixels a side, if asked.
-        max_bad: Largest share of unreadable pictures.
+        reading: How its pictures are read.
 
     Returns:
         The set, in the order of the names.
@@ -91,7 +91,7 @@ def read_zip(source: str, path: Path, resolution: int | None, max_bad: float) ->
         DataError: Not a zip archive, an entry that no honest archive holds, or as `collect`.
     """
     with open_zip(source, path) as archive:
-        infos = {info.filename: info for info in checked_entries(source, archive)}
+        infos = {info.filename: info for info in checked_entries(source, archive, _MAX_ARCHIVE)}
         pictures = sorted(name for name in infos if is_picture_name(name))
         others = [name for name in infos if not is_picture_name(name)]
         entries = [Entry(name, _zip_reader(archive, infos[name])) for name in pictures]
@@ -104,17 +104,16 @@ def read_zip(source: str, path: Path, resolution: int | None, max_bad: float) ->
         else:
             entries = folder_labels(entries)
         skipped = summary(others, "not pictures by their name")
-        return collect(source, entries, resolution=resolution, max_bad=max_bad, skipped=skipped)
+        return collect(source, entries, reading, skipped)
 
 
-def read_webdataset(source: str, pattern: str, resolution: int | None, max_bad: float) -> Collection:
+def read_webdataset(source: str, pattern: str, reading: Reading) -> Collection:
     """Pictures in tar archives as the webdataset library writes them: `KEY.png` and `KEY.cls` (a number) side by side.
 
     Args:
         source: The source, as the user wrote it.
         pattern: Files, with `*`, `?` and `{000..012}`.
-        resolution: Pixels a side, if asked.
-        max_bad: Largest share of unreadable pictures.
+        reading: How its pictures are read.
 
     Returns:
         The set, in the order of the shards and their entries.
@@ -137,7 +136,7 @@ def read_webdataset(source: str, pattern: str, resolution: int | None, max_bad: 
             elif not _is_label(member.name):
                 others.append(member.name)
     skipped = summary(others, "neither pictures nor .cls by their name")
-    return collect(source, entries, resolution=resolution, max_bad=max_bad, skipped=skipped)
+    return collect(source, entries, reading, skipped)
 
 
 @contextmanager
@@ -164,12 +163,13 @@ def open_zip(source: str, path: Path) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def checked_entries(source: str, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def checked_entries(source: str, archive: zipfile.ZipFile, limit: int = MAX_SET_BYTES) -> list[zipfile.ZipInfo]:
     """The files of an archive, after all of its entries have been looked at.
 
     Args:
         source: The source, for messages.
         archive: The archive.
+        limit: Largest size of all files together.
 
     Returns:
         Entries that are files, in the archive's order.
@@ -195,8 +195,8 @@ def checked_entries(source: str, archive: zipfile.ZipFile) -> list[zipfile.ZipIn
         total += info.file_size
         if not info.is_dir():
             files.append(info)
-    if total > MAX_SET_BYTES:
-        raise DataError(f"{source}: archive refused: its files are {total:,} bytes, more than {MAX_SET_BYTES:,}")
+    if total > limit:
+        raise DataError(f"{source}: archive refused: its files are {total:,} bytes, more than {limit:,}")
     return files
 
 

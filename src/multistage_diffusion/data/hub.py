@@ -6,21 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from multistage_diffusion.data.collection import Collection, Entry, collect
+from multistage_diffusion.data.collection import Collection, Entry, Reading, collect
 from multistage_diffusion.data.decode import PictureError, read_regular
 from multistage_diffusion.errors import DataError
 
 _TEST = ("test", "validation", "valid", "val")
 
 
-def read_hub(source: str, name: str, resolution: int | None, max_bad: float) -> Collection:
+def read_hub(source: str, name: str, reading: Reading) -> Collection:
     """Images of a dataset; no code of the dataset's is run.
 
     Args:
         source: The source, as the user wrote it.
         name: A folder written by `save_to_disk`, or a name on the hub, with `:CONFIGURATION` behind it if it has some.
-        resolution: Pixels a side, if asked.
-        max_bad: Largest share of unreadable pictures.
+        reading: How its pictures are read.
 
     Returns:
         The set. Held out is its own test or validation part, or a tenth by content. Labels are of the first column of
@@ -48,7 +47,7 @@ def read_hub(source: str, name: str, resolution: int | None, max_bad: float) -> 
         chosen["test"] = parts[test]
     entries = [entry for part, rows in chosen.items() for entry in _entries(datasets, source, part, rows)]
     unused = [f"part {part}: not used" for part in parts if part not in chosen and part != test]
-    return collect(source, entries, resolution=resolution, max_bad=max_bad, skipped=unused)
+    return collect(source, entries, reading, unused)
 
 
 def _entries(datasets: Any, source: str, part: str, rows: Any) -> list[Entry]:

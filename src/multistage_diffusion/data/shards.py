@@ -1,6 +1,6 @@
 """Rows of one shape in memory-mapped files: written once, then read in any order without being loaded.
 
-A folder holds `rows-00000.bin`, `rows-00001.bin`, ... (the rows as they are, one behind the other, the same number in
+A folder holds `shard-00000.bin`, `shard-00001.bin`, ... (the rows as they are, one behind the other, the same number in
 each file but the last), `digests.bin` (16 bytes of BLAKE2b for each row) and `index.json`. The writer's caller adds the
 manifest with the SHA-256 of every file. Each row is compared with its digest whenever it is read.
 """
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
@@ -21,10 +22,10 @@ from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
-from multistage_diffusion.files import read_json
+from multistage_diffusion.files import check_directory, read_json
 
 INDEX = "index.json"
-_FORMAT = "multistage-diffusion rows 1"
+_FORMAT = "multistage-diffusion shards 1"
 _DIGESTS, _DIGEST_BYTES = "digests.bin", 16
 _SHARD_BYTES = 256 * 2**20
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
@@ -137,40 +138,24 @@ class Shards:
         return read
 
 
-def open_shards(folder: Path) -> tuple[Shards, dict[str, Any]]:
-    """Open a folder of rows; nothing but the index is read.
+def open_shards(folder: Path, beside: Sequence[str] = ()) -> tuple[Shards, dict[str, Any]]:
+    """Open a folder of rows. All files but those of the rows are compared with the manifest; of those, the sizes.
 
     Args:
-        folder: Written with a `ShardWriter`.
+        folder: Written with a `ShardWriter` in a `whole_directory`.
+        beside: More files that must be there.
 
     Returns:
         The rows, and what the writer's caller said about them.
 
     Raises:
-        DataError: No such folder, an index that makes no sense, or files that are missing or of another size.
+        DataError: No such folder, an index that makes no sense, or files that are missing, damaged or of another size.
     """
-    try:
-        index: Any = read_json(folder / INDEX)
-        if index["format"] != _FORMAT:
-            raise ValueError(f"format {str(index['format'])[:60]!r} instead of {_FORMAT!r}")
-        dtype, count, per_file = _DTYPES[index["dtype"]], index["rows"], index["rows_per_file"]
-        (channels, height, width), about = index["shape"], index["about"]
-        shape = (channels, height, width)
-        if not all(type(number) is int and number > 0 for number in (*shape, count, per_file)):
-            raise ValueError("sizes must be whole numbers above 0")
-        if math.prod(shape) * dtype.itemsize > _MAX_ROW_BYTES or count > _MAX_FILES * per_file:
-            raise ValueError("sizes beyond any data set")
-        if not isinstance(about, dict):
-            raise ValueError("about must hold names")
-    except ConfigError as error:
-        raise DataError(f"{error}; msd data SOURCE --convert {folder} writes it") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / INDEX}: not an index of rows ({str(error)[:100]})") from error
-    row = math.prod(shape) * dtype.itemsize
-    require_size(folder / _DIGESTS, count * _DIGEST_BYTES)
-    for number, rows in enumerate(_rows_of_files(count, per_file)):
-        require_size(folder / _file(number), rows * row)
-    return Shards(folder, shape, dtype, count, per_file), about
+    if not (folder / INDEX).is_file():
+        raise DataError(f"{folder}: not a folder of shards; msd data SOURCE --convert {folder} writes one")
+    if damage := check_directory(folder, (INDEX, _DIGESTS, *beside), sizes_only="shard-*.bin"):
+        raise DataError(f"{damage}; delete {folder} and make it again")
+    return _open(folder)
 
 
 def require_size(path: Path, size: int) -> None:
@@ -189,7 +174,7 @@ def require_size(path: Path, size: int) -> None:
         raise DataError(f"{path}: {what}; delete {path.parent} and make it again")
 
 
-def row_digests(rows: Shaped[Tensor, "n *shape"]) -> UInt8[Tensor, "n 16"]:
+def row_digests(rows: Shaped[Tensor, "n ..."]) -> UInt8[Tensor, "n 16"]:
     """A digest of each row's bytes.
 
     Args:
@@ -198,6 +183,8 @@ def row_digests(rows: Shaped[Tensor, "n *shape"]) -> UInt8[Tensor, "n 16"]:
     Returns:
         16 bytes of BLAKE2b each.
     """
+    if len(rows) == 0:
+        return torch.empty(0, _DIGEST_BYTES, dtype=torch.uint8)
     plain = rows.cpu().contiguous().flatten(1).numpy()
     digests = b"".join(hashlib.blake2b(row.data, digest_size=_DIGEST_BYTES).digest() for row in plain)
     return torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(rows), _DIGEST_BYTES)
@@ -209,12 +196,11 @@ class ShardWriter:
 
     Args:
         folder: An empty folder, best one of `whole_directory`, which makes it durable and adds the manifest.
-        expected: Number of rows that will come, about; to refuse at once where the disk is too small.
-        shard_bytes: Size of a file, about.
+        expected: Number of rows that will come, about; a disk that is too small for them is refused at once.
     """
 
-    def __init__(self, folder: Path, *, expected: int = 0, shard_bytes: int = _SHARD_BYTES) -> None:
-        self._folder, self._expected, self._shard_bytes = folder, expected, shard_bytes
+    def __init__(self, folder: Path, *, expected: int = 0) -> None:
+        self.expected, self._folder = expected, folder
         self._digests, self._count, self._per_file = bytearray(), 0, 0
         self._shape: Row = (0, 0, 0)
         self._dtype = torch.uint8
@@ -260,10 +246,10 @@ class ShardWriter:
         names = {dtype: name for name, dtype in _DTYPES.items()}
         document = {
             "format": _FORMAT, "dtype": names[self._dtype], "shape": list(self._shape), "rows": self._count,
-            "rows_per_file": self._per_file, "about": about,
+            "rows_per_shard": self._per_file, "about": about,
         }  # fmt: skip
         (self._folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
-        return open_shards(self._folder)[0]
+        return _open(self._folder)[0]
 
     def close(self) -> None:
         """Close the file that is open, if one is."""
@@ -274,8 +260,8 @@ class ShardWriter:
         channels, height, width = rows.shape[1:]
         self._shape, self._dtype = (channels, height, width), rows.dtype
         row = rows[0].nbytes
-        self._per_file = max(1, self._shard_bytes // row)
-        needed, free = self._expected * (row + _DIGEST_BYTES), shutil.disk_usage(self._folder).free
+        self._per_file = max(1, _SHARD_BYTES // row)
+        needed, free = self.expected * (row + _DIGEST_BYTES), shutil.disk_usage(self._folder).free
         if needed > free:
             raise CheckpointError(
                 f"cannot write {self._folder.parent} ({needed} bytes): {free} bytes are free; free space or choose "
@@ -301,8 +287,32 @@ class ShardWriter:
             self._open("ab")
 
 
+def _open(folder: Path) -> tuple[Shards, dict[str, Any]]:
+    """Open a folder by its index."""
+    try:
+        index: Any = read_json(folder / INDEX)
+        if index["format"] != _FORMAT:
+            raise ValueError(f"format {str(index['format'])[:60]!r} instead of {_FORMAT!r}")
+        dtype, count, per_file = _DTYPES[index["dtype"]], index["rows"], index["rows_per_shard"]
+        (channels, height, width), about = index["shape"], index["about"]
+        shape = (channels, height, width)
+        if not all(type(number) is int and number > 0 for number in (*shape, count, per_file)):
+            raise ValueError("sizes must be whole numbers above 0")
+        row = math.prod(shape) * dtype.itemsize
+        if row > _MAX_ROW_BYTES or count > _MAX_FILES * per_file:
+            raise ValueError("sizes beyond any data set")
+        if not isinstance(about, dict):
+            raise ValueError("about must hold names")
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / INDEX}: not an index of shards ({str(error)[:100]})") from error
+    require_size(folder / _DIGESTS, count * _DIGEST_BYTES)
+    for number, rows in enumerate(_rows_of_files(count, per_file)):
+        require_size(folder / _file(number), rows * row)
+    return Shards(folder, shape, dtype, count, per_file), about
+
+
 def _file(number: int) -> str:
-    return f"rows-{number:05d}.bin"
+    return f"shard-{number:05d}.bin"
 
 
 def _rows_of_files(count: int, per_file: int) -> list[int]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -10,19 +14,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from multistage_diffusion.data.arrays import read_npz
+from multistage_diffusion.data.changes import changes_since, remember
 from multistage_diffusion.data.cifar import read_cifar10
+from multistage_diffusion.data.collection import Collection, Reading
+from multistage_diffusion.data.convert import read_shards, write_images
 from multistage_diffusion.data.emoji import read_emoji
 from multistage_diffusion.data.files import read_folder, read_webdataset, read_zip
 from multistage_diffusion.data.hub import read_hub
 from multistage_diffusion.data.idx import read_mnist_like
 from multistage_diffusion.data.images import Images
+from multistage_diffusion.data.shards import ShardWriter
 from multistage_diffusion.errors import DataError, suggest
+from multistage_diffusion.files import remove_abandoned, whole_directory
 from multistage_diffusion.rng import permutation
 
 Split: TypeAlias = Literal["train", "test", "all"]
 
 _NAMES = (
-    "digits", "mnist", "fashion-mnist", "cifar10", "noto-emoji",
+    "digits", "mnist", "fashion-mnist", "cifar10", "noto-emoji", "shards:PATH",
     "folder:PATH", "zip:PATH", "npz:PATH", "hf:NAME", "webdataset:PATTERN",
 )  # fmt: skip
 _DIGITS_TEST = 500  # of 1,797
@@ -41,7 +50,7 @@ def load_data(
 
     Args:
         source: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `noto-emoji`, `folder:PATH`, `zip:PATH`, `npz:PATH`,
-            `hf:NAME` or `webdataset:PATTERN`.
+            `hf:NAME`, `webdataset:PATTERN` or `shards:PATH`.
         split: The part to train on, the part held out, or both (training part first). A source without parts of its own
             holds out about a tenth, chosen by the images' content.
         root: Folder that holds the source's files, looked in first; relative paths in the source start there.
@@ -49,48 +58,133 @@ def load_data(
         max_bad: Largest share of a collection's pictures that may be unreadable and skipped; 0 refuses the first.
 
     Returns:
-        The images, 8 bits a channel.
+        The images, 8 bits a channel; those of `shards:PATH` stay on disk.
 
     Raises:
         DataError: Unknown source, missing, damaged or hostile files, no images, or images of different sizes.
     """
-    if resolution is not None and not 4 <= resolution <= 4096:
-        raise DataError(f"resolution must lie in 4..4096, got {resolution}")
+    collection = read_source(source, split, root, Reading(resolution, max_bad))
+    if told := changes_since(_place(source, root), collection):
+        warnings.warn(f"{source}: {told}; msd data {source} takes them as they are", stacklevel=2)
+    images = collection.part(split)
+    return images if resolution is None else images.fitted(resolution)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What `look` found.
+
+    Attributes:
+        images: The images of the part asked for.
+        changes: Files that are no longer what they were at the last look; none if all are.
+    """
+
+    images: Images
+    changes: str | None
+
+
+def look(source: str, split: Split, root: str | None, reading: Reading) -> Look:
+    """Read a source, compare its files with the last look, and record them as they are now.
+
+    Args:
+        source: As for `load_data`.
+        split: As for `load_data`.
+        root: As for `load_data`.
+        reading: How pictures are read.
+
+    Returns:
+        The images, and what changed.
+
+    Raises:
+        DataError: As for `load_data`.
+        CheckpointError: The cache cannot be written.
+    """
+    collection, place = read_source(source, split, root, reading), _place(source, root)
+    changes = changes_since(place, collection)
+    remember(place, collection)
+    images = collection.part(split)
+    return Look(images if reading.resolution is None else images.fitted(reading.resolution), changes)
+
+
+def convert(source: str, folder: Path, root: str | None, reading: Reading) -> None:
+    """Write all of a source as `shards:FOLDER`; pictures are read one by one, and never all in memory.
+
+    Args:
+        source: As for `load_data`.
+        folder: Where to; written whole or not at all. What a conversion wrote there before is replaced.
+        root: As for `load_data`.
+        reading: How pictures are read.
+
+    Raises:
+        DataError: As for `load_data`.
+        CheckpointError: The disk is full, or the folder holds something else.
+    """
+    remove_abandoned(folder)
+    with whole_directory(folder) as temporary, contextlib.closing(ShardWriter(temporary)) as writer:
+        collection = read_source(source, "all", root, replace(reading, writer=writer))
+        if reading.resolution is not None:
+            collection = replace(collection, images=collection.images.fitted(reading.resolution))
+        write_images(collection, temporary, writer)
+    remember(_place(source, root), collection)
+
+
+def read_source(source: str, split: Split, root: str | None, reading: Reading) -> Collection:
+    """All of a source, or at least one part of it.
+
+    Args:
+        source: As for `load_data`.
+        split: The part that is needed.
+        root: Folder that holds the source's files.
+        reading: How pictures are read. Sources that are not made of pictures come as they are, and in memory.
+
+    Returns:
+        The images, and which of them are held out.
+
+    Raises:
+        DataError: As for `load_data`.
+    """
+    if reading.resolution is not None and not 4 <= reading.resolution <= 4096:
+        raise DataError(f"resolution must lie in 4..4096, got {reading.resolution}")
     kind, _, rest = source.partition(":")
     path = Path(root or "", rest).expanduser()
     match (kind, bool(rest)):
         case ("digits", False):
-            images = _digits(split)
+            return _digits()
         case ("mnist" | "fashion-mnist" | "cifar10" as name, False):
-            images = _own_parts(name, split, root)
+            return _own_parts(name, split, root)
         case ("noto-emoji", False):
-            images = read_emoji(root, resolution).part(split)
+            return read_emoji(root, reading)
         case ("folder", True):
-            images = read_folder(source, path, resolution, max_bad).part(split)
+            return read_folder(source, path, reading)
         case ("zip", True):
-            images = read_zip(source, path, resolution, max_bad).part(split)
+            return read_zip(source, path, reading)
         case ("npz", True):
-            images = read_npz(source, path).part(split)
+            return read_npz(source, path)
+        case ("shards", True):
+            return read_shards(source, path)
         case ("webdataset", True):
-            images = read_webdataset(source, str(path) if "://" not in rest else rest, resolution, max_bad).part(split)
+            return read_webdataset(source, str(path) if "://" not in rest else rest, reading)
         case ("hf", True):
-            images = read_hub(source, str(path) if path.is_dir() else rest, resolution, max_bad).part(split)
+            return read_hub(source, str(path) if path.is_dir() else rest, reading)
         case _:
             raise DataError(f"no data source {source!r}{suggest(kind, _NAMES)}")
-    return images if resolution is None else images.fitted(resolution)
 
 
-def _digits(split: Split) -> Images:
+def _place(source: str, root: str | None) -> str:
+    """Where a source is, however the user wrote it."""
+    kind, _, rest = source.partition(":")
+    return f"{kind}:{os.path.abspath(os.path.join(root or '', os.path.expanduser(rest)))}"
+
+
+def _digits() -> Collection:
     """Scikit-learn's 1,797 digits of 8 x 8 pixels; 500 of them, evenly over the classes, are held out."""
     from sklearn.datasets import load_digits  # a second to import
 
     rows, targets = load_digits(return_X_y=True)
     pixels = torch.from_numpy(rows).mul(255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8)  # stored as 0..16
     labels = torch.from_numpy(targets).long()
-    digits = Images("digits", pixels, labels, tuple("0123456789"))
-    test = _stratified(labels, _DIGITS_TEST)
-    train = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, test, False).nonzero()[:, 0]
-    return digits.take({"train": train, "test": test, "all": torch.cat((train, test))}[split])
+    test = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, _stratified(labels, _DIGITS_TEST), True)
+    return Collection(Images("digits", pixels, labels, tuple("0123456789")), test)
 
 
 def _stratified(labels: Int[Tensor, " batch"], count: int) -> Int[Tensor, " count"]:
@@ -101,11 +195,12 @@ def _stratified(labels: Int[Tensor, " batch"], count: int) -> Int[Tensor, " coun
     return order[places].sort().values
 
 
-def _own_parts(name: Literal["mnist", "fashion-mnist", "cifar10"], split: Split, root: str | None) -> Images:
-    """A set that comes in two parts."""
-    parts = [
-        read_cifar10(part, root) if name == "cifar10" else read_mnist_like(name, part, root)
-        for part in (("train", "test") if split == "all" else (split,))
-    ]
+def _own_parts(name: Literal["mnist", "fashion-mnist", "cifar10"], split: Split, root: str | None) -> Collection:
+    """A set that comes in two parts; only those needed are read."""
+    wanted: tuple[Literal["train", "test"], ...] = ("train", "test") if split == "all" else (split,)
+    parts = [read_cifar10(part, root) if name == "cifar10" else read_mnist_like(name, part, root) for part in wanted]
     labels = [part.labels for part in parts if part.labels is not None]
-    return Images(name, torch.cat([part.pixels() for part in parts]), torch.cat(labels), parts[0].classes)
+    images = Images(name, torch.cat([part.pixels() for part in parts]), torch.cat(labels), parts[0].classes)
+    return Collection(
+        images, torch.cat([torch.full((len(p),), w == "test") for p, w in zip(parts, wanted, strict=True)])
+    )
