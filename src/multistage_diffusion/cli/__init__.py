@@ -27,7 +27,7 @@ COMMANDS = {
     "sample": "draw images from a run",
     "evaluate": "measure a run, or a folder of images",
     "verify": "check every file of a run against its manifest",
-    "convert": "turn a U-Net of diffusers into a model of ours",
+    "convert": "a run to a folder for diffusers, or a U-Net of diffusers to a model of ours",
     "export": "write a run's weights as one safetensors file",
 }
 

@@ -1,36 +1,45 @@
-"""`msd convert`: a U-Net of diffusers to a model of ours."""
+"""`msd convert`: a U-Net of diffusers to a model of ours, and a model of ours to a folder for diffusers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Common
+from multistage_diffusion.config import check
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
-    """Turn a U-Net that diffusers saved (UNet2DModel, or a pipeline with one) into a model of ours.
+    """Turn a run into a folder for diffusers, or a U-Net that diffusers saved into a model of ours.
 
-    With stages, every stage gets a decoder of its own that starts as the U-Net's, ready to be trained apart. Outputs
-    are compared with those of diffusers, which must be installed.
+    A run: a unified network that is a UNet2DModel becomes a standard pipeline, any other our MultistagePipeline; with a
+    model card. Its images are compared with ours.
 
-    example: msd convert ddpm-cifar10-32 models/ddpm --stages stages.json
+    A U-Net (UNet2DModel, or a pipeline with one): with stages, every stage gets a decoder of its own that starts as the
+    U-Net's, ready to be trained apart. Outputs are compared with those of diffusers, which must be installed.
+
+    example: msd convert runs/digits models/digits
     """
 
     source: tyro.conf.Positional[str]
-    """Folder that diffusers saved."""
+    """Run directory, folder of save_pretrained, or folder that diffusers saved."""
     out: tyro.conf.Positional[str]
-    """Folder for the model."""
+    """Folder for the result."""
     stages: str | None = None
-    """File with the stages, from msd cluster; by default one stage."""
+    """From diffusers: file with the stages, from msd cluster; by default one stage."""
     resolution: int | None = None
-    """Pixels a side; by default the U-Net's sample_size."""
+    """From diffusers: pixels a side; by default the U-Net's sample_size."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Of a run: the averaged weights, or the trained ones."""
+    license: str | None = None
+    """Of a run: the license for the model card, like apache-2.0."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -43,7 +52,23 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The command's document.
     """
-    from multistage_diffusion.interop.diffusers import largest_difference, load_diffusers
+    source = Path(options.source)
+    if not source.is_dir():
+        raise ConfigError(f"{source} is neither a run directory nor a folder that diffusers saved")
+    pipeline = (source / "model_index.json").is_file() or (source / "unet").is_dir()
+    about = None if pipeline else read_json(source / "config.json")
+    if isinstance(about, dict) and "process" in about:
+        check(options.stages is None, "stages", "used with a U-Net of diffusers", options.stages)
+        check(options.resolution is None, "resolution", "used with a U-Net of diffusers", options.resolution)
+        return _export(options, console)
+    check(options.weights == "ema", "weights", "used with a run", options.weights)
+    check(options.license is None, "license", "used with a run", options.license)
+    return _import(options, console)
+
+
+def _import(options: Options, console: Console) -> dict[str, Any]:
+    """From diffusers."""
+    from multistage_diffusion.interop.diffusers import largest_difference, load_diffusers, save_converted
     from multistage_diffusion.stages import Stages
 
     stages = Stages() if options.stages is None else Stages.load(Path(options.stages))
@@ -51,7 +76,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     error = largest_difference(denoiser, options.source)
     if not error < 1e-3:  # float32 rounding leaves a hundredth of this
         raise ConfigError(f"the converted network differs from that of diffusers by {error}; nothing was written")
-    denoiser.save_pretrained(options.out)
+    save_converted(options.source, denoiser, options.out)
     document = {
         "source": options.source,
         "out": options.out,
@@ -65,3 +90,35 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         f"difference from diffusers {error:.1e}"
     )
     return document
+
+
+def _export(options: Options, console: Console) -> dict[str, Any]:
+    """To diffusers."""
+    from multistage_diffusion.data.latents import load_first_stage
+    from multistage_diffusion.interop.card import Facts, model_card
+    from multistage_diffusion.interop.export import export
+    from multistage_diffusion.training.run import load_run
+
+    loaded = load_run(options.source, weights=options.weights)
+    results = Path(options.source) / "results.json"
+
+    def card(pipeline: str) -> str:
+        facts = Facts(
+            name=Path(options.out).absolute().name, pipeline=pipeline, license=options.license,
+            data=loaded.config.data if loaded.config else None, step=loaded.step, stage_images=loaded.stage_images,
+            results=read_json(results) if results.is_file() else None,
+        )  # fmt: skip
+        return model_card(loaded.denoiser, facts)
+
+    done = export(loaded.denoiser, options.out, first_stage=load_first_stage(options.source), card=card)
+    why = f" (no standard one: {done.reason})" if done.reason else ""
+    console.print(
+        f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "
+        f"largest difference of its images from ours {done.max_error:.1e}"
+    )
+    return {
+        "source": options.source, "out": options.out, "parameters": done.parameters,
+        "stages": len(loaded.denoiser.stages), "shape": list(loaded.denoiser.shape), "max_error": done.max_error,
+        "pipeline": done.pipeline, "scheduler": done.scheduler, "reason": done.reason, "weights": options.weights,
+        "step": loaded.step,
+    }  # fmt: skip

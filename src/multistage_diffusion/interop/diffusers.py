@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.config import LDMConfig, Prediction, ProcessConfig
+from multistage_diffusion.config import LDMConfig, ProcessConfig
+from multistage_diffusion.data.autoencoder import load_autoencoder
+from multistage_diffusion.data.latents import RECORD, FirstStage
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
+from multistage_diffusion.interop.schedulers import process_from_scheduler
 from multistage_diffusion.interop.weights import complete, model_config, our_weights
 from multistage_diffusion.models.denoiser import UNDIVIDED, Denoiser
 from multistage_diffusion.stages import Stages
-
-_BETAS: dict[str, Literal["sqrt-linear", "linear"]] = {"scaled_linear": "sqrt-linear", "linear": "linear"}
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 
 
 @runtime_checkable
@@ -166,24 +166,29 @@ def largest_difference(denoiser: Denoiser, folder: str | Path) -> float:
     return max(float((output - expected).abs().max()) for output in outputs) / float(expected.abs().max())
 
 
-def process_from_scheduler(options: Mapping[str, Any]) -> LDMConfig:
-    """The process of a scheduler of diffusers.
+def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> None:
+    """Save a converted denoiser; with the autoencoder of its pipeline, if that has one, so that sampling decodes.
 
     Args:
-        options: Its configuration, like `scheduler_config.json`.
-
-    Returns:
-        The discrete process with the same betas and prediction.
+        source: The folder of diffusers.
+        denoiser: What `load_diffusers` read from it.
+        out: The folder for it.
 
     Raises:
-        ConfigError: Betas or a prediction that the discrete process has not.
+        ConfigError: The autoencoder is of a kind that latents are not made with, or diffusers is not installed.
+        CheckpointError: The folder cannot be written.
     """
-    schedule, prediction = options.get("beta_schedule", "linear"), options.get("prediction_type", "epsilon")
-    if schedule not in _BETAS or options.get("trained_betas") is not None:
-        raise ConfigError(f"the scheduler's beta_schedule must be one of {', '.join(_BETAS)}, got {schedule}")
-    if prediction not in _PREDICTIONS:
-        raise ConfigError(f"the scheduler's prediction_type must be one of {', '.join(_PREDICTIONS)}, got {prediction}")
-    return LDMConfig(
-        num_steps=options.get("num_train_timesteps", 1000), beta_first=options.get("beta_start", 1e-4),
-        beta_last=options.get("beta_end", 0.02), betas=_BETAS[schedule], prediction=_PREDICTIONS[prediction],
-    )  # fmt: skip
+    home = next((found for name in ("vqvae", "vae") if (found := Path(source) / name).is_dir()), None)
+    first_stage = None
+    if home is not None:
+        autoencoder = load_autoencoder(str(home.absolute()))
+        about = autoencoder.module.config
+        if about["latent_channels"] != denoiser.shape[0]:
+            raise ConfigError(
+                f"{home} makes latents of {about['latent_channels']} channels, but the U-Net has {denoiser.shape[0]}"
+            )
+        first_stage = FirstStage(autoencoder, float(about["scaling_factor"]), int(about["out_channels"]))
+    (Path(out) / RECORD).unlink(missing_ok=True)
+    denoiser.save_pretrained(out)
+    if first_stage is not None:
+        first_stage.save(Path(out) / RECORD)

@@ -1,0 +1,172 @@
+"""A model of ours as a folder for diffusers: a standard pipeline where one fits, else our `MultistagePipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multistage_diffusion.config import CosineConfig, EDMConfig, FlowConfig, LDMConfig, VPConfig, to_dict
+from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import whole_directory
+from multistage_diffusion.interop.schedulers import level, scheduler_options
+from multistage_diffusion.interop.weights import misfit, unet_options, unet_weights
+from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.sampling import dpmpp_2m, euler
+
+_TOLERANCE = 1e-3  # float32 rounding leaves a hundredth of this
+_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        pipeline: The class of the pipeline.
+        scheduler: The class of its scheduler.
+        parameters: Weights of the network.
+        max_error: Largest difference between images of the pipeline, read back, and ours from the same noise, in units
+            of [-1, 1].
+        reason: Why it is no standard pipeline; none if it is.
+    """
+
+    pipeline: str
+    scheduler: str
+    parameters: int
+    max_error: float
+    reason: str | None
+
+
+def export(
+    denoiser: Denoiser,
+    out: str | Path,
+    *,
+    first_stage: FirstStage | None = None,
+    card: Callable[[str], str] | None = None,
+) -> Exported:
+    """Write a folder that diffusers loads, and compare its images with ours.
+
+    A unified model whose network is a `UNet2DModel` and whose process is variance-preserving becomes a `DDIMPipeline`
+    (`LDMPipeline` for latents), which `DiffusionPipeline.from_pretrained` loads without this package. Any other becomes
+    a `MultistagePipeline` of this package.
+
+    Args:
+        denoiser: The model.
+        out: The folder; replaced if an earlier call wrote it.
+        first_stage: Autoencoder and scale of a model of latents.
+        card: Makes the text of README.md, given the name of the pipeline's class.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: diffusers is not installed or has no scheduler for the process, or the images differ; nothing is
+            written then.
+        CheckpointError: The folder cannot be written.
+    """
+    try:
+        from multistage_diffusion.interop.pipeline import MultistagePipeline
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    reason = misfit(denoiser.network)
+    if reason is None and not isinstance(denoiser.process.config, VPConfig | CosineConfig | LDMConfig):
+        reason = f"no standard pipeline draws from a process {denoiser.process.config.kind}"
+    vae = None
+    if first_stage is not None:
+        vae = first_stage.autoencoder.module
+        vae.register_to_config(scaling_factor=first_stage.scale)
+    pipeline = _standard(denoiser, vae) if reason is None else _multistage(denoiser, vae)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    name = type(pipeline).__name__
+    with whole_directory(Path(out)) as folder, _quiet():
+        pipeline.save_pretrained(folder)
+        family: Any = DiffusionPipeline if reason is None else MultistagePipeline
+        written = family.from_pretrained(str(folder), low_cpu_mem_usage=False)
+        error = _difference(written, denoiser, first_stage)
+        if not error < _TOLERANCE:
+            raise ConfigError(f"the pipeline's images differ from ours by {error}; nothing was written")
+        if card is not None:
+            (folder / "README.md").write_text(card(name))
+    return Exported(name, type(pipeline.scheduler).__name__, parameters, error, reason)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' progress bars: files are small or local."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _standard(denoiser: Denoiser, vae: Any) -> Any:
+    """A pipeline of diffusers itself."""
+    from diffusers import LDMPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    unet = UNet2DModel(**unet_options(denoiser.network))
+    unet.load_state_dict(unet_weights(denoiser.network))
+    scheduler = DDIMScheduler(clip_sample=False, **scheduler_options(denoiser.process))
+    if vae is None:
+        return DDIMPipeline(unet=unet.eval(), scheduler=scheduler)
+    return LDMPipeline(vqvae=vae, unet=unet.eval(), scheduler=scheduler)
+
+
+def _multistage(denoiser: Denoiser, vae: Any) -> Any:
+    """Our own pipeline, with the scheduler of diffusers that needs the fewest steps."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_edm_dpmsolver_multistep import EDMDPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    from multistage_diffusion.interop.pipeline import MultistagePipeline, MultistageUNet
+
+    process = denoiser.process
+    unet = MultistageUNet(
+        model=to_dict(denoiser.network.config), process=to_dict(process.config), edges=list(denoiser.stages.edges),
+        shape=list(denoiser.shape),
+    )  # fmt: skip
+    unet.network.load_state_dict(denoiser.network.state_dict())
+    options = scheduler_options(process)
+    match process.config:
+        case EDMConfig():
+            scheduler: Any = EDMDPMSolverMultistepScheduler(**options)
+        case FlowConfig():
+            scheduler = FlowMatchEulerDiscreteScheduler()
+        case _:  # by way of DDIM, so that one made from this one does not clip either
+            scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler(clip_sample=False, **options).config)
+    return MultistagePipeline(unet=unet.eval(), scheduler=scheduler, vae=vae)
+
+
+@torch.inference_mode()
+def _difference(pipeline: Any, denoiser: Denoiser, first_stage: FirstStage | None) -> float:
+    """Largest difference of a pipeline's images from those of our solver on the same levels, from the same noise."""
+    timesteps = pipeline.scheduler.config.get("num_train_timesteps", _STEPS)
+    steps = max(number for number in range(1, _STEPS + 1) if timesteps % number == 0)  # DDIM's levels, exactly
+    pipeline.set_progress_bar_config(disable=True)
+    seed, shape = torch.Generator().manual_seed(0), (1, *denoiser.shape)
+    theirs = pipeline(batch_size=1, generator=seed, num_inference_steps=steps, output_type="np").images
+    scheduler, process = pipeline.scheduler, denoiser.process
+    sigmas = level(process, scheduler.timesteps.double())
+    x = torch.randn(shape, generator=seed.manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    solver = dpmpp_2m if "solver_order" in scheduler.config else euler
+    ours = solver(denoiser, x / process.scale(sigmas[0]).item(), [*sigmas.tolist(), 0.0])
+    if first_stage is not None:
+        ours = first_stage.autoencoder.decode(ours / first_stage.scale, first_stage.autoencoder.channels)
+    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return 2 * float((ours - torch.from_numpy(theirs)).abs().max())
