@@ -4,7 +4,7 @@ All processes look variance-exploding in x = x0 + sigma eps, so no scale appears
 """
 
 from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
-from multistage_diffusion.sampling.images import Samples, call_plan, sample, sample_batches
+from multistage_diffusion.sampling.images import Samples, call_plan, is_out_of_memory, sample, sample_batches
 from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
 from multistage_diffusion.sampling.steps import SolverStep, Trace
 from multistage_diffusion.sampling.table import SOLVERS, Solver, evaluations, find_solver, plan, sampling_shares
@@ -25,6 +25,7 @@ __all__ = [
     "evaluations",
     "find_solver",
     "heun",
+    "is_out_of_memory",
     "plan",
     "sample",
     "sample_batches",

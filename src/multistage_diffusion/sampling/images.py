@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import sigma_schedule
 from multistage_diffusion.sampling.steps import Callback
 from multistage_diffusion.sampling.table import Solver, find_solver, plan
+
+# Of torch's allocator on the CPU, oneDNN, cuDNN and cuBLAS, whose errors have no class of their own.
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory", "ALLOC_FAILED")
 
 Seeds = Sequence[int] | Int[Tensor, " num"]
 Labels = int | Sequence[int] | Int[Tensor, " num"]
@@ -59,7 +63,7 @@ def sample(
         spacing: Spacing of the noise levels; by default the solver's own.
         seed: Seed of the first image; the others follow.
         seeds: The seed of each image, in place of `num` and `seed`.
-        batch_size: Images drawn at once.
+        batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
         labels: Class of all images, or of each; only for a conditional model, where none draws without a class.
         guidance: Scale of classifier-free guidance; 1 is none.
         guidance_interval: Lowest and highest sigma at which there is guidance; everywhere by default.
@@ -106,7 +110,7 @@ def sample_batches(
         spacing: Spacing of the noise levels; by default the solver's own.
         seed: Seed of the first image; the others follow.
         seeds: The seed of each image, in place of `num` and `seed`.
-        batch_size: Images drawn at once.
+        batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
         labels: Class of all images, or of each; only for a conditional model, where none draws without a class.
         guidance: Scale of classifier-free guidance; 1 is none.
         guidance_interval: Lowest and highest sigma at which there is guidance; everywhere by default.
@@ -160,6 +164,20 @@ def call_plan(
     """
     chosen, sigmas = _schedule(denoiser, solver, steps, spacing, churn, eta)
     return plan(chosen, sigmas, denoiser.stages)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        True for what torch and its libraries raise on a GPU and on the CPU, and for Python's own.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 class _Stopped(Exception):  # noqa: N818  (no error)
@@ -224,19 +242,32 @@ def _batches(
     call: _Call, solver: Solver, sigmas: list[float], seeds: Tensor, labels: Tensor | None, batch_size: int,
     callback: Callback | None,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Draw the images, one batch after the other."""
-    device = call.denoiser.device
+    """Draw the images, one batch after the other; in smaller ones where memory does not suffice."""
+    device, start = call.denoiser.device, 0
     try:
-        for start in range(0, len(seeds), batch_size):
-            part = slice(start, start + batch_size)
+        while start < len(seeds):
+            part, images = slice(start, start + batch_size), None
+            tried = len(seeds[part])
             known = None if labels is None else labels[part].to(device)
             try:
                 with _evaluation(call.denoiser):
                     images = _draw(call, solver, sigmas, seeds[part].to(device), known, callback)
             except _Stopped:
                 return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or tried == 1 or callback is not None:  # a callback saw half of it
+                    raise
+            if images is None:  # only here, as the error holds on to the memory of what failed
+                batch_size = (tried + 1) // 2
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                warnings.warn(
+                    f"memory does not suffice for {tried} images at once: going on with {batch_size}", stacklevel=2
+                )
+                continue
             # A copy made outside inference mode is an ordinary tensor, which callers may change or differentiate.
             yield seeds[part].clone(), images.clone()
+            start += batch_size
     finally:
         if call.offload:
             call.denoiser.hold(None)
