@@ -120,10 +120,7 @@ class Cells:
 
     def path(self, cell: Cell) -> Path:
         """The folder of a cell: named by what it is, keyed by everything that its weights depend on."""
-        own, usual = to_dict(cell.config), to_dict(RunConfig())
-        for name in _NO_MATTER:
-            del own["training"][name]
-        document = {"config": _difference(own, usual), "tflops": cell.tflops, "points": cell.points}
+        document = {"config": distinct(cell.config), "tflops": cell.tflops, "points": cell.points}
         text = json.dumps({**document, "data": self.data.digest}, sort_keys=True)
         name = f"{cell.config.model.architecture}-{'-'.join(map(str, cell.config.model.decoder_widths))}"
         return self.folder / f"{name}-seed{cell.config.training.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -234,6 +231,21 @@ def widths(model: ModelConfig, *factors: float) -> tuple[int, ...]:
         The widths.
     """
     return tuple(max(4, 4 * round(model.width * factor / 4)) for factor in factors)
+
+
+def distinct(config: RunConfig) -> dict[str, Any]:
+    """What tells a run from others: its options that are not the defaults, without those that change no weight.
+
+    Args:
+        config: The run.
+
+    Returns:
+        As JSON types; an option that is added to the library later changes nothing here.
+    """
+    own = to_dict(config)
+    for name in _NO_MATTER:
+        del own["training"][name]
+    return _difference(own, to_dict(RunConfig()))
 
 
 def _difference(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
-from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, widths
+from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
 from multistage_diffusion.studies.proxies import allocate
 
 METHODS = {"timestep": "uniform in timestep", "snr": "log-SNR", "gradient": "gradient affinity",
@@ -114,7 +114,7 @@ class Finder:
         """What was found under this name for this data and base run; found now if it was not."""
         asked = {"data": self.data.digest, "process": to_dict(self.budget.base.process)}
         if name.startswith(("widths", "edges-gradient")):
-            asked["base"] = to_dict(self.budget.base)
+            asked["base"] = distinct(self.budget.base)
         path = self.folder / f"{name}.json"
         if path.is_file() and (document := read_json(path))["asked"] == json.loads(json.dumps(asked)):
             return document

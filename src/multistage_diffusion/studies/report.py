@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import math
 import platform
@@ -13,19 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
 from multistage_diffusion.clustering.plots import similarity_figure
-from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png, stack
+from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, stack
 from multistage_diffusion.files import write_atomic
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.demo import DemoResult, ModelResult
+from multistage_diffusion.studies.drawing import MODEL_STYLE, SOFT, new_figure, picture_url, svg
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MODEL_STYLE = {"multistage": ("#111827", "o", "-"), "unified": ("#8a8f98", "s", "--")}  # colour, marker, line
 TRACED = 6  # images whose denoising is shown
 
 
@@ -119,9 +115,11 @@ def write_report(result: DemoResult, path: Path, command: str) -> None:
         summary=summary(result),
         colours=STAGE_COLOURS,
         rows=_cost_rows(result),
-        similarity=_svg(similarity_figure(result.clustering)),
-        quality=_svg(_quality_figure(result)),
-        grids={name: _image(grid(images, columns=8, scale=8, gap=4, smooth=True)) for name, images in pictures.items()},
+        similarity=svg(similarity_figure(result.clustering)),
+        quality=svg(_quality_figure(result)),
+        grids={
+            name: picture_url(grid(images, columns=8, scale=8, gap=4, smooth=True)) for name, images in pictures.items()
+        },
         trace=_trace(result.models["multistage"]),
         command=command,
         versions={
@@ -170,14 +168,17 @@ def _trace(model: ModelResult) -> dict[str, Any]:
     frames = [stages.of(sigma) for sigma, _ in model.trace]
     images = stack([denoised[:TRACED] for _, denoised in model.trace])
     strip = grid(images, columns=len(frames), scale=5, gap=2, frames=frames * TRACED, smooth=True)
-    return {**_image(strip), "sigmas": [f"{sigma:.0f}" if sigma >= 10 else f"{sigma:.2g}" for sigma, _ in model.trace]}
+    return {
+        **picture_url(strip),
+        "sigmas": [f"{sigma:.0f}" if sigma >= 10 else f"{sigma:.2g}" for sigma, _ in model.trace],
+    }
 
 
 def _quality_figure(result: DemoResult) -> Figure:
     """Fréchet distance and held-out loss against training FLOPs."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = _figure(1, 2, 7.6, 3.1)
+    figure, axes = new_figure(1, 2, 7.6, 3.1)
     for name, model in result.models.items():
         spent = [point.tflops for point in model.points]
         colour, marker, line = MODEL_STYLE[name]
@@ -188,8 +189,8 @@ def _quality_figure(result: DemoResult) -> Figure:
         axes[1].errorbar(
             spent, loss, yerr=errors, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2
         )  # fmt: skip
-    axes[0].axhline(result.floor, color="#6b7280", linewidth=0.8)
-    axes[0].text(0.98, result.floor, "training images", color="#6b7280", fontsize=8, va="bottom", ha="right",
+    axes[0].axhline(result.floor, color=SOFT, linewidth=0.8)
+    axes[0].text(0.98, result.floor, "training images", color=SOFT, fontsize=8, va="bottom", ha="right",
                  transform=axes[0].get_yaxis_transform())  # fmt: skip
     axes[0].set(xlabel="training TFLOPs", ylabel="Fréchet distance", yscale="log", xlim=(0, None))
     axes[1].set(xlabel="training TFLOPs", ylabel="held-out denoising loss", yscale="log", xlim=(0, None))
@@ -199,31 +200,3 @@ def _quality_figure(result: DemoResult) -> Figure:
         axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(frameon=False, fontsize=8)
     return figure
-
-
-def _figure(rows: int, columns: int, wide: float, high: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(wide, high), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as SVG text, the same for the same figure: no date, fixed identifiers, text as text."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "multistage", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _image(image: Image.Image) -> dict[str, Any]:
-    data = base64.b64encode(png(image)).decode()
-    return {"url": f"data:image/png;base64,{data}", "width": image.width, "height": image.height}
