@@ -1,0 +1,146 @@
+"""What the reports draw with: figures as deterministic SVG, pictures in the page, one style a model everywhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from multistage_diffusion.data.pictures import png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SOFT = "#6b7280"  # colour of what is not data
+MUTED = "#c3c8d0"
+
+
+class Style(NamedTuple):
+    """How a model looks in every figure: told apart without colour, too."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+# Unified models are grey and dashed, the multistage one is black; the others have colours of Okabe and Ito.
+MODEL_STYLE = {
+    "multistage": Style("#111827", "o", "-"),
+    "unified": Style("#8a8f98", "s", "--"),
+    "multistage, allocated": Style("#0072B2", "^", "-"),
+    "multistage, narrowing": Style("#D55E00", "D", "-"),
+}
+OTHERS = (
+    Style("#0072B2", "o", "-"), Style("#E69F00", "s", "--"), Style("#009E73", "^", "-."), Style("#CC79A7", "D", ":"),
+    Style("#56B4E9", "v", "-"), Style("#D55E00", "P", "--"),
+)  # fmt: skip
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label: the model's own, or the next of the others.
+
+    Args:
+        labels: What is drawn, in order.
+
+    Returns:
+        The styles.
+    """
+    rest = iter(OTHERS * (1 + len(labels) // len(OTHERS)))
+    return {label: MODEL_STYLE.get(label) or next(rest) for label in dict.fromkeys(labels)}
+
+
+def new_figure(rows: int, columns: int, wide: float, high: float, **grid: Any) -> tuple[Figure, list[Axes]]:
+    """An empty figure.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        wide: Width in inches.
+        high: Height in inches.
+        **grid: Further options of `Figure.subplots`, like `sharey`.
+
+    Returns:
+        The figure and its axes, row by row.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **grid).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plain_numbers(axis: Axes, *, which: str = "y") -> None:
+    """Round numbers on a logarithmic axis, whatever it spans: 0.2, 5, 1000, and no powers of ten.
+
+    Args:
+        axis: The axes.
+        which: `x` or `y`.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    own = axis.xaxis if which == "x" else axis.yaxis
+    low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
+    own.set_major_locator(FixedLocator(round_numbers(low, high)))
+    own.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    own.set_minor_locator(NullLocator())
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """About 3 to 8 round numbers between two positive ones.
+
+    Args:
+        low: The lower one.
+        high: The higher one.
+
+    Returns:
+        Ticks for a logarithmic axis.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found: list[float] = []
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [1 + 0.1 * k for k in range(90)],
+                  [1 + 0.02 * k for k in range(450)], [1 + 0.005 * k for k in range(1800)]):  # fmt: skip
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        found = [float(f"{tick:.5g}") for tick in ticks if low <= tick <= high]
+        if len(found) >= 3:
+            break
+    return found[:: max(1, -(-len(found) // 8))]
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text, the same for the same figure: no date, fixed identifiers, text as text.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        The element, without the declaration of a file.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "multistage", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def picture_url(image: Image.Image) -> dict[str, Any]:
+    """A picture inside the page.
+
+    Args:
+        image: The picture.
+
+    Returns:
+        `url`, `width`, `height`.
+    """
+    data = base64.b64encode(png(image)).decode()
+    return {"url": f"data:image/png;base64,{data}", "width": image.width, "height": image.height}
