@@ -30,6 +30,7 @@ _DIGESTS, _DIGEST_BYTES = "digests.bin", 16
 _SHARD_BYTES = 256 * 2**20
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _MAX_ROW_BYTES = 2**30
+_BLOCK = 1024  # rows read at once on their way to a device
 MAX_BYTES = 16 * 2**30  # more is not read into memory at once
 _MAX_FILES = 100_000
 
@@ -105,7 +106,10 @@ class Shards:
         Raises:
             DataError: As for reading some.
         """
-        return self[:].to(device)
+        read = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for rows in torch.arange(len(self)).split(_BLOCK):
+            read[rows[0] : rows[-1] + 1] = self[rows].to(device)
+        return read
 
     def __getitem__(self, index: slice | Int[Tensor, " n"]) -> Shaped[Tensor, "n chan high wide"]:
         """Read rows.

@@ -1,0 +1,198 @@
+"""Rows as training takes them: from the device's own memory, or, where they do not fit, read ahead from disk.
+
+Threads read ahead, not processes: the work is a copy out of memory-mapped pages and a digest of each row, and neither
+holds the interpreter's lock (benchmarks/bench_feed.py compares the two). A thread cannot be killed or stopped alone; a
+disk that does not answer is noticed by the time-out.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeAlias, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multistage_diffusion.data.latents import Examples
+from multistage_diffusion.errors import DataError
+
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+_Job: TypeAlias = tuple[Future[Tensor], Tensor]  # where the rows go, and which
+
+
+@final
+class Resident:
+    """A set in the memory of the device.
+
+    Args:
+        data: Images or latents.
+        device: Where they go, as they are stored.
+
+    Attributes:
+        device: Where indices are expected.
+        ahead: How many batches should be announced by `prefetch`: none.
+    """
+
+    ahead = 0
+
+    def __init__(self, data: Examples, device: torch.device) -> None:
+        self._data = replace(data, images=data.images.to(device))
+        self.device = device
+
+    def prefetch(self, index: Int[Tensor, " n"]) -> None:
+        """Do nothing: all is here.
+
+        Args:
+            index: Images that will be asked for.
+        """
+
+    def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n chan high wide"]:
+        """Images as the networks see them.
+
+        Args:
+            index: Which, on `device`.
+
+        Returns:
+            float32.
+        """
+        return self._data.floats(index)
+
+
+@final
+class Streamed:
+    """A set that stays where it is; batches that are announced are read ahead.
+
+    Args:
+        data: Images or latents.
+        device: Where batches go.
+        workers: Number of threads that read; 0 reads when asked, and then nobody notices a disk that does not answer.
+        timeout: Seconds to wait for a batch, above 0.
+
+    Attributes:
+        device: Where indices are expected: on the CPU.
+        ahead: How many batches should be announced by `prefetch`.
+    """
+
+    def __init__(self, data: Examples, device: torch.device, *, workers: int, timeout: float) -> None:
+        self._data, self._target, self._timeout = data, device, timeout
+        self.device, self.ahead = torch.device("cpu"), workers + 1 if workers else 0
+        self._read = _reader(data, pin=device.type == "cuda")
+        self._coming: dict[bytes, Future[Tensor]] = {}
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        for number in range(workers):
+            threading.Thread(target=_serve, args=(self._jobs, self._read), name=f"reader {number}", daemon=True).start()
+        weakref.finalize(self, _dismiss, self._jobs, workers)
+
+    def prefetch(self, index: Int[Tensor, " n"]) -> None:
+        """Begin to read.
+
+        Args:
+            index: Images that will be asked for, in this order.
+        """
+        key = index.numpy().tobytes()
+        if key not in self._coming:
+            self._coming[key] = future = Future()
+            self._jobs.put((future, index))
+        while len(self._coming) > self.ahead + 1:  # announced and never fetched
+            self._coming.pop(next(iter(self._coming))).cancel()
+
+    def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n chan high wide"]:
+        """Images as the networks see them.
+
+        Args:
+            index: Which, on the CPU.
+
+        Returns:
+            float32, on the device of the training.
+
+        Raises:
+            DataError: An image is damaged, or the disk does not answer in time.
+        """
+        if not self.ahead:
+            rows = self._read(index)
+        else:
+            self.prefetch(index)
+            future = self._coming.pop(index.numpy().tobytes())
+            try:
+                rows = future.result(self._timeout)
+            except TimeoutError as error:
+                raise DataError(
+                    f"{self._data.name}: {len(index)} images were not read within {self._timeout:g} seconds; the disk "
+                    "or network that holds them does not answer, or data.timeout is too short"
+                ) from error
+        return self._data.seen(rows.to(self._target, non_blocking=True))
+
+
+Feed: TypeAlias = Resident | Streamed
+
+
+def make_feed(
+    data: Examples, device: torch.device | str, *, memory: float = 0.25, workers: int = 2, timeout: float = 60.0
+) -> Feed:
+    """Hold a set in the device's memory if it is small enough, else stream it from where it is.
+
+    Args:
+        data: Images or latents.
+        device: Where batches are made.
+        memory: Share of the device's memory that the set may take. Images that are there already stay there.
+        workers: Number of threads that read.
+        timeout: Seconds to wait for a batch, above 0.
+
+    Returns:
+        The feed; which of the two it is does not change a bit of any batch.
+    """
+    device = torch.device(device)
+    match data.images:
+        case Tensor(device=place) if place.type == device.type:
+            return Resident(data, device)
+        case _ if data.images.nbytes <= memory * memory_of(device):
+            return Resident(data, device)
+        case _:
+            return Streamed(data, device, workers=workers, timeout=timeout)
+
+
+def memory_of(device: torch.device) -> int:
+    """Memory of a device, or of this machine as far as this process may use it.
+
+    Args:
+        device: A CUDA device or the CPU.
+
+    Returns:
+        Bytes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(physical, int(_CGROUP.read_text()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return physical
+
+
+def _reader(data: Examples, *, pin: bool) -> Callable[[Tensor], Tensor]:
+    stored = data.images
+    return (lambda index: stored[index].pin_memory()) if pin else (lambda index: stored[index])
+
+
+def _serve(jobs: SimpleQueue[_Job | None], read: Callable[[Tensor], Tensor]) -> None:
+    """What a thread does: read what is asked for, and hand back the rows or the error."""
+    while (job := jobs.get()) is not None:
+        future, index = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(read(index))
+            except BaseException as error:  # whoever waits for the rows is told
+                future.set_exception(error)
+
+
+def _dismiss(jobs: SimpleQueue[_Job | None], workers: int) -> None:
+    for _ in range(workers):
+        jobs.put(None)
