@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 Watch = Callable[[StepResult, int], None]
 IMAGE_SEED = 1_000_000  # seed of the first image behind a distance
 _POLL = 5.0  # seconds between looks at a cell that another process trains
-_NO_MATTER = ("steps", "save_every", "keep", "log_every")  # options of training that change no weight
+NO_MATTER = ("steps", "save_every", "keep", "log_every")  # options of training that change no weight
 
 
 @dataclass(frozen=True)
@@ -243,18 +243,26 @@ def distinct(config: RunConfig) -> dict[str, Any]:
         As JSON types; an option that is added to the library later changes nothing here.
     """
     own = to_dict(config)
-    for name in _NO_MATTER:
+    for name in NO_MATTER:
         del own["training"][name]
-    return _difference(own, to_dict(RunConfig()))
+    return differing(own, to_dict(RunConfig()))
 
 
-def _difference(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults: options that are added later change no key."""
+def differing(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults: options that are added later change no key.
+
+    Args:
+        own: Options, maybe in sections.
+        usual: Their defaults.
+
+    Returns:
+        The options that have another value, or no default.
+    """
     found = {}
     for name, value in own.items():
         other = usual.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
-            if inner := _difference(value, other):
+            if inner := differing(value, other):
                 found[name] = inner
         elif value != other:
             found[name] = value

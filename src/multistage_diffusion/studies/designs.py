@@ -15,7 +15,7 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
-from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
+from multistage_diffusion.studies.cells import NO_MATTER, Cell, Cells, Say, cell, differing, distinct, widths
 from multistage_diffusion.studies.proxies import allocate
 
 METHODS = {"timestep": "uniform in timestep", "snr": "log-SNR", "gradient": "gradient affinity",
@@ -44,6 +44,7 @@ class Finder:
         cells: The trained models, for the clustering by gradients.
         say: Told what happens, in lines.
         guess: Train nothing: edges and widths that need training are stand-ins unless they were found before.
+        keep: Write what is found to the folder.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Finder:
     cells: Callable[[], Cells]
     say: Say
     guess: bool = False
+    keep: bool = True
 
     def edges(self, method: str = "optimal-denoiser", stages: int = 3, measure: str = "time") -> tuple[float, ...]:
         """Edges in sigma, to four digits: what they are known to, and the same on every machine.
@@ -69,14 +71,12 @@ class Finder:
 
         def find() -> dict[str, Any]:
             denoiser = None
-            if method == "gradient" and self.guess:
-                return {"edges": list(self.edges(stages=stages))}
             if method == "gradient":
                 trained = self.trained_for_gradients()
                 self.cells().fill([trained])
                 denoiser = self.cells().denoiser(trained).requires_grad_()
             found = cluster(
-                self.data.images, make_process(self.budget.base.process), method=method, stages=stages,
+                self.data.pixels(), make_process(self.budget.base.process), method=method, stages=stages,
                 measure=measure, objective="variance" if measure == "training" else None, denoiser=denoiser,
                 source=self.data.name, digest=self.data.digest,
             )  # fmt: skip
@@ -84,7 +84,11 @@ class Finder:
             self.say(f"edges by {method} ({stages} stages, {measure}): {', '.join(f'{edge:g}' for edge in rounded)}")
             return {"edges": rounded, "edges_t": list(found.edges_t), "intervals": found.stages.found["intervals"]}
 
-        return tuple(self._kept(f"edges-{method}-{stages}-{measure}", find)["edges"])
+        def stand_in() -> dict[str, Any]:
+            return {"edges": list(self.edges(stages=stages))}
+
+        name = f"edges-{method}-{stages}-{measure}"
+        return tuple(self._kept(name, find, stand_in if method == "gradient" else None)["edges"])
 
     def allocated(self) -> RunConfig:
         """The run that clustering and allocation choose; no held-out image has a say in it.
@@ -96,32 +100,54 @@ class Finder:
         base = _multistage(self.budget.base, edges, (self.budget.base.model.width,) * 4)
 
         def find() -> dict[str, Any]:
-            if self.guess:
-                return {"decoder_widths": list(base.model.decoder_widths)}
             self.say("decoder widths by proxy runs")
             return allocate(
                 base, self.data, self.budget.tflops / 1e3, "training", steps=self.budget.proxy_steps, say=self.say
             )
 
-        found = self._kept(f"widths-{self.budget.tflops:g}", find)
+        def stand_in() -> dict[str, Any]:
+            return {"decoder_widths": list(base.model.decoder_widths)}
+
+        found = self._kept(f"widths-{self.budget.tflops:g}", find, stand_in)
         return _multistage(self.budget.base, edges, tuple(found["decoder_widths"]))
 
     def trained_for_gradients(self) -> Cell:
         """The unified model whose gradients are compared."""
         return cell(unified(self.budget.base), self.budget.tflops, self.budget.points)
 
-    def _kept(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was found under this name for this data and base run; found now if it was not."""
-        asked = {"data": self.data.digest, "process": to_dict(self.budget.base.process)}
+    def _kept(
+        self, name: str, find: Callable[[], dict[str, Any]], stand_in: Callable[[], dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """What was found under this name for this data and base run; found now if it was not.
+
+        What needs training has a stand-in, which is never written.
+        """
+        base = self.budget.base
+        asked = {"data": self.data.digest, "process": to_dict(base.process)}
         if name.startswith(("widths", "edges-gradient")):
-            asked["base"] = distinct(self.budget.base)
+            asked["base"] = distinct(base)
         path = self.folder / f"{name}.json"
-        if path.is_file() and (document := read_json(path))["asked"] == json.loads(json.dumps(asked)):
+        if path.is_file() and _same(asked, (document := read_json(path))["asked"]):
             return document
+        if self.guess and stand_in is not None:
+            return stand_in()
         document = {"asked": asked, **find()}
-        if not self.guess:
+        if self.keep:
             write_json(path, document)
         return document
+
+
+def _same(asked: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Whether two questions are one: options at their defaults, and those that change no weight, say nothing."""
+    usual = {"process": to_dict(RunConfig().process), "base": to_dict(RunConfig())}
+
+    def telling(document: dict[str, Any]) -> dict[str, Any]:
+        document = json.loads(json.dumps(document))
+        for name in NO_MATTER:
+            document.get("base", {}).get("training", {}).pop(name, None)
+        return differing(document, usual)
+
+    return telling(asked) == telling(kept)
 
 
 def unified(base: RunConfig) -> RunConfig:

@@ -105,8 +105,9 @@ STUDIES = {
 
 
 def open_lab(
-    budget: Budget, folder: Path, *, device: torch.device | str = "cpu", say: Say = print, guess: bool = False
-) -> Lab:
+    budget: Budget, folder: Path, *, device: torch.device | str = "cpu", say: Say = print, guess: bool = False,
+    keep: bool = True,
+) -> Lab:  # fmt: skip
     """Load the data and find the edges that losses by stage are given in.
 
     Args:
@@ -115,6 +116,7 @@ def open_lab(
         device: Where to compute.
         say: Told what happens, in lines.
         guess: Train nothing: edges and widths that need training are stand-ins unless they were found before.
+        keep: Write the edges that are found.
 
     Returns:
         The lab.
@@ -128,7 +130,7 @@ def open_lab(
         for split in ("train", "test")
     )
     held: list[Cells] = []
-    finder = Finder(folder / "found", data, budget, lambda: held[0], say, guess)
+    finder = Finder(folder / "found", data, budget, lambda: held[0], say, guess, keep)
     held.append(Cells(folder / "cells", data, test, Stages(finder.edges()), device=device, say=say))
     return Lab(budget, data, test, held[0], finder)
 
