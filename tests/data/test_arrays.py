@@ -4,11 +4,13 @@ import io
 import os
 import pickle
 import struct
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from multistage_diffusion.data import load_data
 from multistage_diffusion.errors import DataError
@@ -130,6 +132,58 @@ def test_cifar10(tmp_path):
     (folder / "test_batch.bin").write_bytes(bytes(3072))
     with pytest.raises(DataError, match="not a whole number of records"):
         load_data("cifar10", split="test", root=str(tmp_path))
+
+
+def test_cifar10_in_parquet_without_the_library_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'multistage-diffusion\[data\]'"):
+        load_data("cifar10", root=str(tmp_path))
+
+
+def test_cifar10_in_parquet_is_the_binary_version(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    binary, folder = tmp_path / "cifar-10-batches-bin", tmp_path / "hub" / "plain_text"
+    binary.mkdir()
+    folder.mkdir(parents=True)
+    records = GENERATOR.integers(0, 256, (60, 3073), dtype=np.uint8)
+    records[:, 0] = np.arange(60) % 10
+    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        (binary / f"{name}.bin").write_bytes(records[10 * i : 10 * i + 10].tobytes())
+    pictures = [Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)) for record in records]
+
+    def write(name, rows, column="img", **changes):
+        cells = [{"bytes": encoded(pictures[row]), "path": None} for row in rows]
+        table = {column: cells, "label": [row % 10 for row in rows], **changes}
+        parquet.write_table(pyarrow.table(table), folder / name, row_group_size=7)
+
+    write("train-00000-of-00002.parquet", range(30))
+    write("train-00001-of-00002.parquet", range(30, 50), "image")
+    write("test-00000-of-00001.parquet", range(50, 60))
+    for split in ("train", "test", "all"):
+        first, second = (load_data("cifar10", split=split, root=str(root)) for root in (tmp_path, tmp_path / "hub"))
+        assert first.digest == second.digest
+    path = folder / "test-00000-of-00001.parquet"
+    whole = path.read_bytes()
+    for content in (b"", whole[:-3], whole[: len(whole) // 2], b"\x80\x04." * 9, whole.replace(b"\x89PNG", b"xxxx")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet: not CIFAR-10 in Parquet") as caught:
+            load_data("cifar10", split="test", root=str(tmp_path / "hub"))
+        assert "\n" not in str(caught.value)
+    for changes, message in [({"label": [None] * 10}, "each with a label"), ({"label": [10] * 10}, r"0\.\.9, got 10")]:
+        write(path.name, range(50, 60), **changes)
+        with pytest.raises(DataError, match=message):
+            load_data("cifar10", split="test", root=str(tmp_path / "hub"))
+    path.unlink()
+    with pytest.raises(DataError, match=r"no test-\*\.parquet"):
+        load_data("cifar10", split="test", root=str(tmp_path / "hub"))
+
+
+def encoded(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
