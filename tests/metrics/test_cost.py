@@ -8,6 +8,7 @@ import torch
 import tiny
 from multistage_diffusion.config import EDMConfig, ModelConfig, VPConfig
 from multistage_diffusion.metrics.cost import network_cost, stage_shares, training_shares
+from multistage_diffusion.models.presets import preset
 from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
@@ -62,9 +63,24 @@ def test_a_stage_of_the_encoder_s_width_costs_what_the_unified_network_does():
     assert stages[0].flops > stages[1].flops > stages[2].flops
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "unified", "calls", "published"),
+    [("vp-cifar10", 17.65, (9, 3, 8), 18.65), ("ldm-celebahq", 88.39, (8, 4, 8), 76.19)],
+)
+def test_figures_of_the_paper(name, unified, calls, published):
+    # The weights are not published; the calls of 20 levels evenly spaced in time give the published figures.
+    found = preset(name, None)
+    whole = network_cost(replace(found.model, architecture="unified"), found.shape)
+    assert round(whole.paper_gflops((1.0,)), 2) == unified
+    shares = [count / 20 for count in calls]
+    assert round(network_cost(found.model, found.shape).paper_gflops(shares), 2) == published
+
+
 def test_weighted_sums():
     cost = network_cost(tiny.SMALLEST, tiny.SHAPE)
     first, second, third = (stage.flops for stage in cost.stages)
+    assert [stage.gmacs for stage in cost.stages] == [first / 2e9, second / 2e9, third / 2e9]
     assert cost.flops((0.5, 0.25, 0.25)) == pytest.approx(0.5 * first + 0.25 * second + 0.25 * third)
     assert cost.training_flops((2, 0, 1)) == 2 * cost.stages[0].training_flops + cost.stages[2].training_flops
     with pytest.raises(ValueError, match="zip"):

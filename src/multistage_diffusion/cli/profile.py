@@ -71,10 +71,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             "stage": index,
             "sigma": [None if value == float("inf") else value for value in stages.bounds(index)],
             "parameters": stage.parameters,
-            "gmacs": stage.flops / 2e9,
+            "gmacs": stage.gmacs,
             "gflops": stage.flops / 1e9,
             "training_gflops": stage.training_flops / 1e9,
-            "paper_gflops": stage.flops_without_attention / 2e9,
+            "paper_gflops": stage.paper_gflops,
             "share": {name: values[index] for name, values in shares.items()},
         }
         for index, stage in enumerate(cost.stages)
