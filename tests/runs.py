@@ -9,6 +9,8 @@ import tiny
 from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
 from multistage_diffusion.training.run import train
 
+WALL_CLOCK = ("seconds", "images_per_second")
+
 
 class PowerError(Exception):
     """The power fails."""
@@ -39,9 +41,9 @@ def tensors(run: Path, step: int | None = None):
 
 
 def log(run: Path):
-    """The lines of metrics.jsonl without their time."""
+    """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [json.dumps({key: value for key, value in line.items() if key != "seconds"}) for line in lines]
+    return [json.dumps({key: value for key, value in line.items() if key not in WALL_CLOCK}) for line in lines]
 
 
 def same_run(run: Path, other: Path):

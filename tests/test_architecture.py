@@ -13,7 +13,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     ("errors",), ("files", "config", "rng"), ("noise",), ("stages",), ("softmax",), ("analytic",), ("data",),
-    ("models",), ("metrics",), ("loss",), ("sampling",), ("clustering",), ("training",), ("evaluation",), ("interop",),
+    ("models",), ("metrics",), ("loss",), ("sampling",), ("clustering",), ("evaluation",), ("training",), ("interop",),
     ("recipes",), ("studies",), ("cli",), ("__main__",),
 ]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import torch
 from multistage_diffusion.config import RunConfig, from_dict, to_dict
 from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_atomic, write_json
+from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_json
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
 from multistage_diffusion.stages import Stages
@@ -32,10 +29,13 @@ from multistage_diffusion.training.checkpoint import (
 )
 from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.loop import StepResult, Trainer, build_denoiser
+from multistage_diffusion.training.observe import Observer
+from multistage_diffusion.training.report import Report, Window
 from multistage_diffusion.training.snapshots import FOLDER as SNAPSHOTS
 from multistage_diffusion.training.snapshots import Combination, rebuild, save_snapshot
+from multistage_diffusion.training.trackers import require_installed
 
-# What may change when a run is resumed: none of these changes what is computed.
+# What may change when a run is resumed, with all of logging: none of these changes what is computed.
 CHANGEABLE = {
     "training.steps", "training.save_every", "training.keep", "training.keep_every", "training.log_every",
     "training.ema_snapshot_every", "data.root",
@@ -63,37 +63,6 @@ class TrainingSummary:
     resumed: int
     training_flops: float
     seconds: float
-
-
-@dataclass
-class _Window:
-    """Sums since the last line of metrics.jsonl; saved with a checkpoint, so that a resumed log is the same log."""
-
-    steps: int = 0
-    loss: float = 0.0
-    stage_loss: list[float] = field(default_factory=list)
-    stage_steps: list[int] = field(default_factory=list)
-    last: float | None = None
-
-    def add(self, result: StepResult) -> None:
-        if not self.stage_loss:
-            self.stage_loss, self.stage_steps = [0.0] * len(result.stage_loss), [0] * len(result.stage_loss)
-        self.steps += 1
-        self.loss += result.loss
-        for stage, loss in enumerate(result.stage_loss):
-            if loss is not None:
-                self.stage_loss[stage] += loss
-                self.stage_steps[stage] += 1
-
-    def close(self) -> dict[str, Any]:
-        """The means, and a fresh start."""
-        pairs = zip(self.stage_loss, self.stage_steps, strict=True)
-        line = {
-            "loss": self.loss / self.steps,
-            "stage_loss": [total / count if count else None for total, count in pairs],
-        }
-        self.steps, self.loss, self.stage_loss, self.stage_steps, self.last = 0, 0.0, [], [], line["loss"]
-        return line
 
 
 def train(
@@ -129,6 +98,7 @@ def train(
     """
     started, folder = time.perf_counter(), Path(out)
     _check_target(folder, config)
+    require_installed(config.logging.trackers)
     if data is None:
         data = load_examples(config.data, device, on_encode)
     if stages is None and (folder / "stages.json").is_file():
@@ -138,16 +108,16 @@ def train(
     with lock(folder), signals() as received:
         window = _open(folder, trainer, data)
         resumed = trainer.step
-        with _Metrics(folder / "metrics.jsonl", resumed) as metrics:
+        observer = Observer(folder, config, data, trainer.device, stop=lambda: bool(received))
+        with Report(folder, config, resumed, trainer.device) as report:
+            observer.look(trainer, report)  # what a signal kept the run from drawing
             for result in trainer.run(config.training.steps):
                 window.add(result)
                 if result.step % config.training.log_every == 0:
-                    seconds = round(time.perf_counter() - started, 3)
-                    flops = cost.training_flops(trainer.stage_images)
-                    metrics.write(_line(result, window, flops, seconds))
+                    report.training(result, window, cost.training_flops(trainer.stage_images))
                 if on_step is not None:
                     on_step(result, config.training.steps)
-                _save_or_stop(folder, trainer, window, metrics, data, received)
+                _save_and_look(folder, trainer, window, report, observer, data, received)
         trainer.averaged().save_pretrained(folder / "model")
     flops = cost.training_flops(trainer.stage_images)
     loss = window.loss / window.steps if window.steps else window.last
@@ -235,7 +205,7 @@ def _check_target(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
     theirs, ours = _flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), _flat(to_dict(config))
     for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key) and key not in CHANGEABLE:
+        if theirs.get(key) != ours.get(key) and key not in CHANGEABLE and not key.startswith("logging."):
             raise ConfigError(
                 f"{folder} holds another run: {key.replace('_', '-')} is {theirs.get(key)} there and {ours.get(key)} "
                 "here; choose another --out, or repeat its options"
@@ -249,7 +219,7 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(folder: Path, trainer: Trainer, data: Examples) -> _Window:
+def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
     """Say what the run is, in a directory that this process holds, and go on from its newest checkpoint."""
     _check_target(folder, trainer.config)  # once more: another process may have trained here while the data was read
     remove_leftovers(folder)
@@ -266,16 +236,16 @@ def _open(folder: Path, trainer: Trainer, data: Examples) -> _Window:
     return window
 
 
-def _resume(folder: Path, trainer: Trainer, data: Examples) -> _Window:
+def _resume(folder: Path, trainer: Trainer, data: Examples) -> Window:
     """Load the newest valid checkpoint, if there is one, after checking that it continues the same run."""
     checkpoint, damages = newest_valid(folder / "checkpoints")
     for damage in damages:
         warnings.warn(f"{damage}; an older checkpoint is used", stacklevel=2)
     if checkpoint is None:
-        return _Window()
+        return Window()
     state = checkpoint.state()
     window = state.get("window")
-    if not isinstance(window, dict) or window.keys() != vars(_Window()).keys():
+    if not isinstance(window, dict) or window.keys() != vars(Window()).keys():
         raise CheckpointError(f"{checkpoint.path}/state.json has no window of losses; it is of another version")
     if state.get("data") != data.digest:
         raise ConfigError(f"the images of {data.name} are not those that {folder} was trained on; choose another --out")
@@ -296,72 +266,34 @@ def _resume(folder: Path, trainer: Trainer, data: Examples) -> _Window:
             f"{folder} has {checkpoint.step} steps already; training.steps {trainer.config.training.steps} is less"
         )
     restore_checkpoint(checkpoint, trainer)
-    return _Window(**window)
+    return Window(**window)
 
 
-def _line(result: StepResult, window: _Window, flops: float, seconds: float) -> dict[str, Any]:
-    """A line of metrics.jsonl; begins a new window."""
-    return {
-        "step": result.step, "images": result.images, **window.close(), "learning_rate": result.learning_rate,
-        "gradient_norm": result.gradient_norm, "training_flops": flops, "seconds": seconds,
-    }  # fmt: skip
-
-
-def _save_or_stop(
-    folder: Path, trainer: Trainer, window: _Window, metrics: _Metrics, data: Examples, received: list[int]
-) -> None:
-    """Write a checkpoint where one is due, at the end, and before stopping at a signal."""
+def _save_and_look(
+    folder: Path, trainer: Trainer, window: Window, report: Report, observer: Observer, data: Examples,
+    received: list[int],
+) -> None:  # fmt: skip
+    """Write a checkpoint where one is due, draw and measure what is due, and stop with a checkpoint at a signal."""
     training, step = trainer.config.training, trainer.step
-    stop = received[:1]  # read once: a signal from here on stops after the next step
     if trainer.powers and step % training.ema_snapshot_every == 0:
         averages = {length: power.average for length, power in trainer.powers.items()}
         save_snapshot(folder, averages, step, trainer.images)
     kept = training.keep_every > 0 and step % training.keep_every == 0
-    if stop or kept or step == training.steps or step % training.save_every == 0:
-        metrics.sync()
-        state = {
-            "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(),
-            "device": trainer.device.type, "shape": list(data.shape),
-        }  # fmt: skip
-        save_checkpoint(folder / "checkpoints", trainer, state)
-        prune(folder / "checkpoints", training.keep, step, training.keep_every)
-    if stop:
+    due = kept or step == training.steps or step % training.save_every == 0
+    if due:
+        _save(folder, trainer, window, report, data)
+    observer.look(trainer, report)  # after the checkpoint: a kill while it draws costs no step
+    if stop := received[:1]:  # read once: a signal from here on stops after the next step
+        if not due:
+            _save(folder, trainer, window, report, data)
         raise StoppedError(stop[0], step)
 
 
-class _Metrics:
-    """metrics.jsonl, opened for appending, without the lines that a resumed run will write again."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, kept = path, []
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
-        write_atomic(path, b"".join(kept))
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-
-    def write(self, line: dict[str, Any]) -> None:
-        with self._named_errors():
-            content = (json.dumps(line) + "\n").encode()
-            while content:
-                content = content[os.write(self._file, content) :]
-
-    def sync(self) -> None:
-        with self._named_errors():
-            os.fsync(self._file)
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.path}: {error.strerror}; free space, then run the same command"
-            ) from error
+def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: Examples) -> None:
+    report.sync()
+    state = {
+        "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(),
+        "device": trainer.device.type, "shape": list(data.shape),
+    }  # fmt: skip
+    save_checkpoint(folder / "checkpoints", trainer, state)
+    prune(folder / "checkpoints", trainer.config.training.keep, trainer.step, trainer.config.training.keep_every)

@@ -1,0 +1,190 @@
+"""What a run says while it trains: metrics.jsonl always, and the trackers that were asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+import torch
+
+from multistage_diffusion.config import RunConfig, to_dict
+from multistage_diffusion.errors import CheckpointError
+from multistage_diffusion.files import remove_leftovers, write_atomic
+from multistage_diffusion.training.loop import StepResult
+from multistage_diffusion.training.trackers import About, Trackers, flat_numbers
+
+METRICS, SAMPLES = "metrics.jsonl", "samples"
+_EVALUATION = "evaluation"
+
+
+@dataclass
+class Window:
+    """Sums since the last line of metrics.jsonl; saved with a checkpoint, so that a resumed log is the same log."""
+
+    steps: int = 0
+    loss: float = 0.0
+    stage_loss: list[float] = field(default_factory=list)
+    stage_steps: list[int] = field(default_factory=list)
+    last: float | None = None
+
+    def add(self, result: StepResult) -> None:
+        """Take a step's losses.
+
+        Args:
+            result: The step's result.
+        """
+        if not self.stage_loss:
+            self.stage_loss, self.stage_steps = [0.0] * len(result.stage_loss), [0] * len(result.stage_loss)
+        self.steps += 1
+        self.loss += result.loss
+        for stage, loss in enumerate(result.stage_loss):
+            if loss is not None:
+                self.stage_loss[stage] += loss
+                self.stage_steps[stage] += 1
+
+    def close(self) -> dict[str, Any]:
+        """The means, and a fresh start.
+
+        Returns:
+            `loss` and `stage_loss`.
+        """
+        pairs = zip(self.stage_loss, self.stage_steps, strict=True)
+        line = {
+            "loss": self.loss / self.steps,
+            "stage_loss": [total / count if count else None for total, count in pairs],
+        }
+        self.steps, self.loss, self.stage_loss, self.stage_steps, self.last = 0, 0.0, [], [], line["loss"]
+        return line
+
+
+@final
+class Report:
+    """The lines of a run, as a context: to metrics.jsonl, and to the trackers.
+
+    Args:
+        folder: The run directory.
+        config: The run.
+        step: Steps taken before. What a killed run reported beyond them is dropped: it will be reported again.
+        device: Whose memory is reported.
+
+    Raises:
+        CheckpointError: metrics.jsonl cannot be written.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, step: int, device: torch.device) -> None:
+        self.folder, self._config, self._device = folder, config, device
+        kept, reported, self._evaluated = [], dict[str, int](), set[int]()
+        for line in (folder / METRICS).read_bytes().splitlines() if (folder / METRICS).is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                document = json.loads(line)
+                reported |= dict.fromkeys(flat_numbers(document), int(document["step"]))
+                if document["step"] <= step:
+                    kept.append(line + b"\n")
+                    self._evaluated |= {document["step"]} if _EVALUATION in document else set()
+        for picture in sorted((folder / SAMPLES).glob("step-*.png")):
+            reported[SAMPLES] = _step(picture)
+            if _step(picture) > step:
+                picture.unlink()
+        remove_leftovers(folder / SAMPLES)
+        write_atomic(folder / METRICS, b"".join(kept))
+        self._file = os.open(folder / METRICS, os.O_WRONLY | os.O_APPEND)
+        name = config.logging.name or folder.absolute().name
+        about = About(folder, config.logging.project, name, to_dict(config), reported)
+        self._trackers = Trackers(config.logging.trackers, about)
+        self._clock = (time.perf_counter(), step)
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._trackers.__exit__(kind, error, trace)
+        os.close(self._file)
+
+    def training(self, result: StepResult, window: Window, flops: float) -> None:
+        """Report what was trained since the last line.
+
+        Args:
+            result: The last step.
+            window: The losses since the last line; begins anew.
+            flops: FLOPs spent in all.
+        """
+        now, (then, step) = time.perf_counter(), self._clock
+        self._clock = (now, result.step)
+        images = (result.step - step) * self._config.training.batch_size
+        line = {
+            "step": result.step, "images": result.images, **window.close(), "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm, "training_flops": flops,
+            "images_per_second": round(images / max(now - then, 1e-9), 3),
+        }  # fmt: skip
+        if self._device.type == "cuda":
+            line["gpu_memory_gib"] = round(torch.cuda.max_memory_reserved(self._device) / 2**30, 3)
+        self._write(line)
+
+    def evaluation(self, step: int, images: int, figures: dict[str, Any]) -> None:
+        """Report what an evaluation found.
+
+        Args:
+            step: Steps taken.
+            images: Images seen.
+            figures: The figures.
+        """
+        self._write({"step": step, "images": images, _EVALUATION: figures})
+        self._evaluated.add(step)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of a step was reported.
+
+        Args:
+            step: Steps taken.
+
+        Returns:
+            Whether it was, in this life of the run or an earlier one.
+        """
+        return step in self._evaluated
+
+    def picture(self, step: int, path: Path) -> None:
+        """Report a grid of samples.
+
+        Args:
+            step: Steps taken.
+            path: The file.
+        """
+        self._trackers.image(step, SAMPLES, path)
+
+    def sync(self) -> None:
+        """Bring the lines to the disk."""
+        with self._named_errors():
+            os.fsync(self._file)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        line["seconds"] = round(time.perf_counter() - self._began, 3)
+        with self._named_errors():
+            content = (json.dumps(line) + "\n").encode()
+            while content:
+                content = content[os.write(self._file, content) :]
+        self._trackers.scalars(line["step"], flat_numbers(line))
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.folder / METRICS}: {error.strerror}; free space, then run the same command"
+            ) from error
+
+
+def _step(picture: Path) -> int:
+    """The step of a file like step-00001000.png."""
+    digits = picture.stem.removeprefix("step-")
+    return int(digits) if digits.isdigit() else 0
