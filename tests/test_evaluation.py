@@ -1,16 +1,26 @@
 """The held-out loss and the distances of a model."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from multistage_diffusion.analytic import GaussianDenoiser
 from multistage_diffusion.config import ModelConfig, SamplingConfig
-from multistage_diffusion.data import Images
+from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.evaluation import evaluate, evaluate_images, generated, held_out_loss
+from multistage_diffusion.evaluation import (
+    evaluate,
+    evaluate_images,
+    generated,
+    held_out,
+    held_out_loss,
+)
+from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.metrics.features import SourceClassifier
 from multistage_diffusion.stages import Stages
 
@@ -54,6 +64,18 @@ def test_loss_by_stage_can_be_read_on_another_partition():
     assert len(held_out_loss(denoiser, data, stages=Stages(tiny.EDGES)).stage_loss) == 3
 
 
+def test_loss_by_noise_level_is_that_of_the_draws_between_two_levels():
+    denoiser, data = tiny.denoiser(), tiny.images(12)
+    found = held_out_loss(denoiser, data, repeats=20)
+    assert sum(part.draws for part in found.bins) == 240
+    assert sum(part.draws * part.loss for part in found.bins) / 240 == pytest.approx(found.loss)
+    assert [part.low for part in found.bins] == sorted(part.low for part in found.bins)
+    by_stage = held_out_loss(denoiser, data, repeats=20, stages=held_out.BINS).stage_loss  # the bins as a partition
+    assert [part.loss for part in found.bins] == [loss for loss in by_stage if loss is not None]
+    one = next(part for part in found.bins if part.low == pytest.approx(0.316, rel=1e-2))
+    assert one.high == 1.0 and 0 < one.error < one.loss
+
+
 def test_optimal_denoiser_has_the_lowest_loss():
     # On Gaussian data the exact denoiser's error is v sigma^2 / (v + sigma^2) a pixel; ours can only be worse.
     exact = GaussianDenoiser(0.0, 0.5)
@@ -93,6 +115,66 @@ def test_evaluation_names_what_it_was_measured_with():
     assert document["fd"] > 0 and document["loss"] > 0 and len(document["stage_loss"]) == 3
     assert document["features"]["name"] == "untrained"
     assert (document["samples"], document["nfe"], document["reference"]["images"]) == (20, 3, 40)
+
+
+def test_cost_is_that_of_the_calls_and_of_the_images_of_each_stage():
+    document = evaluate(tiny.denoiser(), tiny.images(40), metrics=["loss"], sampling=SAMPLING, stage_images=(7, 0, 2))
+    cost = network_cost(tiny.MODEL, tiny.SHAPE)
+    assert sum(document["stage_calls"]) == document["nfe"] == 3
+    assert document["stage_gmacs"] == [stage.flops / 2e9 for stage in cost.stages]
+    assert document["gflops_per_sample"] == pytest.approx(
+        sum(2 * calls * gmacs for calls, gmacs in zip(document["stage_calls"], document["stage_gmacs"], strict=True))
+    )
+    assert document["training_images"] == 9
+    spent = 7 * cost.stages[0].training_flops + 2 * cost.stages[2].training_flops
+    assert document["training_pflops"] == pytest.approx(spent / 1e15)
+    assert "attention included" in document["flops"] and document["samples"] == 0
+    json.dumps(document, allow_nan=False)
+
+
+def test_the_limit_comes_with_the_plain_distance_and_says_how_many_images():
+    data = tiny.images(300)
+    for num, more in ((255, []), (256, ["fd_infinity", "fd_infinity_images"])):
+        document = evaluate_images(data.take(torch.arange(num)), data, extractor(), ["fd"])
+        assert [key for key in document if key.startswith("fd_")] == more and document["samples"] == num
+    assert document["fd_infinity_images"] == [128, 256]
+
+
+def test_only_inception_s_distance_is_called_fid(monkeypatch):
+    data, named = tiny.images(60), extractor()
+    assert "fid" not in evaluate_images(data, data, named, ["fd"])
+    named.name = "inception-v3"
+    document = evaluate_images(tiny.images(60, seed=1), data, named, ["fd", "kid"])
+    assert document["fid"] == document["fd"] > 0
+    assert "fid" not in evaluate_images(data, data, named, ["kid"])
+
+
+def test_figures_do_not_depend_on_the_batch():
+    metrics = ["fd", "kid", "is", "prdc"]
+    data, features = tiny.images(40, labels=True), extractor()
+    whole, parts = (
+        evaluate(tiny.denoiser(), data, metrics=metrics, extractor=lambda: features, num=30, sampling=SAMPLING,
+                 seed=5, batch_size=size)
+        for size in (30, 7)
+    )  # fmt: skip
+    for name in ("fd", "kid", "is"):
+        assert parts[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-4)  # a pixel may be rounded the other way
+    assert parts["prdc"] == pytest.approx(whole["prdc"], abs=0.1)
+
+
+def test_figures_do_not_depend_on_the_kind_of_file(tmp_path):
+    data, real, features = tiny.images(40), tiny.images(50, seed=1), extractor()
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(data.images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "pictures" / f"{i:03}.png")
+    np.savez(tmp_path / "bytes.npz", images=data.images.numpy())
+    np.savez(tmp_path / "floats.npz", images=data.floats().numpy())
+    sources = [f"folder:{tmp_path}/pictures", f"npz:{tmp_path}/bytes.npz", f"npz:{tmp_path}/floats.npz"]
+    found = [evaluate_images(load_data(source, split="all"), real, features, ["fd", "kid", "prdc"])
+             for source in sources]  # fmt: skip
+    for name in ("fd", "kid", "prdc"):
+        for other in found[1:]:
+            assert other[name] == pytest.approx(found[0][name], abs=1e-9)
 
 
 def test_images_against_themselves_are_at_distance_zero():
