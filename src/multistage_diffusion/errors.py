@@ -44,6 +44,14 @@ class CheckpointError(UserError, RuntimeError):
     exit_code = 5
 
 
+class PeerError(UserError):
+    """Another process of the run failed, and says why; this one ends quietly with the same exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A hint to append to a message about an unknown name.
 

@@ -19,6 +19,7 @@ def denoising_loss(
     *,
     augment: Float[Tensor, "batch numbers"] | None = None,
     counts: Sequence[int] | None = None,
+    number: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Weighted squared error of the denoised image, one value an image.
 
@@ -30,6 +31,7 @@ def denoising_loss(
         labels: Class of each image, for a conditional network.
         augment: How each image was augmented, for a network that is told so.
         counts: How many images each stage has, when rows of a stage lie side by side in order.
+        number: Random 64-bit number of each image, from which its dropout is drawn; none draws from torch's generator.
 
     Returns:
         w(sigma) mean_pixels (D(x0 + sigma eps) - x0)^2, with the process's weight w. For noise prediction this is the
@@ -38,5 +40,5 @@ def denoising_loss(
     Source: Karras et al. 2022, Eq. 2 and 8.
     """
     level = sigma.to(images)[:, None, None, None]
-    denoised = denoiser(images + level * noise, sigma, labels, augment=augment, counts=counts)
+    denoised = denoiser(images + level * noise, sigma, labels, augment=augment, counts=counts, number=number)
     return denoiser.process.loss_weight(sigma).to(images) * (denoised - images).square().mean(dim=(1, 2, 3))

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
+GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer; steps from one word to the next
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -36,9 +36,9 @@ def bits(seed: int, stream: str, index: Int[Tensor, " batch"], count: int) -> In
         Signed 64-bit integers on the device of `index`.
     """
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little", signed=True)
-    start = _mix(index * _GAMMA + key)
-    steps = torch.arange(1, count + 1, device=index.device, dtype=torch.int64) * _GAMMA
-    return _mix(start[:, None] + steps)
+    start = mix(index * GAMMA + key)
+    steps = torch.arange(1, count + 1, device=index.device, dtype=torch.int64) * GAMMA
+    return mix(start[:, None] + steps)
 
 
 def uniform(seed: int, stream: str, index: Int[Tensor, " batch"], count: int) -> Float[Tensor, "batch count"]:
@@ -92,13 +92,20 @@ def permutation(seed: int, stream: str, epoch: int, count: int) -> Int[Tensor, "
     return bits(seed, stream, torch.tensor([epoch]), count)[0].argsort(stable=True)
 
 
-def _shift_right(word: Tensor, by: int) -> Tensor:
-    """Logical right shift of signed 64-bit integers."""
-    return (word >> by) & ((1 << (64 - by)) - 1)
+def mix(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """SplitMix64's finaliser: a bijection of 64-bit integers without visible structure.
 
+    Args:
+        word: int64, like a start plus a multiple of `GAMMA`.
 
-def _mix(word: Tensor) -> Tensor:
-    """SplitMix64's finaliser: a bijection of 64-bit integers without visible structure."""
+    Returns:
+        int64.
+    """
     word = (word ^ _shift_right(word, 30)) * _MIX_1
     word = (word ^ _shift_right(word, 27)) * _MIX_2
     return word ^ _shift_right(word, 31)
+
+
+def _shift_right(word: Tensor, by: int) -> Tensor:
+    """Logical right shift of signed 64-bit integers."""
+    return (word >> by) & ((1 << (64 - by)) - 1)

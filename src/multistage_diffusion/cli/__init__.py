@@ -15,7 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import Any
 
-from multistage_diffusion.errors import ConfigError, UserError, suggest
+from multistage_diffusion.errors import ConfigError, PeerError, UserError, suggest
 
 COMMANDS = {
     "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
@@ -59,6 +59,8 @@ def dispatch(arguments: list[str]) -> int:
         code = _run(arguments)
         sys.stdout.flush()
         return code
+    except PeerError as error:
+        return error.exit_code
     except UserError as error:
         if debug:
             raise
@@ -120,16 +122,25 @@ def _run(words: list[str]) -> int:
         raise ConfigError(f"no command {name}{suggest(name, COMMANDS)}; see msd --help")
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
     options = module.parse(arguments) if hasattr(module, "parse") else parse(module.Options, name, arguments)
-    console = Console(stderr=options.json, soft_wrap=True)
+    console = Console(stderr=options.json, soft_wrap=True, quiet=not leads())
     try:
         document = module.run(options, console)
     except UserError as error:
         if options.json and error.document is not None:
             print(json.dumps(error.document, allow_nan=False))
         raise
-    if options.json:
+    if options.json and leads():
         print(json.dumps(document, allow_nan=False))
     return 0
+
+
+def leads() -> bool:
+    """Whether this process prints: of those that `torchrun` started, the first one.
+
+    Returns:
+        Whether it is, or is alone.
+    """
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -> Any:
@@ -173,7 +184,8 @@ def _plain(panel: str) -> str:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """One line for people, without the place in the code."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if leads():
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _overview() -> str:

@@ -19,6 +19,7 @@ from multistage_diffusion.config.process import (
 from multistage_diffusion.config.run import (
     Architecture,
     DataConfig,
+    EngineConfig,
     LoggingConfig,
     ModelConfig,
     RunConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "CosineConfig",
     "DataConfig",
     "EDMConfig",
+    "EngineConfig",
     "FlowConfig",
     "LDMConfig",
     "LoggingConfig",

@@ -189,6 +189,34 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How steps are computed, on one process or many: memory and speed, not what is learned. May change on resume."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of matrix products and convolutions; weights, optimiser and average stay float32."""
+    accumulation: int = 1
+    """Parts that each process cuts its share of a batch into, one after the other, to save memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: ddp, each holds all weights; fsdp, weights, optimiser and average are in shards."""
+    compile: bool = False
+    """Compile encoders and decoders with torch.compile; the first step then takes minutes."""
+    checkpointing: bool = False
+    """Repeat the forward pass of residual blocks in the backward pass: less memory, more time."""
+    channels_last: bool = False
+    """Keep channels side by side in memory, which convolutions of GPUs prefer in half precision."""
+    tf32: bool = False
+    """Let matrix products in float32 use TF32 on a GPU; convolutions do so anyway."""
+    timeout: float = 10.0
+    """Minutes that processes wait for one another in a step before they give up."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "engine")
+        check(1 <= self.accumulation <= 10**6, "engine.accumulation", "in 1..10^6", self.accumulation)
+        check(0 < self.timeout <= 10**4, "engine.timeout", "in (0, 10^4]", self.timeout)
+        check(not self.channels_last or self.parallel == "ddp", "engine.channels-last", "false with fsdp shards", True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How images are drawn from the model unless told otherwise."""
 
@@ -250,6 +278,7 @@ class RunConfig:
     stages: StagesConfig = field(default_factory=StagesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -261,6 +290,8 @@ class RunConfig:
                   self.model.decoder_widths)  # fmt: skip
             check(stages <= self.training.batch_size, "training.batch-size", f"at least {stages}, the number of stages",
                   self.training.batch_size)  # fmt: skip
+        check(self.engine.accumulation <= self.training.batch_size, "engine.accumulation",
+              f"at most training.batch-size {self.training.batch_size}", self.engine.accumulation)  # fmt: skip
         check((self.data.augment_probability > 0) == (self.model.augment_labels > 0), "model.augment-labels",
               "9 with data.augment-probability above 0, and 0 without", self.model.augment_labels)  # fmt: skip
         if self.training.quotas:

@@ -79,6 +79,7 @@ class Denoiser(nn.Module):
         *,
         augment: Float[Tensor, "batch numbers"] | None = None,
         counts: Sequence[int] | None = None,
+        number: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch chan high wide"]:
         """Estimate the clean images in x = x0 + sigma eps.
 
@@ -90,6 +91,8 @@ class Denoiser(nn.Module):
             augment: How each image was augmented, for a network that is told so; none in sampling.
             counts: How many images each stage has, when those of stage 0 come first and so on; saves looking the
                 stages up, and waiting for the device.
+            number: Random 64-bit number of each image, from which its dropout is drawn in training; none draws from
+                torch's generator.
 
         Returns:
             Estimates of x0, float32. An image's estimate does not depend on the other images.
@@ -101,7 +104,7 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in = (
             factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
         )
-        raw = self.network(c_in * x, factors.c_noise.to(x), stage, labels, augment)
+        raw = self.network(c_in * x, factors.c_noise.to(x), stage, labels, augment, number)
         return c_skip * x + c_out * raw.to(x.dtype)
 
     def _at_one_level(self, x: Tensor, sigma: float, labels: Tensor | None, augment: Tensor | None) -> Tensor:
@@ -187,10 +190,30 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: The file is missing or damaged, or belongs to another architecture.
     """
+    weights = read_weights(network, path)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"cannot read weights {path}: {' '.join(str(error).split())}") from error
+
+
+def read_weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file that fits a network.
+
+    Args:
+        network: The network, whose names and shapes the file must have, all of them.
+        path: The file.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or belongs to another architecture.
+    """
     _require_fit(network, path)
     try:
-        network.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read weights {path}: {' '.join(str(error).split())}") from error
 
 

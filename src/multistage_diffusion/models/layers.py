@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from multistage_diffusion import rng
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.errors import ConfigError
 
@@ -130,6 +132,44 @@ class Resample(nn.Module):
 
 
 @final
+class Dropout(nn.Module):
+    """Dropout whose mask belongs to the image: a pure function of the image's number, the layer and the place.
+
+    The mask is the same however a batch is cut into parts and on whatever devices they are, and when a forward pass is
+    repeated to save memory. At each place, (a n + b) mod 2^32 is compared with a threshold; n is random for each
+    place, a and b for each image and layer. So the places of an image are independent of each other, and those of two
+    images are in pairs (Dietzfelbinger 1996, multiply-shift hashing).
+
+    Attributes:
+        layer: Which of the network's dropout layers this is.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.layer = share, 0
+
+    def forward(self, x: Maps, number: Int[Tensor, " batch"] | None = None) -> Maps:
+        """Drop entries, and scale up the others; in evaluation mode nothing.
+
+        Args:
+            x: Feature maps.
+            number: Random 64-bit number of each image; none draws from torch's generator.
+
+        Returns:
+            Feature maps of the same shape.
+        """
+        if not self.training or self.share == 0.0:
+            return x
+        if number is None:
+            return F.dropout(x, self.share)
+        word = rng.mix(number + self.layer)
+        places = rng.mix(torch.arange(x[0].numel(), device=x.device) * rng.GAMMA).int().view(x.shape[1:])
+        factor, start = (word | 1).int()[:, None, None, None], (word >> 32).int()[:, None, None, None]
+        keep = torch.addcmul(start, places, factor) >= int(self.share * 2**32) - 2**31
+        return torch.where(keep, x / (1.0 - self.share), 0.0)
+
+
+@final
 class Attention(nn.Module):
     """Self-attention over the pixels of a feature map, as a residual branch."""
 
@@ -164,6 +204,9 @@ class Attention(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm, SiLU, (resample,) convolution, noise embedding, norm, SiLU, dropout, convolution; then perhaps attention.
 
+    Attributes:
+        recompute: Keep only the input for the backward pass, and repeat the forward pass there.
+
     Source: the BigGAN-style block of Song et al. 2021 (score SDE), which EDM's DDPM++ shares.
     """
 
@@ -183,27 +226,38 @@ class ResidualBlock(nn.Module):
         self.conv0 = initialise(nn.Conv2d(inputs, outputs, 3, padding=1))
         self.affine = initialise(nn.Linear(4 * config.width, outputs))
         self.norm1 = group_norm(outputs, config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv1 = initialise(nn.Conv2d(outputs, outputs, 3, padding=1), zero=True)
         changes = inputs != outputs or resample is not None
         self.shortcut = initialise(nn.Conv2d(inputs, outputs, 1)) if changes else None
         self.attention = Attention(outputs, config) if attention else None
+        self.recompute = False
 
-    def forward(self, x: Maps, embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch chan2 high2 wide2"]:
+    def forward(
+        self, x: Maps, embedding: Float[Tensor, "batch embed"], number: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch chan2 high2 wide2"]:
         """Transform feature maps.
 
         Args:
             x: Feature maps.
             embedding: Noise embedding of each image.
+            number: What each image's dropout is drawn from.
 
         Returns:
             Feature maps of the block's output width (and resolution).
         """
+        if self.recompute and torch.is_grad_enabled():
+            # A mask without a number comes from the generator, whose state must then be repeated, too.
+            keep = number is None and self.dropout.share > 0
+            return checkpoint(self._transform, x, embedding, number, use_reentrant=False, preserve_rng_state=keep)
+        return self._transform(x, embedding, number)
+
+    def _transform(self, x: Tensor, embedding: Tensor, number: Tensor | None) -> Tensor:
         h = F.silu(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv0(h) + self.affine(embedding)[:, :, None, None]
-        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
+        h = self.conv1(self.dropout(F.silu(self.norm1(h)), number))
         if self.shortcut is not None:
             x = self.shortcut(x)
         x = (x + h) * self.scale
@@ -224,12 +278,15 @@ class ConvResample(nn.Module):
         stride = 2 if direction == "down" else 1
         self.conv = initialise(nn.Conv2d(channels, channels, 3, stride=stride, padding=0 if self.pad_after else 1))
 
-    def forward(self, x: Maps, embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch chan high2 wide2"]:
-        """Resample; the embedding is not used, so that all up and down steps are called alike.
+    def forward(
+        self, x: Maps, embedding: Float[Tensor, "batch embed"], number: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch chan high2 wide2"]:
+        """Resample; embedding and number are not used, so that all up and down steps are called alike.
 
         Args:
             x: Feature maps.
             embedding: Noise embedding.
+            number: What each image's dropout is drawn from.
 
         Returns:
             Feature maps of half or twice the height and width.

@@ -18,6 +18,7 @@ from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.models.layers import (
     ConvResample,
+    Dropout,
     Maps,
     NoiseEmbedding,
     Resample,
@@ -33,14 +34,16 @@ class Features(NamedTuple):
     bottleneck: Tensor
     embedding: Tensor
     skips: tuple[Tensor, ...]
+    number: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of some consecutive images; views, nothing is copied."""
         if start == 0 and stop == len(self.bottleneck):
             return self
         return Features(
-            self.bottleneck[start:stop], self.embedding[start:stop], tuple(skip[start:stop] for skip in self.skips)
-        )
+            self.bottleneck[start:stop], self.embedding[start:stop], tuple(skip[start:stop] for skip in self.skips),
+            _part(self.number, start, stop),
+        )  # fmt: skip
 
 
 @final
@@ -88,6 +91,7 @@ class Encoder(nn.Module):
         c_noise: Float[Tensor, " batch"],
         labels: Int[Tensor, " batch"] | None = None,
         augment: Float[Tensor, "batch numbers"] | None = None,
+        number: Int[Tensor, " batch"] | None = None,
     ) -> Features:
         """Encode images once, for whichever decoder.
 
@@ -96,24 +100,25 @@ class Encoder(nn.Module):
             c_noise: The process's conditioning value of each image.
             labels: Class of each image, or none.
             augment: How each image was augmented, or none.
+            number: What each image's dropout is drawn from; none draws from torch's generator.
 
         Returns:
-            Bottleneck, noise embedding and skip connections.
+            Bottleneck, noise embedding, skip connections and numbers.
         """
         embedding = self.embedding(c_noise, labels, augment)
         pyramid, h = x, self.stem(x)
         skips = [h]
         for level, blocks in enumerate(self.levels):
             for block in blocks.children():
-                skips.append(h := block(h, embedding))
+                skips.append(h := block(h, embedding, number))
             if level < len(self.downs):
-                h = self.downs[level](h, embedding)
+                h = self.downs[level](h, embedding, number)
                 if self.pyramid:
                     h = pyramid = (h + self.pyramid[level](pyramid)) * self.scale
                 skips.append(h)
         for block in self.middle:
-            h = block(h, embedding)
-        return Features(h, embedding, tuple(skips))
+            h = block(h, embedding, number)
+        return Features(h, embedding, tuple(skips), number)
 
 
 @final
@@ -150,15 +155,15 @@ class Decoder(nn.Module):
         Returns:
             The raw network output F.
         """
-        h, embedding, skips = features
+        h, embedding, skips, number = features
         remaining = list(skips)
         for block in self.middle:
-            h = block(h, embedding)
+            h = block(h, embedding, number)
         for level, blocks in enumerate(self.levels):
             for block in blocks.children():
-                h = block(torch.cat((h, remaining.pop()), dim=1), embedding)
+                h = block(torch.cat((h, remaining.pop()), dim=1), embedding, number)
             if level < len(self.ups):
-                h = self.ups[level](h, embedding)
+                h = self.ups[level](h, embedding, number)
         return self.head(F.silu(self.norm(h)))
 
 
@@ -191,6 +196,23 @@ class MultiDecoderUNet(nn.Module):
         first = self.encoders[0]
         assert isinstance(first, Encoder)
         self.decoders = nn.ModuleList(Decoder(width, first, config, shape) for width in widths)
+        for layer, dropout in enumerate(module for module in self.modules() if isinstance(module, Dropout)):
+            dropout.layer = layer
+
+    def recompute(self) -> None:
+        """Keep only the inputs of residual blocks for the backward pass; less memory, a third more time."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.recompute = True
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile each encoder and decoder by itself, in place; names of parameters stay, and so does the routing.
+
+        Args:
+            backend: Compiler of torch.
+        """
+        for part in (*self.encoders, *self.decoders):
+            part.compile(backend=backend, dynamic=False)
 
     def encoder(self, stage: int) -> nn.Module:
         """The encoder that a stage uses.
@@ -210,6 +232,7 @@ class MultiDecoderUNet(nn.Module):
         stage: int | Sequence[int] | Int[Tensor, " batch"],
         labels: Int[Tensor, " batch"] | None = None,
         augment: Float[Tensor, "batch numbers"] | None = None,
+        number: Int[Tensor, " batch"] | None = None,
     ) -> Maps:
         """Raw network output F for each image by its stage's decoder.
 
@@ -221,27 +244,31 @@ class MultiDecoderUNet(nn.Module):
                 order (tensor).
             labels: Class of each image, `config.classes` for none; only for a conditional network.
             augment: The `config.augment_labels` numbers of each image; none where nothing was augmented.
+            number: Random 64-bit number of each image, from which its dropout is drawn; none draws from torch's
+                generator.
 
         Returns:
             Output of the shape of `x`. An image's output does not depend on the other images.
         """
         if isinstance(stage, int):
-            return self.decoders[stage](self.encoder(stage)(x, c_noise, labels, augment))
+            return self.decoders[stage](self.encoder(stage)(x, c_noise, labels, augment, number))
         if not isinstance(stage, Tensor):
-            return self._grouped(x, c_noise, stage, labels, augment)
+            return self._grouped(x, c_noise, stage, labels, augment, number)
         order = stage.argsort(stable=True)
         counts = torch.bincount(stage, minlength=len(self.decoders)).tolist()
         known = None if labels is None else labels[order]
         told = None if augment is None else augment[order]
-        rows = self._grouped(x[order], c_noise[order], counts, known, told)
+        drawn = None if number is None else number[order]
+        rows = self._grouped(x[order], c_noise[order], counts, known, told, drawn)
         return rows[order.argsort()]
 
     def _grouped(
-        self, x: Tensor, c_noise: Tensor, counts: Sequence[int], labels: Tensor | None, augment: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, c_noise: Tensor, counts: Sequence[int], labels: Tensor | None, augment: Tensor | None,
+        number: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Rows of a stage lie side by side: encode all at once (or per stage, if separate), decode slice by slice."""
         assert len(counts) == len(self.decoders) and sum(counts) == len(x), "counts must cover the batch"
-        shared = self.encoders[0](x, c_noise, labels, augment) if len(self.encoders) == 1 else None
+        shared = self.encoders[0](x, c_noise, labels, augment, number) if len(self.encoders) == 1 else None
         outputs, start = [], 0
         for stage, count in enumerate(counts):
             stop = start + count
@@ -249,12 +276,16 @@ class MultiDecoderUNet(nn.Module):
                 if shared is not None:
                     features = shared.rows(start, stop)
                 else:
-                    own = None if labels is None else labels[start:stop]
-                    told = None if augment is None else augment[start:stop]
-                    features = self.encoders[stage](x[start:stop], c_noise[start:stop], own, told)
+                    own = (_part(values, start, stop) for values in (labels, augment, number))
+                    features = self.encoders[stage](x[start:stop], c_noise[start:stop], *own)
                 outputs.append(self.decoders[stage](features))
             start = stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _part(values: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Some consecutive rows of what may be absent."""
+    return None if values is None else values[start:stop]
 
 
 def _middle(channels: int, config: ModelConfig) -> nn.ModuleList:

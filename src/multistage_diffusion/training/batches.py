@@ -30,9 +30,13 @@ class Batch:
         images: (B, C, H, W) clean images in [-1, 1], float32.
         noise: (B, C, H, W) standard normal noise, float32.
         sigma: (B,) noise levels, float64.
-        weight: (B,) importance weights, float32: the mean of weight * loss estimates the loss under the training
-            distribution without bias (for `single-uniform` batches the weights are 1, as in the paper).
-        counts: How many images each stage has.
+        weight: (B,) importance weights, float32: the mean of weight * loss over the whole batch estimates the loss
+            under the training distribution without bias (for `single-uniform` batches the weights are 1, as in the
+            paper).
+        index: (B,) global sample indices, int64.
+        counts: How many images each stage has here.
+        whole: How many images each stage has in the whole batch, of which this may be a part.
+        real: Whether each stage's images here count; not those that fill up a part to which no image of a stage fell.
         labels: (B,) classes, `classes` for a hidden one, int64; none for an unconditional network.
         augment: (B, 9) how each image was augmented, float32; none without EDM's augmentation.
     """
@@ -41,9 +45,38 @@ class Batch:
     noise: Tensor
     sigma: Tensor
     weight: Tensor
+    index: Tensor
     counts: tuple[int, ...]
+    whole: tuple[int, ...]
+    real: tuple[bool, ...]
     labels: Tensor | None
     augment: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a batch that one part has: every n-th, so that parts differ by one row at most, a stage and in all.
+
+    A part to which no row of a stage falls repeats one with weight 0, so that each part uses the same decoders.
+    """
+
+    rows: Tensor
+    real: Tensor
+    counts: tuple[int, ...]
+    stages: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, whole: tuple[int, ...], part: int, parts: int, device: torch.device) -> _Part:
+        rows: list[int] = []
+        counts, real, start = [], [], 0
+        for count in whole:
+            own = [row for row in range(start, start + count) if row % parts == part]
+            real.append(bool(own))
+            rows += (own := own or [start] * (count > 0))
+            counts.append(len(own))
+            start += count
+        mask = torch.tensor(real, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
+        return cls(torch.tensor(rows, device=device), mask.to(device), tuple(counts), tuple(real))
 
 
 def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
@@ -122,20 +155,31 @@ class Batches:
         self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
         self._weight = self._weights().to(device)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._parts: dict[tuple[tuple[int, ...], int, int], _Part] = {}
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step.
+    def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of a step, or a part of it.
 
         Args:
             step: Steps taken before, from 0.
+            part: Which part, from 0.
+            parts: How many parts the batch is cut into. All have the same stages.
 
         Returns:
-            Always the same batch for the same (data, configuration, step).
+            Always the same images, noise and levels for the same (data, configuration, step); the parts share them.
         """
         size, seed, device = self.config.batch_size, self.config.seed, self._data.images.device
         index = torch.arange(step * size, (step + 1) * size, device=device)
-        counts = self._split(step)
+        whole = counts = self._split(step)
+        real = tuple(count > 0 for count in whole)
         chosen = self._pick(step)
+        # Levels of a stage are drawn together, in cells; each part then makes the images and noise of its own rows.
+        sigma = self.process.icdf(self._levels(whole, rng.uniform(seed, "sigma", index, 1)[:, 0]))
+        weight = self._weight
+        if parts > 1:
+            cut = self._part(whole, part, parts)
+            index, chosen, sigma = index[cut.rows], chosen[cut.rows], sigma[cut.rows]
+            weight, counts, real = weight[cut.rows] * cut.real, cut.counts, cut.stages
         images = self._data.floats(chosen)
         if self.flip:
             mirrored = rng.bits(seed, "flip", index, 1)[:, :, None, None] < 0
@@ -148,8 +192,14 @@ class Batches:
             hidden = rng.uniform(seed, "label", index, 1)[:, 0] < self.config.label_dropout
             labels = torch.where(hidden, self.classes, self._labels[chosen])
         noise = rng.normal(seed, "noise", index, images.shape[1:])
-        sigma = self.process.icdf(self._levels(counts, rng.uniform(seed, "sigma", index, 1)[:, 0]))
-        return Batch(images, noise, sigma, self._weight, counts, labels, told)
+        return Batch(images, noise, sigma, weight, index, counts, whole, real, labels, told)
+
+    def _part(self, whole: tuple[int, ...], part: int, parts: int) -> _Part:
+        """Which rows a part has; moved to the device once for each of the few ways that stages fill a batch."""
+        key = (whole, part, parts)
+        if key not in self._parts:
+            self._parts[key] = _Part.of(whole, part, parts, self._data.images.device)
+        return self._parts[key]
 
     def _weights(self) -> Tensor:
         """The weight of each row; the same in every step, so that none waits for a copy to the device."""

@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.errors import CheckpointError, ConfigError, NumericsError
 from multistage_diffusion.files import check_directory, read_json, whole_directory
-from multistage_diffusion.models.denoiser import CONFIG, load_weights
+from multistage_diffusion.models.denoiser import CONFIG, read_weights
+from multistage_diffusion.training.distributed import gather, put
+from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.precision import LossScale
 from multistage_diffusion.training.snapshots import file_name
 
 RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -76,11 +79,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Checkpoint:
-    """Write everything that a bit-equal continuation needs.
+    """Write everything that a bit-equal continuation needs, whatever the number of processes then.
 
     Args:
         folder: The run's `checkpoints` folder.
-        trainer: What to save.
+        trainer: What to save. All processes must call; process 0 writes.
         extra: More entries for `state.json`.
 
     Returns:
@@ -91,51 +94,99 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
         NumericsError: A weight is not finite; nothing is written.
     """
     path = folder / f"step-{trainer.step:08d}"
-    weights = trainer.denoiser.network.state_dict()
     optimizer = {
-        f"{index}.{key}": value.contiguous()
+        f"{index}.{key}": value
         for index, entry in trainer.optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
+    held = {RAW: trainer.denoiser.network.state_dict(), OPTIMIZER: optimizer}
+    held |= {file: average.average for file, average in _averages(trainer).items()}
+    files = {file: gather(tensors) for file, tensors in held.items()}
+    if not trainer.world.leads:
+        return Checkpoint(path, trainer.step)
     state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}
-    _require_finite(weights, trainer.step)
-    averages = {EMA_WEIGHTS: trainer.ema.average}
-    averages |= {file_name(length): power.average for length, power in trainer.powers.items()}
-    size = sum(tensor.nbytes for group in (weights, optimizer, *averages.values()) for tensor in group.values())
+    if trainer.scale is not None:
+        state["loss_scale"] = vars(trainer.scale)
+    _require_finite(files[RAW], trainer.step)
+    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with whole_directory(path, size=size, replace=True) as temporary:  # a damaged one of this step gives way
-        safetensors.torch.save_file(weights, temporary / RAW)
-        for file, average in averages.items():
-            safetensors.torch.save_file(average, temporary / file)
-        safetensors.torch.save_file(optimizer, temporary / OPTIMIZER)
+        for file, tensors in files.items():
+            safetensors.torch.save_file(tensors, temporary / file)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
         (temporary / CONFIG).write_text(json.dumps(to_dict(trainer.config), indent=2) + "\n")
     return Checkpoint(path, trainer.step)
 
 
-def restore_checkpoint(checkpoint: Checkpoint, trainer: Trainer) -> None:
+def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
     """Load a checkpoint into a trainer of the same configuration.
 
     Args:
-        checkpoint: A valid checkpoint.
-        trainer: Its weights, average, optimiser state and step count are replaced.
+        checkpoint: A valid checkpoint, on process 0, which reads it; the others get it from there, and all must call.
+        trainer: Its weights, averages, optimiser state, loss scale and step count are replaced.
 
     Raises:
         CheckpointError: A file is unreadable or belongs to another architecture.
     """
-    load_weights(trainer.denoiser.network, checkpoint.path / RAW)
+    world, files, document = trainer.world, None, None
+    if world.leads:
+        assert checkpoint is not None
+        files, document = _read(checkpoint, trainer)
+        world.tell("state", document)
+    else:
+        document = world.ask("state")
+    for file in (RAW, *_averages(trainer), OPTIMIZER):
+        tensors = world.share(file, None if files is None else files[file])
+        try:
+            _put(file, tensors, trainer)
+        except (KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(f"cannot restore {checkpoint.path if checkpoint else file}: {error}") from error
+    trainer.step, trainer.stage_images = document["step"], document["stage_images"]
+    if trainer.scale is not None:
+        trainer.scale = LossScale(**document["loss_scale"])
+
+
+def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """The tensors of a checkpoint by file and name, and what else a trainer knows."""
+    files = {RAW: read_weights(trainer.denoiser.network, checkpoint.path / RAW)}
     try:
-        trainer.ema.load(safetensors.torch.load_file(checkpoint.path / EMA_WEIGHTS))
-        for length, power in trainer.powers.items():
-            power.load(safetensors.torch.load_file(checkpoint.path / file_name(length)))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in safetensors.torch.load_file(checkpoint.path / OPTIMIZER).items():
-            index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-        document = checkpoint.state()
-        trainer.step, trainer.stage_images = int(document["step"]), [int(n) for n in document["stage_images"]]
+        for file in (*_averages(trainer), OPTIMIZER):
+            files[file] = safetensors.torch.load_file(checkpoint.path / file)
+        state = checkpoint.state()
+        images = [int(count) for count in state["stage_images"]]
+        scale = LossScale(**state.get("loss_scale", {}))
+        return files, {"step": int(state["step"]), "stage_images": images, "loss_scale": vars(scale)}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
+
+
+def _put(file: str, tensors: dict[str, torch.Tensor], trainer: Trainer) -> None:
+    """Write the tensors of a file where they belong."""
+    if file == RAW:
+        for name, target in trainer.denoiser.network.state_dict().items():
+            put(target, tensors[name])
+    elif file == OPTIMIZER:
+        _put_optimizer(tensors, trainer.optimizer)
+    else:
+        _averages(trainer)[file].load(tensors)
+
+
+def _put_optimizer(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Moments take the form of their parameters, in shards or whole; step counts stay as they are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".")
+        if tensor.dim() > 0 or parameters[int(index)].dim() == 0:
+            placed = torch.zeros_like(parameters[int(index)], dtype=tensor.dtype)
+            put(placed, tensor)
+            tensor = placed
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _averages(trainer: Trainer) -> dict[str, EMA]:
+    """The averages by the names of their files."""
+    return {EMA_WEIGHTS: trainer.ema, **{file_name(length): power for length, power in trainer.powers.items()}}
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:

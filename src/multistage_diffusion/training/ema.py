@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.training.distributed import local, put, whole_tensor
 
 LONGEST = 0.28  # relative width; a power function with exponent 0, the plain mean over all of training, has 0.2887
 
@@ -103,9 +104,10 @@ class EMA:
             images: Images seen, this batch included.
             batch_size: Images of this batch.
         """
-        current = [parameter.detach().float() for parameter in module.parameters()]
+        current = [local(parameter.detach()).float() for parameter in module.parameters()]
+        averages = [local(average) for average in self.average.values()]
         share = 1.0 - self.profile.decay(images, batch_size)
-        torch._foreach_lerp_(list(self.average.values()), current, share)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(averages, current, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -115,7 +117,7 @@ class EMA:
             module: A module other than the trained one.
         """
         for name, parameter in module.named_parameters():
-            parameter.copy_(self.average[name])
+            parameter.copy_(whole_tensor(self.average[name]))
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:
@@ -133,7 +135,7 @@ class EMA:
             if average[name].shape != tensor.shape:
                 raise ValueError(f"the average of {name} has shape {tuple(average[name].shape)}")
         for name, tensor in self.average.items():
-            tensor.copy_(average[name])
+            put(tensor, average[name])
 
 
 def relative_width(exponent: float) -> float:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data.latents import Examples
-from multistage_diffusion.errors import NumericsError
+from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training.batches import Batches
+from multistage_diffusion.training.batches import Batch, Batches
+from multistage_diffusion.training.distributed import ALONE, World, parallelise, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
+from multistage_diffusion.training.precision import LossScale, autocast, require_few
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class StepResult:
         stage_loss: Mean loss of each stage's images, none where the batch had none of the stage.
         learning_rate: The step's learning rate.
         gradient_norm: Norm of the gradient before clipping.
+        clipped: Whether the gradient was clipped.
+        overflows: How often the step was repeated at half the loss scale, because gradients overflowed in fp16.
+        stop: Number of the signal that asks to stop, heard by this or any other process; none: go on.
     """
 
     step: int
@@ -40,6 +50,9 @@ class StepResult:
     stage_loss: tuple[float | None, ...]
     learning_rate: float
     gradient_norm: float
+    clipped: bool = False
+    overflows: int = 0
+    stop: int | None = None
 
 
 def build_denoiser(config: RunConfig, shape: tuple[int, int, int], found: Stages | None = None) -> Denoiser:
@@ -68,29 +81,40 @@ class Trainer:
         data: Training images, or their latents (with the mirrored ones among them, if there is to be a flip).
         device: Where to train.
         found: The partition with its provenance, if there is one.
+        world: The processes that train together; each of them makes its trainer.
 
     Raises:
-        ConfigError: The configuration does not fit the data.
+        ConfigError: The configuration does not fit the data, or the batch has fewer images than parts.
 
     Attributes:
         denoiser: The trained denoiser.
         ema: The average of its weights.
         powers: Its power-function averages, by their length.
+        scale: The loss scale of fp16; none in other precisions.
         step: Steps taken.
         stage_images: Images that each stage was trained on.
     """
 
     def __init__(
-        self, config: RunConfig, data: Examples, device: torch.device | str = "cpu", found: Stages | None = None
-    ) -> None:
-        self.config, self.device = config, torch.device(device)
+        self, config: RunConfig, data: Examples, device: torch.device | str = "cpu", found: Stages | None = None,
+        world: World = ALONE,
+    ) -> None:  # fmt: skip
+        self.config, self.device, self.world = config, torch.device(device), world
+        training, engine = config.training, config.engine
+        if training.batch_size < world.size * engine.accumulation:
+            raise ConfigError(
+                f"training.batch-size {training.batch_size} is less than {world.size * engine.accumulation}, one image "
+                f"for each of {world.size} processes and engine.accumulation {engine.accumulation}"
+            )
         self.denoiser = build_denoiser(config, data.shape, found).to(self.device).train()
-        training = config.training
         self.batches = Batches(
             data, self.denoiser.process, self.denoiser.stages, training,
             flip=config.data.flip and config.data.autoencoder is None,
             augment_probability=config.data.augment_probability, classes=config.model.classes, device=self.device,
         )  # fmt: skip
+        self._model = self._engine()
+        self.scale = LossScale() if engine.precision == "fp16" else None
+        self._flags = torch.cat((torch.zeros(1, 2), torch.eye(2))).to(self.device)
         self.ema = EMA(self.denoiser.network, HalfLife(training.ema_half_life, training.ema_ramp_up))
         self.powers = {length: EMA(self.denoiser.network, Power(length)) for length in training.ema_lengths}
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
@@ -106,11 +130,12 @@ class Trainer:
         """Images seen."""
         return self.step * self.config.training.batch_size
 
-    def run(self, steps: int) -> Iterator[StepResult]:
+    def run(self, steps: int, asked: Sequence[int] = ()) -> Iterator[StepResult]:
         """Train until `steps` steps have been taken in all.
 
         Args:
             steps: Where to stop.
+            asked: Signals that this process has received; grows meanwhile.
 
         Yields:
             The result of each step, after it.
@@ -119,10 +144,10 @@ class Trainer:
             NumericsError: The loss or the gradient is not finite; the weights are those before the step.
         """
         while self.step < steps:
-            yield self._advance()
+            yield self._advance(asked)
 
     def averaged(self) -> Denoiser:
-        """A copy of the denoiser with the averaged weights, in evaluation mode.
+        """A copy of the denoiser with the averaged weights, in evaluation mode; all processes must call.
 
         Returns:
             A denoiser that shares nothing with the trained one.
@@ -131,26 +156,48 @@ class Trainer:
         self.ema.copy_to(copy.network)
         return copy.eval()
 
-    def _advance(self) -> StepResult:
-        training = self.config.training
-        batch = self.batches(self.step)
-        network = self.denoiser.network
-        with self._dropout_seeded():
-            losses = denoising_loss(
-                self.denoiser, batch.images, batch.noise, batch.sigma, batch.labels, augment=batch.augment,
-                counts=batch.counts,
-            )  # fmt: skip
-        loss = (batch.weight * losses).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        means = [part.mean() for part in losses.detach().split(batch.counts) if len(part)]
-        # Read at once, as each read waits for the device, and before the update, which a bad value must not reach.
-        loss_read, norm_read, *means_read = torch.stack([loss.detach(), norm, *means]).tolist()
-        stage_loss = _spread(means_read, batch.counts)
-        self._require_finite(stage_loss, norm_read)
-        if training.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(network.parameters(), training.clip_norm, norm)
+    def _engine(self) -> nn.Module:
+        """Prepare the network as the engine's options say, before anything refers to its weights."""
+        engine, network = self.config.engine, self.denoiser.network
+        if engine.tf32:
+            torch.set_float32_matmul_precision("high")
+        if engine.channels_last:
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if engine.checkpointing:
+            network.recompute()
+        if engine.compile:
+            network.compile_parts()
+        return parallelise(
+            _Losses(self.denoiser), network, self.world, self.device, engine.parallel,
+            unused=self.config.training.batches != "mixed",
+        )  # fmt: skip
+
+    def _advance(self, asked: Sequence[int]) -> StepResult:
+        training, network = self.config.training, self.denoiser.network
+        overflows = 0
+        while True:
+            figures, whole = self._gradients(asked)
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            if self.scale is not None:
+                torch._foreach_mul_(gradients, 1.0 / self.scale.value)  # pyright: ignore[reportPrivateImportUsage]
+            norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
+            # Read at once, as each read waits for the device, and before the update, which a bad value must not reach.
+            norm_read, loss_read, *rest = torch.cat((norm[None], figures)).tolist()
+            stage_loss = _spread(rest, whole)
+            self._require_finite(stage_loss)
+            if math.isfinite(norm_read):
+                break
+            if self.scale is None:
+                raise NumericsError(
+                    f"gradient norm is {norm_read} at step {self.step + 1}; the weights were not updated; lower "
+                    "training.learning-rate"
+                )
+            overflows += 1  # the step is repeated at half the scale, so that no image is lost
+            require_few(overflows, self.step + 1)
+            self.scale.shrink()
+        clip = training.clip_norm
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip, norm)
         seen = self.images + training.batch_size
         rate = training.learning_rate * min(1.0, seen / max(training.warmup_images, 1))
         for group in self.optimizer.param_groups:
@@ -158,24 +205,59 @@ class Trainer:
         self.optimizer.step()
         for average in (self.ema, *self.powers.values()):
             average.update(network, seen, training.batch_size)
+        if self.scale is not None:
+            self.scale.keep()
         self.step += 1
-        self.stage_images = [total + count for total, count in zip(self.stage_images, batch.counts, strict=True)]
-        return StepResult(self.step, self.images, loss_read, stage_loss, rate, norm_read)
+        self.stage_images = [total + count for total, count in zip(self.stage_images, whole, strict=True)]
+        if self.step % training.log_every == 0:
+            self.world.require_equal(dict(network.named_parameters()), self.step)
+        return StepResult(
+            self.step, self.images, loss_read, stage_loss, rate, norm_read,
+            clipped=clip is not None and norm_read > clip, overflows=overflows, stop=self._heard(asked, rest),
+        )  # fmt: skip
 
-    @contextlib.contextmanager
-    def _dropout_seeded(self) -> Iterator[None]:
-        """Dropout of a step depends on the step alone; the device's generator goes on as if it had not been used."""
-        if not self.config.model.dropout:
-            yield
-            return
-        seed = int(rng.bits(self.config.training.seed, "dropout", torch.tensor([self.step]), 1))
-        cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if cuda else []):
-            _generator(self.device).manual_seed(seed)  # torch.manual_seed would seed every other device, too
-            yield
+    def _gradients(self, asked: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Gradients of the whole batch's loss, over all processes and parts.
 
-    def _require_finite(self, stage_loss: tuple[float | None, ...], norm: float) -> None:
-        """Stop before the update where a loss or the gradient is not finite."""
+        Returns:
+            The loss, the mean loss of each stage in the batch, and for several processes the signals that they heard;
+            and how many images of each stage there are.
+        """
+        world, training, turns = self.world, self.config.training, self.config.engine.accumulation
+        self.optimizer.zero_grad(set_to_none=True)
+        figures, whole = torch.empty(0), ()
+        for turn in range(turns):
+            batch = self.batches(self.step, turn * world.size + world.rank, turns * world.size)
+            dropout = self.config.model.dropout > 0
+            number = rng.bits(training.seed, "dropout", batch.index, 1)[:, 0] if dropout else None
+            with self._synchronised(turn + 1 == turns):
+                with autocast(self.config.engine, self.device):
+                    losses = self._model(batch, number)
+                loss = (batch.weight * losses).sum() / training.batch_size
+                factor = world.size * (self.scale.value if self.scale is not None else 1.0)  # processes are averaged
+                (loss if factor == 1.0 else loss * factor).backward()
+            rows = zip(losses.detach().split(batch.counts), batch.whole, batch.real, strict=True)
+            means = [part.sum() / count if real else part.new_zeros(()) for part, count, real in rows if count]
+            summands = torch.stack([loss.detach(), *means])
+            figures, whole = (figures + summands, whole) if turn else (summands, batch.whole)
+        if world.size > 1:
+            figures = world.sum(torch.cat((figures, self._flags[1 + _SIGNALS.index(asked[0]) if asked else 0])))
+        return figures, whole
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Where gradients are summed over the processes: DDP does so once a step; FSDP each time, to free memory."""
+        if last or not isinstance(self._model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._model.no_sync()
+
+    def _heard(self, asked: Sequence[int], rest: Sequence[float]) -> int | None:
+        """The signal that this process, or any of several ones, was stopped by; all processes know at the same step."""
+        if self.world.size == 1:
+            return asked[0] if asked else None
+        return next((int(number) for number, heard in zip(_SIGNALS, rest[-2:], strict=True) if heard), None)
+
+    def _require_finite(self, stage_loss: tuple[float | None, ...]) -> None:
+        """Stop before the update where a loss is not finite."""
         for stage, mean in enumerate(stage_loss):
             if mean is not None and not math.isfinite(mean):
                 low, high = self.denoiser.stages.bounds(stage)
@@ -183,21 +265,24 @@ class Trainer:
                     f"loss is {mean} at step {self.step + 1} in stage {stage} (sigma {low:g} to {high:g}); the weights "
                     "were not updated; lower training.learning-rate or training.clip-norm, or look at the data"
                 )
-        if not math.isfinite(norm):
-            raise NumericsError(
-                f"gradient norm is {norm} at step {self.step + 1}; the weights were not updated; lower "
-                "training.learning-rate"
-            )
 
 
-def _spread(means: list[float], counts: tuple[int, ...]) -> tuple[float | None, ...]:
+@final
+class _Losses(nn.Module):
+    """What is called in training, whole: one forward pass for each backward pass, as DDP wants it."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, batch: Batch, number: Tensor | None) -> Tensor:
+        return denoising_loss(
+            self.denoiser, batch.images, batch.noise, batch.sigma, batch.labels, augment=batch.augment,
+            counts=batch.counts, number=number,
+        )  # fmt: skip
+
+
+def _spread(means: Sequence[float], counts: tuple[int, ...]) -> tuple[float | None, ...]:
     """One entry a stage, none where it has no rows."""
     remaining = iter(means)
     return tuple(next(remaining) if count else None for count in counts)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The generator that a device's dropout draws from."""
-    if device.type != "cuda":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

@@ -1,0 +1,140 @@
+"""How processes that train together end when one of them fails: it says why, and the others go quietly.
+
+A process that fails exits, so the collectives of the others break off with an error of the transport, which says
+nothing. They find the reason in the store where all met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from multistage_diffusion.errors import PeerError, UserError
+
+_FAILED, _CLAIMS = "failed", "failures"  # keys of the store: who failed first and why; how many claim to have been it
+_GRACE = 5.0  # seconds in which processes that lost one another wait for whoever knows why
+_POLL = 0.02
+
+
+def require_none(store: Store) -> None:
+    """Stop waiting when another process has failed.
+
+    Args:
+        store: Where the processes met.
+
+    Raises:
+        PeerError: One has.
+    """
+    if store.check([_FAILED]):
+        raise _peer_error(store)
+
+
+def blame(store: Store, rank: int, size: int, error: BaseException) -> BaseException:
+    """How this process should end: the first that failed says why, and those that only lost it say nothing.
+
+    Args:
+        store: Where the processes met.
+        rank: Number of this process.
+        size: Number of processes.
+        error: What happened here.
+
+    Returns:
+        The error to end with: this one, a `PeerError` if another process came first, or a `UserError` that names
+        processes which ended without a word.
+    """
+    try:
+        store.set(f"left {rank}", "")
+        if isinstance(error, PeerError):
+            return error
+        if _is_lost(error) and not _told(store) and (silent := _silent(store, size)):
+            error = UserError(
+                f"no word from process {', '.join(map(str, silent))} of {size}: killed, out of memory, hanging, or its "
+                "machine lost; the same command goes on from the last checkpoint"
+            )
+        if store.add(_CLAIMS, 1) > 1:
+            return _peer_error(store)
+        code = getattr(error, "exit_code", 1)
+        store.set(_FAILED, json.dumps({"rank": rank, "code": code, "error": str(error)}))
+        _report(error)
+    except dist.DistError:
+        return UserError(f"process 0 of {size}, where all met, ended without a word; the same command goes on")
+    return error
+
+
+def linger(store: Store, rank: int, size: int) -> None:
+    """Where process 0 holds the store itself, it stays until the others have read why it ends.
+
+    Args:
+        store: Where the processes met.
+        rank: Number of this process.
+        size: Number of processes.
+    """
+    if rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    deadline = time.monotonic() + _GRACE
+    while _silent(store, size) and time.monotonic() < deadline:
+        time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Let no SIGTERM of torchrun, which follows the first failure, break into the words about it.
+
+    Yields:
+        While SIGTERM is ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a collective broke off, which is the consequence of something that happened elsewhere."""
+    if isinstance(error, UserError):
+        return False
+    words = ("gloo", "NCCL", "Connection closed", "Timed out")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def _told(store: Store) -> bool:
+    """Whether another process says in a while why it failed."""
+    deadline = time.monotonic() + _GRACE
+    while not store.check([_FAILED]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
+def _silent(store: Store, size: int) -> list[int]:
+    """Processes that have not left."""
+    return [rank for rank in range(size) if not store.check([f"left {rank}"])]
+
+
+def _peer_error(store: Store) -> PeerError:
+    failed = json.loads(store.get(_FAILED))
+    return PeerError(f"process {failed['rank']} failed: {failed['error']}", int(failed["code"]))
+
+
+def _report(error: BaseException) -> None:
+    """Name the cause in torchrun's report."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        document = {"message": f"error: {error}", "timestamp": int(time.time())}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(document))
