@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,19 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from multistage_diffusion.config import TrainingConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from multistage_diffusion.training.loop import StepResult
 
 
 @contextmanager
 def training_progress(
-    console: Console, config: TrainingConfig, name: str = "training"
+    console: Console, config: TrainingConfig, name: str = "training", device: torch.device | None = None
 ) -> Iterator[Callable[[StepResult, int], None]]:
-    """Show steps, images/s, loss of each stage and the time left.
+    """Show steps, images/s, loss of each stage, memory of a GPU and the time left.
 
     Args:
         console: Where to show it.
         config: Gives the batch size, and how often a plain line is printed.
         name: What the bar is called.
+        device: Whose memory is shown, if it is a GPU.
 
     Yields:
         A function to call after each step, with its result and the number of steps wanted.
@@ -51,14 +55,24 @@ def training_progress(
             clock["rate"] = done * config.batch_size / (now - clock["time"])
             clock["time"], clock["step"] = now, result.step
         stages = " ".join("-" if loss is None else f"{loss:.3f}" for loss in result.stage_loss)
-        text = f"loss {clock['loss']:.4f} (stages {stages})  {clock['rate']:.0f} images/s"
+        text = f"loss {clock['loss']:.4f} (stages {stages})  {clock['rate']:.0f} images/s{_memory(device)}"
         bar.update(task, completed=result.step, total=steps, text=text)
         if due and not console.is_terminal:
-            left = (steps - result.step) * config.batch_size / max(clock["rate"], 1e-9)
-            console.print(f"{name} step {result.step}/{steps}  {text}  {left:.0f} s left")
+            left = min((steps - result.step) * config.batch_size / max(clock["rate"], 1e-3), 1e9)
+            console.print(f"{name} step {result.step}/{steps}  {text}  {timedelta(seconds=round(left))} left")
 
     with bar:
         yield on_step
+
+
+def _memory(device: torch.device | None) -> str:
+    """What torch holds of a GPU's memory at most; asking does not wait for the GPU."""
+    if device is None or device.type != "cuda":
+        return ""
+    import torch
+
+    most, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    return f"  {most / 2**30:.1f}/{total / 2**30:.0f} GiB"
 
 
 def encoding_progress(console: Console) -> Callable[[int, int], None]:

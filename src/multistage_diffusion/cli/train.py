@@ -100,7 +100,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.cli.progress import encoding_progress, training_progress
     from multistage_diffusion.training.run import train
 
-    with training_progress(console, config.training) as progress:
+    with training_progress(console, config.training, device=device) as progress:
 
         def on_step(result: StepResult, steps: int) -> None:
             progress(result, steps)
