@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a model; the same command again resumes",
     "sample": "draw images from a run",
     "evaluate": "measure a run, or a folder of images",
+    "study": "a table or figure of the paper, with seeds, intervals and a report",
     "verify": "check every file of a run against its manifest",
     "convert": "a run to a folder for diffusers, or a U-Net of diffusers to a model of ours",
     "export": "write a run's weights as one safetensors file",

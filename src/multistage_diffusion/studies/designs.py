@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Finder:
     say: Say
     guess: bool = False
     keep: bool = True
+    _known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     def edges(self, method: str = "optimal-denoiser", stages: int = 3, measure: str = "time") -> tuple[float, ...]:
         """Edges in sigma, to four digits: what they are known to, and the same on every machine.
@@ -122,19 +123,21 @@ class Finder:
 
         What needs training has a stand-in, which is never written.
         """
+        if name in self._known:
+            return self._known[name]
         base = self.budget.base
         asked = {"data": self.data.digest, "process": to_dict(base.process)}
         if name.startswith(("widths", "edges-gradient")):
             asked["base"] = distinct(base)
         path = self.folder / f"{name}.json"
         if path.is_file() and _same(asked, (document := read_json(path))["asked"]):
-            return document
+            return self._known.setdefault(name, document)
         if self.guess and stand_in is not None:
             return stand_in()
         document = {"asked": asked, **find()}
         if self.keep:
             write_json(path, document)
-        return document
+        return self._known.setdefault(name, document)
 
 
 def _same(asked: dict[str, Any], kept: dict[str, Any]) -> bool:

@@ -1,0 +1,178 @@
+"""`msd study`: the paper's tables and figures, with seeds, intervals and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from multistage_diffusion.cli.common import Compute, prepare
+
+if TYPE_CHECKING:
+    from multistage_diffusion.studies.budgets import Budget
+    from multistage_diffusion.studies.cells import Cell, Watch
+    from multistage_diffusion.studies.sheets import Sheet
+    from multistage_diffusion.studies.tables import Lab
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Compute):
+    """A table or figure of the paper: what it compares is trained over seeds, measured and reported.
+
+    Studies: efficiency (quality against training FLOPs), architectures, clusterings, stages (their number), decoders
+    (their widths), sampling (quality against network evaluations), intervals (a network under test on one stage),
+    interference (do the stages' gradients agree?), or all.
+
+    Prints what each model costs before it trains any. Trained models and measurements are kept in the folder: the same
+    command goes on where it was, other studies of the folder share what they can, and several processes may work on one
+    folder at once. Writes NAME.json, NAME.svg and report.html.
+
+    example: msd study efficiency --data fashion-mnist --budget small --out runs/study
+    """
+
+    name: tyro.conf.Positional[str]
+    """The study, or all."""
+    data: str = "fashion-mnist"
+    """Source of images with classes: the distances are taken on the features of a classifier of theirs."""
+    data_root: str | None = None
+    """Folder that holds the source's files."""
+    budget: Literal["small", "gpu", "paper"] = "small"
+    """Network, data size, training FLOPs and generated images: small for two CPU cores, gpu for one GPU, paper for the
+    networks and lengths of the paper's CIFAR-10 runs."""
+    seeds: int | None = None
+    """Runs of each model; by default the budget's 3."""
+    out: str = "runs/study"
+    """Folder for models, measurements and the report."""
+    dry_run: bool = False
+    """Print what each model would cost, train nothing and write nothing."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Do a study, or all.
+
+    Args:
+        options: The command's options.
+        console: Where people read.
+
+    Returns:
+        The command's document: `rows`, `figures`, `findings`, `report`, `models`; in a dry run `models` alone has rows.
+    """
+    device = prepare(options)
+
+    from multistage_diffusion.studies.pages import publish, write_page
+    from multistage_diffusion.studies.study import costs, names, open_lab, run_study
+
+    wanted, budget = names(options.name), chosen(options)
+    out = Path(options.out)
+    lab = open_lab(budget, out, device=device, say=console.print, guess=True, keep=not options.dry_run)
+    models = costs(lab, wanted)
+    _print_costs(console, models)
+    document: dict[str, Any] = {"study": options.name, "rows": [], "figures": {}, "findings": {}, "models": models}
+    if options.dry_run:
+        return document
+    features = lab.extractor  # before hours of training: a source without classes has none
+    console.print(f"features: {features.name}, {features.accuracy:.1%} of the held-out images named right")
+    lab = replace(lab, finder=replace(lab.finder, guess=False))
+    command = shlex.join(["msd", "study", options.name, *_words(options)])
+    for name in wanted:
+        console.rule(f"[bold]{name}") if console.is_terminal else console.print(f"study {name}")
+        with _progress(lab, console) as watch:
+            found = run_study(name, lab, out, watch=watch)
+        found = publish(found, out, command, device)
+        _print_result(console, found)
+        document["rows"] += [{"study": name, **own} for own in found["rows"]]
+        document["figures"][name] = str(out / found["figures"][0])
+        document["findings"][name] = found["findings"]
+        document["report"] = str(write_page(out))  # after each study: an interrupted command leaves what it has
+    console.print(f"report: {document['report']}")
+    return document
+
+
+def chosen(options: Options) -> Budget:
+    """The budget with the options in place of its own.
+
+    Args:
+        options: The command's options.
+
+    Returns:
+        The budget.
+
+    Raises:
+        ConfigError: No such budget, or no seed.
+    """
+    from multistage_diffusion.config import check
+    from multistage_diffusion.studies.budgets import budget
+
+    found = budget(options.budget, options.data)
+    found = replace(found, base=replace(found.base, data=replace(found.base.data, root=options.data_root)))
+    if options.seeds is None:
+        return found
+    check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
+    return replace(found, seeds=options.seeds, interval_seeds=min(options.seeds, found.interval_seeds))
+
+
+@contextlib.contextmanager
+def _progress(lab: Lab, console: Console) -> Iterator[Callable[[Cell], Watch]]:
+    """Makes a bar for each model that is trained; the one before ends."""
+    from multistage_diffusion.cli.progress import training_progress
+
+    with contextlib.ExitStack() as stack:
+
+        def watch(cell: Cell) -> Watch:
+            stack.close()
+            last = cell.steps(lab.data.shape)[-1]
+            shown = replace(cell.config.training, log_every=max(1, last // 4))  # plain lines: four a model
+            step = stack.enter_context(training_progress(console, shown, lab.cells.path(cell).name))
+            return lambda result, _: step(result, last)  # to the last point, not the next
+
+        yield watch
+
+
+def _words(options: Options) -> list[str]:
+    """The options that decide the result, as they are written."""
+    words = ["--data", options.data, "--budget", options.budget]
+    if options.seeds is not None:
+        words += ["--seeds", str(options.seeds)]
+    return [*words, "--out", options.out]
+
+
+def _print_costs(console: Console, models: Sequence[dict[str, Any]]) -> None:
+    """A line a model: what is still to train, and what that costs."""
+    table = Table("study", "model", "parameters", "steps", "training TFLOPs", "state", title="What it trains")
+    for own in models:
+        table.add_row(
+            own["study"], own["cell"], f"{own['parameters']:,}", f"{own['steps']:,}", f"{own['tflops']:.4g}",
+            "trained" if own["done"] else "to train",
+        )  # fmt: skip
+    console.print(table)
+    left = [own["tflops"] for own in models if not own["done"]]
+    total = sum(own["tflops"] for own in models)
+    console.print(
+        f"{len(models)} models, {total:.4g} TFLOPs; {len(left)} of them, {sum(left):.4g} TFLOPs, to train. Widths and "
+        "edges that short runs will choose are stand-ins here until they are found."
+    )
+
+
+def _print_result(console: Console, document: dict[str, Any]) -> None:
+    """The study's first table, and its findings."""
+    from multistage_diffusion.studies.sheets import sheets
+
+    console.print(_table(sheets(document)[0]))
+    for finding in document["findings"]:
+        console.print(f"- {finding}")
+
+
+def _table(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title)
+    for place, name in enumerate(sheet.head):
+        table.add_column(name, justify="left" if place < sheet.words else "right")
+    for line in sheet.lines:
+        table.add_row(*(f"{item.text} *" if item.told else item.text for item in line))
+    return table

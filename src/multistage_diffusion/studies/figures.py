@@ -1,0 +1,270 @@
+"""One figure a study, drawn from its document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from multistage_diffusion.studies.drawing import (
+    MODEL_STYLE,
+    MUTED,
+    OTHERS,
+    SOFT,
+    Style,
+    new_figure,
+    plain_numbers,
+    styles,
+)
+from multistage_diffusion.studies.estimate import difference, differs
+from multistage_diffusion.studies.tables import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[dict[str, Any]]
+WIDE = 8.6  # inches: the width of the page, so that labels have one size in all figures
+_WORDS = {"fd": "Fréchet distance", "loss": "held-out denoising loss"}
+
+
+def draw(document: dict[str, Any]) -> Figure:
+    """The figure of a study.
+
+    Args:
+        document: What `run_study` returned.
+
+    Returns:
+        The figure.
+    """
+    rows = document["rows"]
+    match document["study"]:
+        case "efficiency":
+            return efficiency_figure(rows)
+        case "sampling":
+            return sampling_figure(rows)
+        case "intervals":
+            return intervals_figure(rows, document["settings"]["stages"])
+        case "interference":
+            return interference_figure(rows)
+        case _:
+            return table_figure(rows)
+
+
+def efficiency_figure(rows: Rows) -> Figure:
+    """Quality against training FLOPs with bands of a standard error, and where the first model's quality is reached.
+
+    Args:
+        rows: From `curves.efficiency`.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = new_figure(2, 2, WIDE, 5.2, height_ratios=(3, 0.3 + 0.32 * len(rows)))
+    looks = styles([own["label"] for own in rows])
+    for axis, metric in zip(axes[:2], METRICS, strict=True):
+        for own in rows:
+            spent = [point["tflops"] for point in own["curve"]]
+            _line(axis, spent, [point[metric] for point in own["curve"]], looks[own["label"]], own["label"])
+        axis.axhline(rows[0]["curve"][-1][metric]["mean"], color=SOFT, linewidth=0.7, linestyle=":")
+        axis.set(xlabel="training TFLOPs", ylabel=_WORDS[metric], yscale="log", xlim=(0, None))
+        plain_numbers(axis)
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis, metric in zip(axes[2:], METRICS, strict=True):
+        _reaches(axis, rows, metric, looks)
+    return figure
+
+
+def _reaches(axis: Axes, rows: Rows, metric: str, looks: dict[str, Style]) -> None:
+    """Shares of the first model's FLOPs at which the others are as good, with 95% intervals."""
+    others = rows[1:]
+    for place, own in enumerate(others):
+        reach, look = own["reach"][metric], looks[own["label"]]
+        if reach is None:
+            axis.text(1.0, place, "not reached by every seed ", ha="right", va="center", fontsize=8, color=look.colour)
+            continue
+        _dot(axis, reach, place, look, reach["interval"], filled=True)
+    axis.axvline(1.0, color=SOFT, linewidth=0.8, linestyle="--")
+    axis.set(
+        yticks=range(len(others)), yticklabels=[own["label"] for own in others], ylim=(len(others) - 0.5, -0.5),
+        xlabel=f"share of {rows[0]['label']}'s training FLOPs\nto its final {_WORDS[metric]}", xlim=(0, 1.25),
+    )  # fmt: skip
+    axis.xaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    axis.tick_params(axis="y", length=0, labelsize=8)
+
+
+def table_figure(rows: Rows) -> Figure:
+    """A row a model: means, seeds, and the 95% interval of the difference from the first row, about the mean.
+
+    Args:
+        rows: From `tables.compared`.
+
+    Returns:
+        The figure; a bar that crosses the first row's line is a difference that the seeds do not tell from none.
+    """
+    figure, axes = new_figure(1, 2, WIDE, 0.95 + 0.36 * len(rows), sharey=True)
+    for axis, metric in zip(axes, METRICS, strict=True):
+        first = rows[0][metric]["mean"]
+        axis.axvline(first, color=SOFT, linewidth=0.8, linestyle="--")
+        for place, own in enumerate(rows):
+            change = own["difference"][metric]["interval"]
+            told = place > 0 and differs(difference(own[metric]["values"], rows[0][metric]["values"])) is True
+            look = MODEL_STYLE["unified"] if place == 0 else OTHERS[0]
+            around = None if change is None or place == 0 else [first + change[0], first + change[1]]
+            _dot(axis, own[metric], place, look, around, filled=told or place == 0)
+        axis.set(xlabel=_WORDS[metric], ylim=(len(rows) - 0.5, -0.5))
+        axis.set_yticks(range(len(rows)), [own["label"] for own in rows])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="y", color="#eef0f3", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure
+
+
+def sampling_figure(rows: Rows) -> Figure:
+    """Fréchet distance against network evaluations: a panel a model, a line a solver, the first model's best in grey.
+
+    Args:
+        rows: From `curves.sampling`.
+
+    Returns:
+        The figure.
+    """
+    labels = list(dict.fromkeys(own["label"] for own in rows))
+    columns = min(2, len(labels))
+    figure, axes = new_figure(
+        -(-len(labels) // columns), columns, WIDE, 0.5 + 2.5 * -(-len(labels) // columns), sharey=True, sharex=True
+    )
+    solvers = dict(zip(dict.fromkeys(own["solver"] for own in rows), OTHERS, strict=False))
+    best: dict[int, float] = {}
+    for own in rows:
+        if own["label"] == labels[0]:
+            best[own["nfe"]] = min(best.get(own["nfe"], float("inf")), own["fd"]["mean"])
+    for axis, label in zip(axes, labels, strict=False):
+        if label != labels[0]:
+            along = sorted(best)
+            axis.plot(along, [min(best[n] for n in along if n <= nfe) for nfe in along], color=MUTED, linewidth=4,
+                      label=f"best of {labels[0]}")  # fmt: skip
+        for solver, look in solvers.items():
+            own = sorted((row for row in rows if (row["label"], row["solver"]) == (label, solver)),
+                         key=lambda row: row["nfe"])  # fmt: skip
+            _line(axis, [row["nfe"] for row in own], [row["fd"] for row in own], look, solver)
+        axis.set(title=label, xscale="log", yscale="log")
+        axis.title.set_fontsize(10)
+    for axis in axes[: len(labels)]:
+        plain_numbers(axis)
+        ticks = sorted({row["nfe"] for row in rows if row["nfe"] == row["steps"]})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xticks([], minor=True)
+    for axis in axes[len(labels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("network evaluations of an image", fontsize=10)
+    figure.supylabel(_WORDS["fd"], fontsize=10)
+    axes[len(labels) - 1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def intervals_figure(rows: Rows, edges: Sequence[float]) -> Figure:
+    """A column a stage: held-out loss there, and the Fréchet distance with the network on that stage alone.
+
+    Args:
+        rows: From `intervals.intervals`.
+        edges: Edges of the stages, in sigma.
+
+    Returns:
+        The figure.
+    """
+    stages = sorted({own["stage"] for own in rows})
+    figure, axes = new_figure(2, len(stages), WIDE, 5.0, sharex="col")
+    looks = styles([own["label"] for own in rows])
+    bounds = ["0", *(f"{edge:.3g}" for edge in edges), "∞"]
+    for stage in stages:
+        for line, metric in enumerate(("fd", "loss")):
+            axis = axes[line * len(stages) + stage]
+            for own in rows:
+                if own["stage"] == stage:
+                    along = [point["images"] / 1e3 for point in own["curve"]]
+                    _line(axis, along, [point[metric] for point in own["curve"]], looks[own["label"]], own["label"])
+            axis.set(xscale="log", yscale="log")
+            plain_numbers(axis)
+            plain_numbers(axis, which="x")
+        axes[stage].set_title(f"stage {stage}: sigma {bounds[stage]} to {bounds[stage + 1]}", fontsize=10)
+        axes[len(stages) + stage].set_xlabel("thousand images at the stage's levels", fontsize=8)
+    axes[0].set_ylabel("Fréchet distance")
+    axes[len(stages)].set_ylabel("held-out loss of the stage")
+    axes[0].legend(frameon=False, fontsize=7.5)
+    return figure
+
+
+def interference_figure(rows: Rows) -> Figure:
+    """A panel a model: the cosine of the gradients of each pair of stages, for encoder and decoder.
+
+    Args:
+        rows: From `interference.interference`.
+
+    Returns:
+        The figure; bars are the end of training, with a standard error, open marks its first point.
+    """
+    labels = list(dict.fromkeys(own["label"] for own in rows))
+    last = max(own["point"] for own in rows)
+    columns = min(2, len(labels))
+    figure, axes = new_figure(
+        -(-len(labels) // columns), columns, WIDE, 0.4 + 2.2 * -(-len(labels) // columns), sharey=True
+    )
+    parts = {"encoder": OTHERS[0], "decoder": OTHERS[1]}
+    for axis, label in zip(axes, labels, strict=False):
+        for side, (part, look) in enumerate(parts.items()):
+            for own in rows:
+                if (own["label"], own["part"]) == (label, part):
+                    _bars(axis, own, side, look, final=own["point"] == last)
+        axis.axhline(0, color="#111827", linewidth=0.8)
+        pairs = next(own["pairs"] for own in rows if own["label"] == label)
+        axis.set_xticks(range(len(pairs)), [f"stages {pair.replace('-', ' and ')}" for pair in pairs], fontsize=8)
+        axis.set_title(label, fontsize=10)
+        axis.set_ylim(min(-0.1, axis.get_ylim()[0]), 1.05)
+    for axis in axes[len(labels) :]:
+        axis.set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    figure.supylabel("cosine of gradients", fontsize=10)
+    return figure
+
+
+def _bars(axis: Axes, own: dict[str, Any], side: int, look: Style, *, final: bool) -> None:
+    """A bar for each pair at the end of training, an open mark at its first point."""
+    places = [place + (side - 0.5) * 0.36 for place in range(len(own["pairs"]))]
+    if not own["shared"]:
+        if final:
+            for place in places:
+                axis.text(
+                    place, 0.02, "no shared weight", rotation=90, ha="center", va="bottom", fontsize=7, color=SOFT
+                )
+        return
+    means = [cosine["mean"] for cosine in own["cosine"]]
+    if final:
+        errors = [cosine["error"] or 0.0 for cosine in own["cosine"]]
+        axis.bar(places, means, 0.32, color=look.colour, yerr=errors, capsize=2, label=own["part"],
+                 error_kw={"linewidth": 1}, hatch="///" if side else None, edgecolor="white")  # fmt: skip
+    else:
+        axis.plot(places, means, linestyle="none", marker="D", markersize=5, markerfacecolor="white",
+                  markeredgecolor="#111827", label="early in training" if side == 0 else None)  # fmt: skip
+
+
+def _line(axis: Axes, along: Sequence[float], points: Rows, look: Style, label: str) -> None:
+    """Means with a band of one standard error."""
+    means = [point["mean"] for point in points]
+    axis.plot(along, means, color=look.colour, marker=look.marker, linestyle=look.line, markersize=4, label=label)
+    if all(point["error"] is not None for point in points):
+        low, high = ([mean + sign * point["error"] for mean, point in zip(means, points, strict=True)]
+                     for sign in (-1, 1))  # fmt: skip
+        floor = [max(value, 0.1 * mean) for value, mean in zip(low, means, strict=True)]  # the axis is logarithmic
+        axis.fill_between(along, floor, high, color=look.colour, alpha=0.18, linewidth=0)
+
+
+def _dot(
+    axis: Axes, figure: dict[str, Any], place: int, look: Style, interval: Sequence[float] | None, *, filled: bool
+) -> None:
+    """A mean on its interval, with its seeds as small ticks."""
+    if interval is not None:
+        axis.plot(interval, [place, place], color=look.colour, linewidth=1.6, solid_capstyle="butt")
+    axis.plot(figure["values"], [place] * len(figure["values"]), linestyle="none", marker="|", markersize=9,
+              markeredgewidth=1, color=look.colour, alpha=0.55)  # fmt: skip
+    axis.plot(figure["mean"], place, marker=look.marker, markersize=6.5, markeredgecolor=look.colour,
+              markerfacecolor=look.colour if filled else "white", markeredgewidth=1.4)  # fmt: skip

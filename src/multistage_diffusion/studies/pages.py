@@ -1,0 +1,120 @@
+"""What a study leaves for people: its figure as a file, and one self-contained page for all studies of a folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multistage_diffusion.files import read_json, write_atomic, write_json
+from multistage_diffusion.studies.drawing import svg
+from multistage_diffusion.studies.figures import draw
+from multistage_diffusion.studies.sheets import count, digits, sheets
+from multistage_diffusion.studies.study import STUDIES
+
+CAPTIONS = {
+    "efficiency": "Means over seeds, bands of one standard error. Below: the share of the unified model's training "
+    "FLOPs at which each model is as good as the unified one at its end, seed by seed (ticks), with 95% intervals.",
+    "sampling": "Means over seeds, bands of one standard error; in grey the best that the first model does with any "
+    "solver.",
+    "intervals": "Means over seeds, bands of one standard error. Above, the network draws on its stage alone and a "
+    "well-trained unified one on the others.",
+    "interference": "Means over seeds with a standard error at the end of training, corrected for the noise of the "
+    "gradients; open marks: the first point of training.",
+}
+_TABLE = (
+    "Means and seeds (ticks). Bars are 95% intervals of the difference from the first row, drawn about the mean: a bar "
+    "that crosses the dashed line, with an open mark, is a difference that these seeds do not tell from none."
+)
+_DECLARATION = '<?xml version="1.0" encoding="utf-8" standalone="no"?>\n'
+
+
+def publish(document: dict[str, Any], out: Path, command: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Draw a study's figure, and add to its document where the figure is and what it was made with.
+
+    Args:
+        document: What `run_study` returned.
+        out: Folder of `NAME.json` and `NAME.svg`.
+        command: The command that made it.
+        device: Where it computed.
+
+    Returns:
+        The document with `figures` and `made`.
+
+    Raises:
+        CheckpointError: The files cannot be written.
+    """
+    name = document["study"]
+    write_atomic(out / f"{name}.svg", (_DECLARATION + svg(draw(document))).encode())
+    made = {"command": command, "versions": versions(), "machine": machine(device)}
+    document = {**document, "figures": [f"{name}.svg"], "made": made}
+    write_json(out / f"{name}.json", document)
+    return document
+
+
+def write_page(out: Path) -> Path:
+    """Write `report.html` for all studies in a folder.
+
+    Args:
+        out: Folder of the documents.
+
+    Returns:
+        The page.
+
+    Raises:
+        CheckpointError: A document cannot be read, or the page cannot be written.
+    """
+    import jinja2
+
+    documents = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
+    source = files("multistage_diffusion.studies").joinpath("study.html.j2").read_text()
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"digits": digits, "count": count}
+    page = environment.from_string(source).render(
+        studies=[
+            {**document, "figure": svg(draw(document)), "sheets": sheets(document),
+             "caption": CAPTIONS.get(document["study"], _TABLE)}
+            for document in documents
+        ],
+        sources=sorted({document["settings"]["data"] for document in documents}),
+    )  # fmt: skip
+    write_atomic(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+def versions() -> dict[str, str]:
+    """What computed: the package, torch and Python.
+
+    Returns:
+        Versions by name.
+    """
+    return {
+        "multistage-diffusion": version("multistage-diffusion"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """The machine in words, without its name.
+
+    Args:
+        device: Where the models ran.
+
+    Returns:
+        Like `2 x Intel Xeon ..., 2 threads`.
+    """
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    words = f"{os.cpu_count()} x {processor}, {torch.get_num_threads()} threads a process"
+    return f"{torch.cuda.get_device_name(device)}; {words}" if torch.device(device).type == "cuda" else words

@@ -1,0 +1,226 @@
+"""The tables of a study, for the page and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from multistage_diffusion.studies.estimate import difference, differs
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An entry of a table.
+
+    Attributes:
+        text: What it says.
+        told: Whether the seeds tell the difference that it gives from none: no where the interval holds 0; none where
+            that is no question, or one seed gives no answer.
+    """
+
+    text: str
+    told: bool | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table.
+
+    Attributes:
+        title: What it shows.
+        head: Names of its columns; the first `words` of them hold words.
+        lines: Its entries.
+        words: How many columns, from the left, hold words.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    lines: tuple[tuple[Item, ...], ...]
+    words: int = 1
+
+
+def sheets(document: dict[str, Any]) -> list[Sheet]:
+    """The tables of a study: its result, and the models that it compares.
+
+    Args:
+        document: What `run_study` returned.
+
+    Returns:
+        The tables, the result first.
+    """
+    rows = document["rows"]
+    match document["study"]:
+        case "sampling":
+            return [_sampling(rows)]
+        case "intervals":
+            return [_intervals(rows)]
+        case "interference":
+            return [_interference(rows)]
+        case "efficiency":
+            return [_reach(rows), _quality(rows), _models(rows)]
+        case _:
+            return [_quality(rows), _models(rows)]
+
+
+def _quality(rows: Rows) -> Sheet:
+    """Distance and loss with the difference from the first row."""
+    head = ("model", "Fréchet distance", "difference", "95% interval", "held-out loss", "difference", "95% interval",
+            "kernel distance x 1000")  # fmt: skip
+    lines = []
+    for place, own in enumerate(rows):
+        line = [Item(own["label"])]
+        for metric in ("fd", "loss"):
+            line.append(Item(_mean(own[metric])))
+            line += [Item(""), Item("")] if place == 0 else _change(own[metric], rows[0][metric])
+        thousand = {"mean": 1e3 * own["kid"]["mean"], "error": _times(1e3, own["kid"]["error"])}
+        lines.append((*line, Item(_mean(thousand))))
+    return Sheet("Quality at the end of training; differences from the first row, seed by seed", head, tuple(lines))
+
+
+def _models(rows: Rows) -> Sheet:
+    """What each model is and costs."""
+    head = ("model", "edges, sigma", "encoder", "decoders", "parameters", "MFLOPs an image", "MFLOPs a sample",
+            "steps", "training TFLOPs", "loss by stage")  # fmt: skip
+    lines = [
+        tuple(
+            map(Item, (
+                own["label"], " / ".join(f"{edge:.3g}" for edge in own["edges"]) or "none", str(own["width"]),
+                " / ".join(map(str, own["decoder_widths"])), count(own["parameters"]), digits(own["mflops"]),
+                digits(own["mflops_per_sample"]), f"{own['steps']:,}", digits(own["training_tflops"]),
+                " / ".join(f"{loss['mean']:.4g}" for loss in own["stage_loss"]),
+            ))
+        )
+        for own in rows
+    ]  # fmt: skip
+    return Sheet("The models; loss by stage in the common partition", head, tuple(lines), words=4)
+
+
+def _reach(rows: Rows) -> Sheet:
+    """Shares of the first model's FLOPs at which the others are as good."""
+    first = rows[0]["label"]
+    head = ("model", "for its Fréchet distance", "95% interval", "for its loss", "95% interval")
+    lines = []
+    for own in rows[1:]:
+        line = [Item(own["label"])]
+        for metric in ("fd", "loss"):
+            reach = own["reach"][metric]
+            if reach is None:
+                line += [Item("not reached by every seed"), Item("")]
+                continue
+            error = "" if reach["error"] is None else f" ± {reach['error']:.1%}"
+            interval, told = reach["interval"], None
+            if interval is not None:
+                told = not interval[0] <= 1 <= interval[1]
+            text = "" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
+            line += [Item(f"{reach['mean']:.1%}{error}"), Item(text, told)]
+        lines.append(tuple(line))
+    return Sheet(f"Share of the training FLOPs of {first} to its final quality; marked where not 100%", head,
+                 tuple(lines))  # fmt: skip
+
+
+def _sampling(rows: Rows) -> Sheet:
+    """A line for each model and solver, a column for each number of evaluations asked for."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for own in rows:
+        groups.setdefault((own["label"], own["solver"]), []).append(own)
+    wanted = [own["nfe"] for own in max(groups.values(), key=lambda group: sum(own["nfe"] for own in group))]
+    lines = []
+    for (label, solver), group in groups.items():
+        entries = [
+            _mean(own["fd"]) + ("" if own["nfe"] == asked else f" ({own['nfe']})")
+            for own, asked in zip(group, wanted, strict=True)
+        ]
+        cost = digits(group[-1]["mflops_per_sample"])
+        lines.append(tuple(map(Item, (label, solver, *entries, cost))))
+    head = ("model", "solver", *(f"{asked} evaluations" for asked in wanted), f"MFLOPs a sample at {wanted[-1]}")
+    return Sheet("Fréchet distance; in brackets the evaluations where a solver cannot take as many", head,
+                 tuple(lines), words=2)  # fmt: skip
+
+
+def _intervals(rows: Rows) -> Sheet:
+    """The end of training; differences from the first network on the same stage."""
+    head = ("stage", "network", "parameters in use", "images of the stage", "loss of the stage", "difference",
+            "95% interval", "Fréchet distance", "difference", "95% interval")  # fmt: skip
+    lines = []
+    for own in rows:
+        first = next(row for row in rows if row["stage"] == own["stage"])
+        end, reference = own["curve"][-1], first["curve"][-1]
+        line = [Item(str(own["stage"])), Item(own["label"]), Item(count(own["parameters"])),
+                Item(f"{end['images']:,.0f}")]  # fmt: skip
+        for metric in ("loss", "fd"):
+            line.append(Item(_mean(end[metric])))
+            line += [Item(""), Item("")] if own is first else _change(end[metric], reference[metric])
+        lines.append(tuple(line))
+    return Sheet("The end of training, a well-trained network on the other stages; differences from the first network",
+                 head, tuple(lines), words=2)  # fmt: skip
+
+
+def _interference(rows: Rows) -> Sheet:
+    """Every cosine with its interval."""
+    pairs = list(dict.fromkeys(pair for own in rows for pair in own["pairs"]))
+    head = ("model", "part", "steps", *(text for pair in pairs for text in (f"stages {pair}", "95% interval")))
+    lines = []
+    for own in rows:
+        line = [Item(own["label"]), Item(own["part"]), Item(f"{own['steps']:,}")]
+        for cosine in own["cosine"]:
+            if not own["shared"]:
+                line += [Item("no shared weight"), Item("")]
+                continue
+            interval = cosine["interval"]
+            text = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+            told = None if interval is None else interval[0] > 0 or interval[1] < 0
+            line += [Item(_mean(cosine, places=2)), Item(text, told)]
+        lines.append(tuple(line))
+    return Sheet("Cosine of the gradients of two stages; marked where not 0", head, tuple(lines), words=2)
+
+
+def _change(own: dict[str, Any], first: dict[str, Any]) -> list[Item]:
+    """The difference in per cent of the first row's mean, and its interval, marked where it leaves out 0."""
+    change = difference(own["values"], first["values"])
+    interval, told, scale = change.interval, differs(change), abs(first["mean"]) or 1.0
+    text = "" if interval is None else f"{interval[0] / scale:+.1%} to {interval[1] / scale:+.1%}"
+    return [Item(f"{change.mean / scale:+.1%}"), Item(text, told)]
+
+
+def _mean(figure: dict[str, Any], places: int | None = None) -> str:
+    """Mean and standard error, to the second digit of the error."""
+    mean, error = figure["mean"], figure["error"]
+    if places is None:
+        last = error / 10 if error else abs(mean) / 100
+        places = min(6, max(0, -math.floor(math.log10(last)))) if last > 0 else 2
+    return f"{mean:.{places}f}" if error is None else f"{mean:.{places}f} ± {error:.{places}f}"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent.
+
+    Args:
+        value: A figure.
+
+    Returns:
+        The text.
+    """
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def count(value: int) -> str:
+    """Parameters in millions or thousands.
+
+    Args:
+        value: How many.
+
+    Returns:
+        The text.
+    """
+    return f"{digits(value / 1e6)} M" if value >= 1e6 else f"{digits(value / 1e3)} k"
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
