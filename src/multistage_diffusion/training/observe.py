@@ -66,24 +66,34 @@ class Observer:
             self._prepare(train, device)
 
     def look(self, trainer: Trainer, report: Report) -> None:
-        """Draw and measure what is due after this many steps, unless it is there already.
+        """Draw and measure what is due after this many steps, unless it is there already; all processes must call.
 
         Args:
             trainer: The training; left as it was.
             report: Takes grids and figures.
         """
-        step, logging = trainer.step, self._config.logging
+        step, logging, world = trainer.step, self._config.logging, trainer.world
+        if not (_due(step, logging.grid_every) or _due(step, logging.evaluate_every)):
+            return
         path = self._folder / SAMPLES / f"step-{step:08d}.png"
         draw = _due(step, logging.grid_every) and not path.exists()
         measure = _due(step, logging.evaluate_every) and not report.evaluated(step)
+        if world.leads:  # it knows what is there
+            world.tell(f"what is due after {step}", [draw, measure])
+        else:
+            draw, measure = world.ask(f"what is due after {step}")
         if not (draw or measure):
             return
-        with self._never_in_the_way(step), _interruptible(trainer.averaged(), self._stop) as denoiser:
-            if draw:
-                self._draw(denoiser, path)
-                report.picture(step, path)
+        alone = world.size == 1  # else the others would wait for the share of a process that gives up
+        with self._spared(step, alone), self._interruptible(trainer.averaged(), alone) as denoiser:
+            if draw and world.leads:
+                with self._spared(step, True):
+                    self._draw(denoiser, path)
+                    report.picture(step, path)
             if measure:
-                report.evaluation(step, trainer.images, self._measure(denoiser))
+                figures = self._measure(denoiser)
+                report.evaluation(step, trainer.images, figures)
+        world.lead(f"look after {step}", lambda: None)  # nobody goes on to wait in a collective, which has a time limit
 
     def _draw(self, denoiser: Denoiser, path: Path) -> None:
         logging, sampling = self._config.logging, self._config.sampling
@@ -125,18 +135,17 @@ class Observer:
             self._extractor = load_extractor(logging.features, train or load("train"), self._reference, device=device)
 
     @contextlib.contextmanager
-    def _never_in_the_way(self, step: int) -> Iterator[None]:
-        """Training goes on where memory does not suffice, or a model makes no finite image."""
+    def _spared(self, step: int, spare: bool) -> Iterator[None]:
+        """Training is to go on where memory does not suffice, or a model makes no finite image."""
         try:
             yield
         except _Interrupted:
             return
-        except NumericsError as error:
-            reason = str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except (NumericsError, MemoryError, RuntimeError) as error:
+            known = isinstance(error, NumericsError)
+            if not spare or not (known or is_out_of_memory(error)):
                 raise
-            reason = "memory does not suffice"
+            reason = str(error) if known else "memory does not suffice"
         else:
             return
         gc.collect()  # only here, as the error held on to what was half made
@@ -148,20 +157,19 @@ class Observer:
             stacklevel=3,
         )
 
+    @contextlib.contextmanager
+    def _interruptible(self, denoiser: Denoiser, alone: bool) -> Iterator[Denoiser]:
+        """A denoiser that is not called once a stop was asked for; several processes agree on that after a step."""
 
-@contextlib.contextmanager
-def _interruptible(denoiser: Denoiser, stop: Callable[[], bool]) -> Iterator[Denoiser]:
-    """A denoiser that is not called once a stop was asked for."""
+        def check(*_: object) -> None:
+            if alone and self._stop():
+                raise _Interrupted
 
-    def check(*_: object) -> None:
-        if stop():
-            raise _Interrupted
-
-    handle = denoiser.register_forward_pre_hook(check)
-    try:
-        yield denoiser
-    finally:
-        handle.remove()
+        handle = denoiser.register_forward_pre_hook(check)
+        try:
+            yield denoiser
+        finally:
+            handle.remove()
 
 
 def _due(step: int, every: int) -> bool:

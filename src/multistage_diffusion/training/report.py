@@ -17,6 +17,7 @@ import torch
 from multistage_diffusion.config import RunConfig, to_dict
 from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.files import remove_leftovers, write_atomic
+from multistage_diffusion.training.distributed import ALONE, World
 from multistage_diffusion.training.loop import StepResult
 from multistage_diffusion.training.trackers import About, Trackers, flat_numbers
 
@@ -73,14 +74,30 @@ class Report:
         config: The run.
         step: Steps taken before. What a killed run reported beyond them is dropped: it will be reported again.
         device: Whose memory is reported.
+        world: The processes that train together; only process 0 reports.
 
     Raises:
         CheckpointError: metrics.jsonl cannot be written.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, step: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, config: RunConfig, step: int, device: torch.device, world: World = ALONE) -> None:
         self.folder, self._config, self._device = folder, config, device
-        kept, reported, self._evaluated = [], dict[str, int](), set[int]()
+        self._clock = (time.perf_counter(), step)
+        self._began = time.perf_counter()
+        self._evaluated: set[int] = set()
+        self._file: int | None = None
+        reported = self._continue(step) if world.leads else {}
+        name = config.logging.name or folder.absolute().name
+        about = About(folder, config.logging.project, name, to_dict(config), reported)
+        self._trackers = Trackers(config.logging.trackers if world.leads else (), about)
+
+    def _continue(self, step: int) -> dict[str, int]:
+        """Open metrics.jsonl without the lines beyond a step.
+
+        Returns:
+            The last step at which each number was reported, those lines included.
+        """
+        folder, kept, reported = self.folder, [], dict[str, int]()
         for line in (folder / METRICS).read_bytes().splitlines() if (folder / METRICS).is_file() else ():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 document = json.loads(line)
@@ -95,11 +112,7 @@ class Report:
         remove_leftovers(folder / SAMPLES)
         write_atomic(folder / METRICS, b"".join(kept))
         self._file = os.open(folder / METRICS, os.O_WRONLY | os.O_APPEND)
-        name = config.logging.name or folder.absolute().name
-        about = About(folder, config.logging.project, name, to_dict(config), reported)
-        self._trackers = Trackers(config.logging.trackers, about)
-        self._clock = (time.perf_counter(), step)
-        self._began = time.perf_counter()
+        return reported
 
     def __enter__(self) -> Report:
         return self
@@ -108,7 +121,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._trackers.__exit__(kind, error, trace)
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
     def training(self, result: StepResult, window: Window, flops: float) -> None:
         """Report what was trained since the last line.
@@ -163,10 +177,13 @@ class Report:
 
     def sync(self) -> None:
         """Bring the lines to the disk."""
-        with self._named_errors():
-            os.fsync(self._file)
+        if self._file is not None:
+            with self._named_errors():
+                os.fsync(self._file)
 
     def _write(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         line["seconds"] = round(time.perf_counter() - self._began, 3)
         with self._named_errors():
             content = (json.dumps(line) + "\n").encode()
