@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     ("errors",), ("files", "config", "rng"), ("noise",), ("stages",), ("softmax",), ("analytic",), ("data",),
     ("models",), ("metrics",), ("loss",), ("sampling",), ("clustering",), ("evaluation",), ("training",), ("interop",),
-    ("recipes",), ("studies",), ("cli",), ("__main__",),
+    ("serving",), ("recipes",), ("studies",), ("cli",), ("__main__",),
 ]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 QUICK = ["config", "recipes", "models.presets", "cli", "cli.train", "cli.common", "errors", "files"]

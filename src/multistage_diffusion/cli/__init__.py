@@ -25,6 +25,7 @@ COMMANDS = {
     "profile": "parameters and FLOPs of a preset or a run, stage by stage",
     "train": "train a model; the same command again resumes",
     "sample": "draw images from a run",
+    "serve": "a local page: draw images, watch stages and denoising",
     "evaluate": "measure a run, or a folder of images",
     "study": "a table or figure of the paper, with seeds, intervals and a report",
     "verify": "check every file of a run against its manifest",

@@ -1,0 +1,253 @@
+"""A local page that draws images and shows stages and estimates along the steps: three routes of the standard library.
+
+GET / is the page, GET /about what the model is, POST /sample a stream of JSON lines. Nothing else answers; no request
+names a file. One request draws at a time, a few wait, and what nobody listens to any more is stopped before its next
+step.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import json
+import select
+import socket
+import socketserver
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from typing import Any, final
+from urllib.parse import parse_qs, urlsplit
+
+from torch import Tensor
+
+from multistage_diffusion.config import SamplingConfig, check, from_dict
+from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
+from multistage_diffusion.errors import ConfigError, UserError
+from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.sampling import SOLVERS, SolverStep, call_plan, sample
+
+MAX_IMAGES, MAX_STEPS, MAX_BODY, MAX_WAITING = 64, 200, 1 << 20, 8
+LOCAL = ("127.0.0.1", "localhost", "::1")
+_SILENCE = 10.0  # seconds that a connection may say nothing
+_SHOWN = 16  # images of an estimate
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a request asks for.
+
+    Raises:
+        ConfigError: Something is out of range; the rest is checked by `sample`.
+    """
+
+    num: int = 16
+    seed: int = 0
+    solver: str = "heun"
+    steps: int = 18
+    spacing: str | None = None
+    label: int | None = None
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check(1 <= self.num <= MAX_IMAGES, "num", f"in 1..{MAX_IMAGES}", self.num)
+        check(1 <= self.steps <= MAX_STEPS, "steps", f"in 1..{MAX_STEPS}", self.steps)
+        check(0 <= self.seed < 2**31, "seed", "in 0..2^31 - 1", self.seed)
+        check(abs(self.guidance) <= 100, "guidance", "between -100 and 100", self.guidance)
+
+
+class _GoneError(Exception):
+    """Nobody listens any more, or the server is being closed."""
+
+
+@final
+class Server(ThreadingHTTPServer):
+    """Serves one model.
+
+    Args:
+        denoiser: The model.
+        first_stage: Decodes latents.
+        defaults: What the page proposes.
+        name: What the page calls the model.
+        address: Host and port; port 0 takes a free one.
+        token: What requests must carry as `?token=`; needed where others can reach the port.
+
+    Raises:
+        ConfigError: The port is taken, or the host is not one of this machine's.
+    """
+
+    daemon_threads, block_on_close, request_queue_size = True, False, 64
+
+    def __init__(
+        self, denoiser: Denoiser, *, first_stage: FirstStage | None = None, defaults: SamplingConfig, name: str,
+        address: tuple[str, int] = ("127.0.0.1", 0), token: str | None = None,
+    ) -> None:  # fmt: skip
+        self.denoiser, self.first_stage, self.token = denoiser, first_stage, token
+        self.page = files("multistage_diffusion").joinpath("serving.html").read_bytes()
+        self.about = json.dumps({
+            "name": name, "classes": denoiser.classes, "edges": denoiser.stages.edges, "colours": STAGE_COLOURS,
+            "solvers": list(SOLVERS), "defaults": asdict(defaults), "most": [MAX_IMAGES, MAX_STEPS],
+        }).encode()  # fmt: skip
+        self.closing, self.drawing = threading.Event(), threading.Lock()
+        self.places = threading.BoundedSemaphore(1 + MAX_WAITING)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        try:
+            super().__init__(address, _Handler)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"cannot listen on {address[0]} port {address[1]}: {error}") from error
+        self.hosts = {f"[{host}]:{self.server_port}" if ":" in host else f"{host}:{self.server_port}" for host in LOCAL}
+
+    def server_bind(self) -> None:
+        """Take the port; the base class would ask the network for this machine's name, too."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One line without what the client wrote, and nothing for a connection that broke."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            print(f"warning: a request failed: {type(error).__name__}", file=sys.stderr)
+
+    def server_close(self) -> None:
+        """Close the port, and stop drawing before the next step."""
+        self.closing.set()
+        super().server_close()
+        self.drawing.acquire(timeout=1)  # at most: a step may take long, and its thread ends with the process
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request; the connection is closed after it."""
+
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    timeout = _SILENCE
+    server_version, sys_version = "msd", ""
+    started = False
+
+    def do_GET(self) -> None:
+        """The page, or what the model is."""
+        if self._refused():
+            return
+        match urlsplit(self.path).path:
+            case "/":
+                self._send(200, "text/html; charset=utf-8", self.server.page)
+            case "/about":
+                self._send(200, "application/json", self.server.about)
+            case _:
+                self.send_error(404)
+
+    def do_POST(self) -> None:
+        """Draw images."""
+        if self._refused():
+            return
+        length = self.headers.get("Content-Length", "")
+        if urlsplit(self.path).path != "/sample":
+            self.send_error(404)
+        elif self.headers.get_content_type() != "application/json":
+            self.send_error(415)
+        elif not (length.isascii() and length.isdigit() and len(length) < 20):
+            self.send_error(411)
+        elif int(length) > MAX_BODY:
+            self.send_error(413)
+        else:
+            self._answer(int(length))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """One line of JSON; a method that nobody knows is the client's mistake."""
+        code = 405 if code == 501 else code
+        text = message if message and code in (400, 403, 429) else self.responses.get(code, ("error",))[0]
+        self._send(code, "application/json", json.dumps({"error": text}).encode() + b"\n")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a log of what strangers wrote helps nobody."""
+
+    def _refused(self) -> bool:
+        """Refuse other sites' pages (their Host or Origin is not ours), and strangers without the token."""
+        host, origin, token = self.headers.get("Host", ""), self.headers.get("Origin"), self.server.token
+        given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+        known = host in self.server.hosts if token is None else hmac.compare_digest(given.encode(), token.encode())
+        if known and origin in (None, f"http://{host}"):
+            return False
+        self.send_error(403, "this address is not served" if token is None else "the token is missing or wrong")
+        return True
+
+    def _answer(self, length: int) -> None:
+        """Read a wish, wait for its turn, draw; one line for whatever is wrong with it."""
+        server = self.server
+        if not server.places.acquire(blocking=False):
+            return self.send_error(429, f"{MAX_WAITING} requests wait already; try again later")
+        try:
+            wish = from_dict(Wish, json.loads(self.rfile.read(length)), "request")
+            while not server.drawing.acquire(timeout=0.2):
+                self._stop()
+            try:
+                self._draw(wish)
+            finally:
+                server.drawing.release()
+        except (ValueError, RecursionError, UserError) as error:
+            text = " ".join(str(error).split())[:300] if isinstance(error, UserError) else "the body must be JSON"
+            if self.started:
+                self._line({"error": text})
+            else:
+                self.send_error(400, text)
+        except (_GoneError, OSError):
+            pass
+        finally:
+            server.places.release()
+
+    def _draw(self, wish: Wish) -> None:
+        """Draw images, and tell of every step."""
+        denoiser = self.server.denoiser
+
+        def see(step: SolverStep) -> None:
+            stage, picture = denoiser.stages.of(step.sigma), self._picture(step.denoised[:_SHOWN])
+            self._line({"step": step.index, "sigma": step.sigma, "stage": stage, "image": picture})
+
+        calls = call_plan(denoiser, solver=wish.solver, steps=wish.steps, spacing=wish.spacing)
+        self._line({"calls": calls})
+        samples = sample(
+            denoiser, wish.num, seed=wish.seed, solver=wish.solver, steps=wish.steps, spacing=wish.spacing,
+            labels=wish.label, guidance=wish.guidance, guidance_interval=wish.guidance_interval, batch_size=wish.num,
+            callback=see, stop=self._stop,
+        )  # fmt: skip
+        self._line({
+            "image": self._picture(samples.images), "nfe": samples.nfe, "stage_calls": samples.stage_calls,
+            "seconds": round(samples.seconds, 2),
+        })  # fmt: skip
+
+    def _stop(self) -> bool:
+        """Asked before every call of the network; raises where nobody listens, and so ends the drawing."""
+        readable = select.select([self.connection], [], [], 0)[0]
+        if self.server.closing.is_set() or (readable and not self.connection.recv(1, socket.MSG_PEEK)):
+            raise _GoneError
+        return False
+
+    def _picture(self, images: Tensor) -> str:
+        first_stage = self.server.first_stage
+        shown = images.detach().float().cpu()
+        shown = shown if first_stage is None else first_stage.decode(shown)
+        return base64.b64encode(png(grid(shown, scale=max(1, 64 // shown.shape[2])))).decode()
+
+    def _line(self, document: dict[str, Any]) -> None:
+        """One line of the stream, after the headers the first time."""
+        if not self.started:
+            self.started = True
+            self._head(200, "application/x-ndjson")
+        self.wfile.write(json.dumps(document).encode() + b"\n")
+
+    def _send(self, code: int, kind: str, content: bytes) -> None:
+        self._head(code, kind)
+        self.wfile.write(content)
+
+    def _head(self, code: int, kind: str) -> None:
+        self.send_response(code)
+        for name, value in (
+            ("Content-Type", kind), ("Cache-Control", "no-store"), ("Content-Security-Policy", _POLICY),
+            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Connection", "close"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
