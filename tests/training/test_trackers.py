@@ -6,16 +6,19 @@ import threading
 import time
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import tiny
-from multistage_diffusion.config import to_dict
+from multistage_diffusion.config import LoggingConfig, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.training import trackers
+from multistage_diffusion.training.run import train
 from multistage_diffusion.training.trackers import RECORD, About, Trackers, flat_numbers, require_installed
+from runs import train_until
 
 
 class Told:
@@ -206,3 +209,24 @@ def read_back(name, folder, record):
 
     assert SQLiteStorage.get_runs("project") == [record["name"]]
     return [line["step"] for line in SQLiteStorage.get_logs("project", record["name"]) if line.get("loss")]
+
+
+def test_a_run_that_dies_twice_is_reported_once(wandb, tmp_path):
+    """Steps 2, 4, 6 and 8 have lines, 3 and 6 checkpoints: a kill after step 5 takes the line of step 4 back."""
+    config = replace(tiny.run_config(), logging=LoggingConfig(trackers=("wandb",), grid_every=4, grid_images=1))
+    for step in (5, 7):
+        train_until(step, tmp_path / "run", config)
+    train(config, tmp_path / "run", data=tiny.images())
+    told = logged(wandb)
+    assert [report["step"] for report in told if "loss" in report] == [2, 4, 6, 8]
+    assert [report["step"] for report in told if "samples" in report] == [4, 8]
+    assert told[0].keys() >= {"stage_loss/0", "learning_rate", "gradient_norm", "images_per_second"}
+    assert wandb.init["name"] == "run"
+
+
+def test_a_missing_package_is_said_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = replace(tiny.run_config(), logging=LoggingConfig(trackers=("wandb",)))
+    with pytest.raises(ConfigError, match=r"logging.trackers wandb"):
+        train(config, tmp_path / "run", data=tiny.images())
+    assert not (tmp_path / "run").exists()
