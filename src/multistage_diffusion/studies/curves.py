@@ -11,7 +11,7 @@ from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.studies.designs import Variants
 from multistage_diffusion.studies.estimate import estimate
-from multistage_diffusion.studies.tables import METRICS, Lab, compared, measured, row, summed
+from multistage_diffusion.studies.tables import METRICS, NOT_TOLD, Lab, change, compared, measured, row, summed
 
 SOLVERS = ("ddim", "dpm-3", "dpmpp-2m", "heun")
 
@@ -93,6 +93,8 @@ def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
                 continue
             low_high = reach["interval"]
             told = "" if low_high is None else f" (95% interval {low_high[0]:.0%} to {low_high[1]:.0%})"
+            if low_high is not None and low_high[0] <= 1 <= low_high[1]:
+                told += ", not told apart from all of them"
             sentences.append(
                 f"{own['label']} reaches the final {words} of {rows[0]['label']} at {reach['mean']:.0%} of its "
                 f"training FLOPs{told}."
@@ -128,7 +130,7 @@ def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
 
 
 def sampling_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The best solver of each model at each number of evaluations.
+    """The best solver of each model within each number of evaluations, against the first model's best.
 
     Args:
         rows: From `sampling`.
@@ -136,15 +138,35 @@ def sampling_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         A sentence a model.
     """
-    sentences = []
+    sentences, first = list[str](), rows[0]["label"]
+    theirs = best_solvers(rows, first)
     for label in dict.fromkeys(own["label"] for own in rows):
-        own = [item for item in rows if item["label"] == label]
         parts = []
-        for nfe in sorted({item["nfe"] for item in own}):
-            best = min((item for item in own if item["nfe"] == nfe), key=lambda item: item["fd"]["mean"])
-            parts.append(f"{best['solver']} at {nfe} ({best['fd']['mean']:.1f})")
+        for allowed, best in best_solvers(rows, label).items():
+            text = f"{best['solver']} within {allowed} ({best['fd']['mean']:.1f}"
+            if label != first:
+                told = change(best["fd"], theirs[allowed]["fd"])
+                text += f", {told} {'from' if told == NOT_TOLD else 'than'} {first}"
+            parts.append(f"{text})")
         sentences.append(f"{label}: least Fréchet distance by network evaluations: {', '.join(parts)}.")
     return sentences
+
+
+def best_solvers(rows: Sequence[dict[str, Any]], label: str) -> dict[int, dict[str, Any]]:
+    """The row of least distance within each number of evaluations that a one-call solver takes.
+
+    Args:
+        rows: From `sampling`.
+        label: A model.
+
+    Returns:
+        By number of evaluations, increasing.
+    """
+    own = [row for row in rows if row["label"] == label]
+    allowed = sorted({row["nfe"] for row in rows if row["nfe"] == row["steps"]})
+    return {
+        nfe: min((row for row in own if row["nfe"] <= nfe), key=lambda row: row["fd"]["mean"]) for nfe in allowed
+    }  # fmt: skip
 
 
 def _steps(solver: str, evaluations: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from multistage_diffusion.studies.curves import best_solvers
 from multistage_diffusion.studies.drawing import (
     MODEL_STYLE,
     MUTED,
@@ -101,6 +102,8 @@ def table_figure(rows: Rows) -> Figure:
     Returns:
         The figure; a bar that crosses the first row's line is a difference that the seeds do not tell from none.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(1, 2, WIDE, 0.95 + 0.36 * len(rows), sharey=True)
     for axis, metric in zip(axes, METRICS, strict=True):
         first = rows[0][metric]["mean"]
@@ -114,6 +117,7 @@ def table_figure(rows: Rows) -> Figure:
         axis.set(xlabel=_WORDS[metric], ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [own["label"] for own in rows])
         axis.tick_params(axis="y", length=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(axis="y", color="#eef0f3", linewidth=0.8)
         axis.set_axisbelow(True)
     return figure
@@ -134,15 +138,10 @@ def sampling_figure(rows: Rows) -> Figure:
         -(-len(labels) // columns), columns, WIDE, 0.5 + 2.5 * -(-len(labels) // columns), sharey=True, sharex=True
     )
     solvers = dict(zip(dict.fromkeys(own["solver"] for own in rows), OTHERS, strict=False))
-    best: dict[int, float] = {}
-    for own in rows:
-        if own["label"] == labels[0]:
-            best[own["nfe"]] = min(best.get(own["nfe"], float("inf")), own["fd"]["mean"])
+    best = {nfe: row["fd"]["mean"] for nfe, row in best_solvers(rows, labels[0]).items()}
     for axis, label in zip(axes, labels, strict=False):
         if label != labels[0]:
-            along = sorted(best)
-            axis.plot(along, [min(best[n] for n in along if n <= nfe) for nfe in along], color=MUTED, linewidth=4,
-                      label=f"best of {labels[0]}")  # fmt: skip
+            axis.plot(list(best), list(best.values()), color=MUTED, linewidth=4, label=f"best of {labels[0]}")
         for solver, look in solvers.items():
             own = sorted((row for row in rows if (row["label"], row["solver"]) == (label, solver)),
                          key=lambda row: row["nfe"])  # fmt: skip
@@ -151,8 +150,7 @@ def sampling_figure(rows: Rows) -> Figure:
         axis.title.set_fontsize(10)
     for axis in axes[: len(labels)]:
         plain_numbers(axis)
-        ticks = sorted({row["nfe"] for row in rows if row["nfe"] == row["steps"]})
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xticks(list(best), list(map(str, best)))
         axis.set_xticks([], minor=True)
     for axis in axes[len(labels) :]:
         axis.set_visible(False)

@@ -69,7 +69,7 @@ def sheets(document: dict[str, Any]) -> list[Sheet]:
 def _quality(rows: Rows) -> Sheet:
     """Distance and loss with the difference from the first row."""
     head = ("model", "Fréchet distance", "difference", "95% interval", "held-out loss", "difference", "95% interval",
-            "kernel distance x 1000")  # fmt: skip
+            "KD x 1000")  # fmt: skip
     lines = []
     for place, own in enumerate(rows):
         line = [Item(own["label"])]
@@ -78,25 +78,27 @@ def _quality(rows: Rows) -> Sheet:
             line += [Item(""), Item("")] if place == 0 else _change(own[metric], rows[0][metric])
         thousand = {"mean": 1e3 * own["kid"]["mean"], "error": _times(1e3, own["kid"]["error"])}
         lines.append((*line, Item(_mean(thousand))))
-    return Sheet("Quality at the end of training; differences from the first row, seed by seed", head, tuple(lines))
+    return Sheet(
+        "Quality at the end of training; differences from the first row, seed by seed; KD: kernel distance",
+        head,
+        tuple(lines),
+    )
 
 
 def _models(rows: Rows) -> Sheet:
     """What each model is and costs."""
-    head = ("model", "edges, sigma", "encoder", "decoders", "parameters", "MFLOPs an image", "MFLOPs a sample",
+    head = ("model", "edges, sigma", "encoder; decoders", "parameters", "MFLOPs an image", "MFLOPs a sample",
             "steps", "training TFLOPs", "loss by stage")  # fmt: skip
-    lines = [
-        tuple(
-            map(Item, (
-                own["label"], " / ".join(f"{edge:.3g}" for edge in own["edges"]) or "none", str(own["width"]),
-                " / ".join(map(str, own["decoder_widths"])), count(own["parameters"]), digits(own["mflops"]),
-                digits(own["mflops_per_sample"]), f"{own['steps']:,}", digits(own["training_tflops"]),
-                " / ".join(f"{loss['mean']:.4g}" for loss in own["stage_loss"]),
-            ))
-        )
-        for own in rows
-    ]  # fmt: skip
-    return Sheet("The models; loss by stage in the common partition", head, tuple(lines), words=4)
+    lines = []
+    for own in rows:
+        words = (
+            own["label"], " / ".join(f"{edge:.3g}" for edge in own["edges"]) or "none",
+            f"{own['width']}; " + " / ".join(map(str, own["decoder_widths"])), count(own["parameters"]),
+            digits(own["mflops"]), digits(own["mflops_per_sample"]), f"{own['steps']:,}",
+            digits(own["training_tflops"]), " / ".join(f"{loss['mean']:.3g}" for loss in own["stage_loss"]),
+        )  # fmt: skip
+        lines.append(tuple(map(Item, words)))
+    return Sheet("The models; loss by stage in the common partition", head, tuple(lines), words=3)
 
 
 def _reach(rows: Rows) -> Sheet:

@@ -20,6 +20,7 @@ from multistage_diffusion.studies.designs import Finder, Variants
 from multistage_diffusion.studies.estimate import difference, differs, estimate
 
 METRICS = {"fd": "Fréchet distance", "loss": "held-out loss"}
+NOT_TOLD = "not told apart"
 
 
 @dataclass(frozen=True)
@@ -182,17 +183,27 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """
     sentences, first = list[str](), rows[0]["label"]
     for own in rows[1:]:
-        parts = []
-        for name, words in METRICS.items():
-            change = difference(own[name]["values"], rows[0][name]["values"])
-            told, ratio = differs(change), own[name]["mean"] / rows[0][name]["mean"] - 1
-            word = f"{abs(ratio):.0%} {'lower' if ratio < 0 else 'higher'}"
-            parts.append(
-                f"{words} {word}" if told else f"{words} not told apart"
-                if told is False else f"{words} {word} (one seed)"
-            )  # fmt: skip
+        parts = [f"{words} {change(own[name], rows[0][name])}" for name, words in METRICS.items()]
         sentences.append(f"{own['label']} against {first}: {', '.join(parts)}.")
     return sentences
+
+
+def change(own: dict[str, Any], first: dict[str, Any]) -> str:
+    """How a figure differs from another, in words.
+
+    Args:
+        own: The document of an estimate.
+        first: That of the estimate it is compared with, over the same seeds.
+
+    Returns:
+        Like `3.1% lower`, or `not told apart` where the 95% interval of the difference holds 0.
+    """
+    told = differs(difference(own["values"], first["values"]))
+    if told is False:
+        return NOT_TOLD
+    ratio = own["mean"] / first["mean"] - 1
+    size = f"{abs(ratio):.1%}" if abs(ratio) < 0.1 else f"{abs(ratio):.0%}"
+    return f"{size} {'lower' if ratio < 0 else 'higher'}{'' if told else ' (one seed)'}"
 
 
 def early_stopped(lab: Lab, label: str, config: RunConfig) -> dict[str, Any]:
