@@ -276,8 +276,7 @@ def _save_and_look(
     """Write a checkpoint where one is due, draw and measure what is due, and stop with a checkpoint at a signal."""
     training, step = trainer.config.training, trainer.step
     if trainer.powers and step % training.ema_snapshot_every == 0:
-        averages = {length: power.average for length, power in trainer.powers.items()}
-        save_snapshot(folder, averages, step, trainer.images)
+        save_snapshot(folder, trainer)
     kept = training.keep_every > 0 and step % training.keep_every == 0
     due = kept or step == training.steps or step % training.save_every == 0
     if due:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import check_directory, read_json, whole_directory
+from multistage_diffusion.training.distributed import gather
 from multistage_diffusion.training.ema import power_exponent
+from multistage_diffusion.training.loop import Trainer
 
 FOLDER = "ema"
 _STATE = "state.json"
@@ -73,28 +75,25 @@ def file_name(length: float) -> str:
     return f"ema-{length}.safetensors"
 
 
-def save_snapshot(run: Path, averages: Mapping[float, Mapping[str, Tensor]], step: int, images: int) -> Path:
+def save_snapshot(run: Path, trainer: Trainer) -> None:
     """Keep the power-function averages of a moment, for good; whole or not at all.
 
     Args:
         run: The run directory.
-        averages: Tensors by the parameters' names, float32, for each length.
-        step: Steps taken.
-        images: Images seen.
-
-    Returns:
-        The snapshot's directory.
+        trainer: All processes must call; process 0 writes.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; older snapshots are untouched.
     """
-    path = run / FOLDER / f"step-{step:08d}"
+    averages = {file_name(length): gather(power.average) for length, power in trainer.powers.items()}
+    if not trainer.world.leads:
+        return
     size = sum(tensor.nbytes for average in averages.values() for tensor in average.values())
-    with whole_directory(path, size=size, replace=True) as temporary:
-        for length, average in averages.items():
-            safetensors.torch.save_file(dict(average), temporary / file_name(length))
-        (temporary / _STATE).write_text(json.dumps({"step": step, "images": images}, indent=2) + "\n")
-    return path
+    with whole_directory(run / FOLDER / f"step-{trainer.step:08d}", size=size, replace=True) as temporary:
+        for file, average in averages.items():
+            safetensors.torch.save_file(average, temporary / file)
+        state = {"step": trainer.step, "images": trainer.images}
+        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
 
 
 def list_snapshots(run: Path) -> list[Path]:
