@@ -95,7 +95,7 @@ def plain_numbers(axis: Axes, *, which: str = "y") -> None:
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """About 3 to 8 round numbers between two positive ones.
+    """Some 3 to 8 round numbers between two positive ones.
 
     Args:
         low: The lower one.
@@ -104,15 +104,15 @@ def round_numbers(low: float, high: float) -> list[float]:
     Returns:
         Ticks for a logarithmic axis.
     """
+    from matplotlib.ticker import MaxNLocator
+
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [1 + 0.1 * k for k in range(90)],
-                  [1 + 0.02 * k for k in range(450)], [1 + 0.005 * k for k in range(1800)]):  # fmt: skip
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        found = [float(f"{tick:.5g}") for tick in ticks if low <= tick <= high]
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(f"{step * 10.0**decade:.5g}") for decade in decades for step in steps]
+        found = [tick for tick in ticks if low <= tick <= high]
         if len(found) >= 3:
-            break
-    return found[:: max(1, -(-len(found) // 8))]
+            return found[:: -(-len(found) // 8)]
+    return [float(f"{tick:.5g}") for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
 
 
 def svg(figure: Figure) -> str:

@@ -217,6 +217,7 @@ def interference_figure(rows: Rows) -> Figure:
         pairs = next(own["pairs"] for own in rows if own["label"] == label)
         axis.set_xticks(range(len(pairs)), [f"stages {pair.replace('-', ' and ')}" for pair in pairs], fontsize=8)
         axis.set_title(label, fontsize=10)
+        axis.set_xlim(-0.5, len(pairs) - 0.5)
         axis.set_ylim(min(-0.1, axis.get_ylim()[0]), 1.05)
     for axis in axes[len(labels) :]:
         axis.set_visible(False)

@@ -15,7 +15,7 @@ from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.cells import Cell
 from multistage_diffusion.studies.designs import Variants
-from multistage_diffusion.studies.estimate import estimate
+from multistage_diffusion.studies.estimate import differs, estimate
 from multistage_diffusion.studies.tables import Lab
 
 _IMAGES = 512  # images behind each half of a gradient
@@ -67,9 +67,10 @@ def interference_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         if not own["shared"]:
             sentences.append(f"{own['label']}: the decoders share no weight, so their stages cannot interfere there.")
             continue
-        parts = [
-            f"stages {pair} {cosine['mean']:.2f}" for pair, cosine in zip(own["pairs"], own["cosine"], strict=True)
-        ]
+        parts = []
+        for pair, cosine in zip(own["pairs"], own["cosine"], strict=True):
+            told = differs(estimate(cosine["values"]))
+            parts.append(f"stages {pair} {cosine['mean']:.2f}{' (not told apart from 0)' if told is False else ''}")
         sentences.append(f"{own['label']}, {own['part']}: cosine of gradients {', '.join(parts)}.")
     return sentences
 

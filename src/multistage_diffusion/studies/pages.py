@@ -84,9 +84,32 @@ def write_page(out: Path) -> Path:
             for document in documents
         ],
         sources=sorted({document["settings"]["data"] for document in documents}),
+        conditions=_conditions(documents),
     )  # fmt: skip
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
+
+
+def _conditions(documents: list[dict[str, Any]]) -> dict[tuple[tuple[str, str], ...], list[str]]:
+    """Titles of the studies that were made alike, by how they were made: terms and words."""
+    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for document in documents:
+        own = document["settings"]
+        features, budget = own["features"], own["budget"]
+        terms = {
+            "data": f"{own['data']}: {own['images']:,} training and {own['held_out']:,} held-out images of "
+            f"{' x '.join(map(str, own['shape']))}, digest {own['digest'][:12]}",
+            "features": f"{features['name']}, {features['accuracy']:.1%} of the held-out images named right, digest "
+            f"{features['digest'][:12]}",
+            "common partition": f"sigma {', '.join(f'{edge:.4g}' for edge in own['stages'])}",
+            "budget": f"{digits(budget['tflops'])} TFLOPs a model; {budget['samples']:,} generated images behind a "
+            f"distance at the end of training, {budget['samples_on_the_way']:,} behind the others",
+        }
+        if made := document.get("made"):
+            numbers = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+            terms |= {"command": made["command"], "versions": numbers, "machine": made["machine"]}
+        found.setdefault(tuple(terms.items()), []).append(document["title"])
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -109,12 +132,12 @@ def machine(device: torch.device | str = "cpu") -> str:
         device: Where the models ran.
 
     Returns:
-        Like `2 x Intel Xeon ..., 2 threads`.
+        Like `2 x Intel Xeon ..., threads of a process: 2`.
     """
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
         lines = information.read_text().splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    words = f"{os.cpu_count()} x {processor}, {torch.get_num_threads()} threads a process"
+    words = f"{os.cpu_count()} x {processor}, threads of a process: {torch.get_num_threads()}"
     return f"{torch.cuda.get_device_name(device)}; {words}" if torch.device(device).type == "cuda" else words

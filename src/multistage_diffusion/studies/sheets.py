@@ -145,14 +145,13 @@ def _sampling(rows: Rows) -> Sheet:
 
 def _intervals(rows: Rows) -> Sheet:
     """The end of training; differences from the first network on the same stage."""
-    head = ("stage", "network", "parameters in use", "images of the stage", "loss of the stage", "difference",
+    head = ("stage", "network", "parameters in use", "loss of the stage", "difference",
             "95% interval", "Fréchet distance", "difference", "95% interval")  # fmt: skip
     lines = []
     for own in rows:
         first = next(row for row in rows if row["stage"] == own["stage"])
         end, reference = own["curve"][-1], first["curve"][-1]
-        line = [Item(str(own["stage"])), Item(own["label"]), Item(count(own["parameters"])),
-                Item(f"{end['images']:,.0f}")]  # fmt: skip
+        line = [Item(str(own["stage"])), Item(own["label"]), Item(count(own["parameters"]))]
         for metric in ("loss", "fd"):
             line.append(Item(_mean(end[metric])))
             line += [Item(""), Item("")] if own is first else _change(end[metric], reference[metric])
