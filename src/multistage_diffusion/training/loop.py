@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -91,6 +91,7 @@ class Trainer:
         ema: The average of its weights.
         powers: Its power-function averages, by their length.
         scale: The loss scale of fp16; none in other precisions.
+        lap: Called with the name of each part of a step as it ends; a profile listens there.
         step: Steps taken.
         stage_images: Images that each stage was trained on.
     """
@@ -122,6 +123,7 @@ class Trainer:
             self.denoiser.network.parameters(), lr=training.learning_rate, betas=training.betas,
             weight_decay=training.weight_decay, fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
+        self.lap: Callable[[str], None] = _nobody_listens
         self.step = 0
         self.stage_images = [0] * len(self.denoiser.stages)
 
@@ -185,6 +187,7 @@ class Trainer:
             norm_read, loss_read, *rest = torch.cat((norm[None], figures)).tolist()
             stage_loss = _spread(rest, whole)
             self._require_finite(stage_loss)
+            self.lap("norm of the gradient, figures")
             if math.isfinite(norm_read):
                 break
             if self.scale is None:
@@ -198,13 +201,16 @@ class Trainer:
         clip = training.clip_norm
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip, norm)
+            self.lap("clipping")
         seen = self.images + training.batch_size
         rate = training.learning_rate * min(1.0, seen / max(training.warmup_images, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.lap("optimiser")
         for average in (self.ema, *self.powers.values()):
             average.update(network, seen, training.batch_size)
+        self.lap("averages")
         if self.scale is not None:
             self.scale.keep()
         self.step += 1
@@ -230,12 +236,15 @@ class Trainer:
             batch = self.batches(self.step, turn * world.size + world.rank, turns * world.size)
             dropout = self.config.model.dropout > 0
             number = rng.bits(training.seed, "dropout", batch.index, 1)[:, 0] if dropout else None
+            self.lap("batch")
             with self._synchronised(turn + 1 == turns):
                 with autocast(self.config.engine, self.device):
                     losses = self._model(batch, number)
                 loss = (batch.weight * losses).sum() / training.batch_size
+                self.lap("forward: loss")
                 factor = world.size * (self.scale.value if self.scale is not None else 1.0)  # processes are averaged
                 (loss if factor == 1.0 else loss * factor).backward()
+                self.lap("backward")
             rows = zip(losses.detach().split(batch.counts), batch.whole, batch.real, strict=True)
             means = [part.sum() / count if real else part.new_zeros(()) for part, count, real in rows if count]
             summands = torch.stack([loss.detach(), *means])
@@ -280,6 +289,10 @@ class _Losses(nn.Module):
             self.denoiser, batch.images, batch.noise, batch.sigma, batch.labels, augment=batch.augment,
             counts=batch.counts, number=number,
         )  # fmt: skip
+
+
+def _nobody_listens(part: str) -> None:
+    """What a part's end is told to where no profile listens."""
 
 
 def _spread(means: Sequence[float], counts: tuple[int, ...]) -> tuple[float | None, ...]:
