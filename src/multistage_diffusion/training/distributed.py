@@ -8,6 +8,7 @@ there has no limit and ends when another process fails, while a collective break
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import time
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.nn.parallel import DistributedDataParallel
 
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.models.unet import Encoder, MultiDecoderUNet
@@ -268,11 +270,12 @@ def parallelise(
     if kind == "fsdp":
         _shard(network, device, world)
         return module
-    from torch.nn.parallel import DistributedDataParallel
-
-    ids = [device.index or 0] if device.type == "cuda" else None
+    # The network's buffers are constants; torch 2.13 has another name for the switch that says so.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
+        module, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True, **switch
     )
 
 

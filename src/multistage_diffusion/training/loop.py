@@ -41,7 +41,7 @@ class StepResult:
         gradient_norm: Norm of the gradient before clipping.
         clipped: Whether the gradient was clipped.
         overflows: How often the step was repeated at half the loss scale, because gradients overflowed in fp16.
-        stop: Number of the signal that asks to stop, heard by this or any other process; none: go on.
+        stop: Number of the signal that asks to stop, heard by any of several processes; none: go on.
     """
 
     step: int
@@ -137,7 +137,7 @@ class Trainer:
 
         Args:
             steps: Where to stop.
-            asked: Signals that this process has received; grows meanwhile.
+            asked: Signals that this process has received; grows meanwhile. Several processes tell one another.
 
         Yields:
             The result of each step, after it.
@@ -219,7 +219,7 @@ class Trainer:
             self.world.require_equal(dict(network.named_parameters()), self.step)
         return StepResult(
             self.step, self.images, loss_read, stage_loss, rate, norm_read,
-            clipped=clip is not None and norm_read > clip, overflows=overflows, stop=self._heard(asked, rest),
+            clipped=clip is not None and norm_read > clip, overflows=overflows, stop=self._heard(rest),
         )  # fmt: skip
 
     def _gradients(self, asked: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
@@ -259,10 +259,10 @@ class Trainer:
             return contextlib.nullcontext()
         return self._model.no_sync()
 
-    def _heard(self, asked: Sequence[int], rest: Sequence[float]) -> int | None:
-        """The signal that this process, or any of several ones, was stopped by; all processes know at the same step."""
+    def _heard(self, rest: Sequence[float]) -> int | None:
+        """The signal that any of several processes heard; all know at the same step."""
         if self.world.size == 1:
-            return asked[0] if asked else None
+            return None
         return next((int(number) for number, heard in zip(_SIGNALS, rest[-2:], strict=True) if heard), None)
 
     def _require_finite(self, stage_loss: tuple[float | None, ...]) -> None:

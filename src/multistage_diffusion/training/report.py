@@ -34,6 +34,8 @@ class Window:
     stage_loss: list[float] = field(default_factory=list)
     stage_steps: list[int] = field(default_factory=list)
     last: float | None = None
+    clipped: int = 0
+    overflows: int = 0
 
     def add(self, result: StepResult) -> None:
         """Take a step's losses.
@@ -45,6 +47,8 @@ class Window:
             self.stage_loss, self.stage_steps = [0.0] * len(result.stage_loss), [0] * len(result.stage_loss)
         self.steps += 1
         self.loss += result.loss
+        self.clipped += result.clipped
+        self.overflows += result.overflows
         for stage, loss in enumerate(result.stage_loss):
             if loss is not None:
                 self.stage_loss[stage] += loss
@@ -54,14 +58,15 @@ class Window:
         """The means, and a fresh start.
 
         Returns:
-            `loss` and `stage_loss`.
+            `loss` and `stage_loss`; `clipped`, in how many steps the gradient was, and `overflows` of fp16.
         """
         pairs = zip(self.stage_loss, self.stage_steps, strict=True)
         line = {
             "loss": self.loss / self.steps,
             "stage_loss": [total / count if count else None for total, count in pairs],
-        }
-        self.steps, self.loss, self.stage_loss, self.stage_steps, self.last = 0, 0.0, [], [], line["loss"]
+            "clipped": self.clipped, "overflows": self.overflows,
+        }  # fmt: skip
+        vars(self).update(vars(Window(last=line["loss"])))
         return line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from multistage_diffusion.config import RunConfig, from_dict, to_dict
+from multistage_diffusion.config import EngineConfig, RunConfig, from_dict, to_dict
 from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_json
@@ -21,12 +22,14 @@ from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import (
     EMA_WEIGHTS,
     RAW,
+    Checkpoint,
     newest,
     newest_valid,
     prune,
     restore_checkpoint,
     save_checkpoint,
 )
+from multistage_diffusion.training.distributed import World, join, local_device
 from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.loop import StepResult, Trainer, build_denoiser
 from multistage_diffusion.training.observe import Observer
@@ -35,11 +38,13 @@ from multistage_diffusion.training.snapshots import FOLDER as SNAPSHOTS
 from multistage_diffusion.training.snapshots import Combination, rebuild, save_snapshot
 from multistage_diffusion.training.trackers import require_installed
 
-# What may change when a run is resumed, with all of logging: none of these changes what is computed.
+# What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
+# for rounding by the engine, which is said.
 CHANGEABLE = {
     "training.steps", "training.save_every", "training.keep", "training.keep_every", "training.log_every",
-    "training.ema_snapshot_every", "data.root",
+    "training.ema_snapshot_every", "data.root", "engine", "logging",
 }  # fmt: skip
+_UNSAID = {"timeout"}  # of the engine: no result depends on it
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,14 @@ def train(
 ) -> TrainingSummary:
     """Train a model in a run directory; called again with the same arguments, resume it.
 
+    Under `torchrun`, every process calls it alike; process 0 alone writes.
+
     Args:
         config: The whole configuration.
         out: The run directory.
         data: Training images or latents; by default loaded, and encoded, as `config.data` says.
         stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
-        device: Where to train.
+        device: Where to train; `cuda` is the GPU of this process.
         on_step: Called after each step with its result and the number of steps wanted.
         on_encode: Told how many images are encoded into latents, of how many, where that is not in the cache.
 
@@ -95,33 +102,45 @@ def train(
         CheckpointError: The disk is full, or all checkpoints are damaged.
         NumericsError: The loss is not finite.
         StoppedError: SIGTERM or SIGINT came; a checkpoint of the last step was written.
+        PeerError: Another process of the run failed, and says why.
     """
-    started, folder = time.perf_counter(), Path(out)
-    _check_target(folder, config)
-    require_installed(config.logging.trackers)
-    if data is None:
-        data = load_examples(config.data, device, on_encode)
-    if stages is None and (folder / "stages.json").is_file():
-        stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
-    trainer = Trainer(config, data, device, stages)
-    cost = network_cost(config.model, data.shape)
-    with lock(folder), signals() as received:
-        window = _open(folder, trainer, data)
-        resumed = trainer.step
-        observer = Observer(folder, config, data, trainer.device, stop=lambda: bool(received))
-        with Report(folder, config, resumed, trainer.device) as report:
-            observer.look(trainer, report)  # what a signal kept the run from drawing
-            for result in trainer.run(config.training.steps):
-                window.add(result)
-                if result.step % config.training.log_every == 0:
-                    report.training(result, window, cost.training_flops(trainer.stage_images))
-                if on_step is not None:
-                    on_step(result, config.training.steps)
-                _save_and_look(folder, trainer, window, report, observer, data, received)
-        trainer.averaged().save_pretrained(folder / "model")
-    flops = cost.training_flops(trainer.stage_images)
+    started, folder, device = time.perf_counter(), Path(out), local_device(device)
+    with join(device, config.engine.timeout) as world:
+        world.lead("target", lambda: _check_target(folder, config))
+        require_installed(config.logging.trackers)
+        if data is None:
+            with world.first("data"):
+                data = load_examples(config.data, device, on_encode)
+        if stages is None and (folder / "stages.json").is_file():
+            stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
+        trainer = Trainer(config, data, device, stages, world)
+        cost = network_cost(config.model, data.shape)
+        with lock(folder) if world.leads else contextlib.nullcontext(), signals() as received:
+            window = _open(folder, trainer, data)
+            resumed = trainer.step
+            with world.first("observer"):  # what it needs may have to be fetched
+                observer = Observer(folder, config, data, device, stop=lambda: bool(received))
+            with Report(folder, config, resumed, device, world) as report:
+                observer.look(trainer, report)  # what a signal kept the run from drawing
+                for result in trainer.run(config.training.steps, received):
+                    window.add(result)
+                    if result.step % config.training.log_every == 0:
+                        report.training(result, window, cost.training_flops(trainer.stage_images))
+                    if on_step is not None:
+                        on_step(result, config.training.steps)
+                    due = _save_what_is_due(folder, trainer, window, report, data)
+                    observer.look(trainer, report)  # after the checkpoint: a kill while it draws costs no step
+                    stop = received[0] if world.size == 1 and received else result.stop
+                    if stop is not None:
+                        if not due:
+                            _save(folder, trainer, window, report, data)
+                        world.lead("stop", lambda: None)  # nobody leaves while process 0 writes
+                        raise StoppedError(stop, trainer.step)
+            model = trainer.averaged()
+            world.lead("model", lambda: model.save_pretrained(folder / "model"))
+    flops, seconds = cost.training_flops(trainer.stage_images), time.perf_counter() - started
     loss = window.loss / window.steps if window.steps else window.last
-    return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, time.perf_counter() - started)
+    return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, seconds)
 
 
 @dataclass(frozen=True)
@@ -205,7 +224,7 @@ def _check_target(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
     theirs, ours = _flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), _flat(to_dict(config))
     for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key) and key not in CHANGEABLE and not key.startswith("logging."):
+        if theirs.get(key) != ours.get(key) and CHANGEABLE.isdisjoint((key, key.split(".")[0])):
             raise ConfigError(
                 f"{folder} holds another run: {key.replace('_', '-')} is {theirs.get(key)} there and {ours.get(key)} "
                 "here; choose another --out, or repeat its options"
@@ -221,59 +240,80 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
     """Say what the run is, in a directory that this process holds, and go on from its newest checkpoint."""
-    _check_target(folder, trainer.config)  # once more: another process may have trained here while the data was read
-    remove_leftovers(folder)
-    remove_leftovers(folder / "checkpoints")
-    remove_leftovers(folder / SNAPSHOTS)
-    write_json(folder / "config.json", to_dict(trainer.config))
-    trainer.denoiser.stages.save(folder / "stages.json")
-    window = _resume(folder, trainer, data)
-    match data:
-        case Latents():
-            data.stage.save(folder / RECORD)
-        case _:
-            pass
+    world, checkpoint, window = trainer.world, None, Window()
+    world.require_same("the options", repr(trainer.config))
+    world.require_same("the images", data.digest)
+    if world.leads:
+        _check_target(folder, trainer.config)  # again: another process may have trained here while the data was read
+        for place in (folder, folder / "checkpoints", folder / SNAPSHOTS):
+            remove_leftovers(place)
+        write_json(folder / "config.json", to_dict(trainer.config))
+        trainer.denoiser.stages.save(folder / "stages.json")
+        checkpoint, window = _newest(folder, trainer, data)
+        match data:
+            case Latents():
+                data.stage.save(folder / RECORD)
+            case _:
+                pass
+        world.tell("window", None if checkpoint is None else vars(window))
+        if checkpoint is None:
+            return window
+    elif (told := world.ask("window")) is None:
+        return window
+    else:
+        window = Window(**told)
+    restore_checkpoint(checkpoint, trainer)
     return window
 
 
-def _resume(folder: Path, trainer: Trainer, data: Examples) -> Window:
-    """Load the newest valid checkpoint, if there is one, after checking that it continues the same run."""
+def _newest(folder: Path, trainer: Trainer, data: Examples) -> tuple[Checkpoint | None, Window]:
+    """The newest valid checkpoint, if there is one, after checking that it continues the same run."""
     checkpoint, damages = newest_valid(folder / "checkpoints")
     for damage in damages:
         warnings.warn(f"{damage}; an older checkpoint is used", stacklevel=2)
     if checkpoint is None:
-        return Window()
+        return None, Window()
     state = checkpoint.state()
-    window = state.get("window")
-    if not isinstance(window, dict) or window.keys() != vars(Window()).keys():
-        raise CheckpointError(f"{checkpoint.path}/state.json has no window of losses; it is of another version")
+    try:
+        window = Window(**state["window"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}/state.json has no window of losses; it is of another version"
+        ) from error
     if state.get("data") != data.digest:
         raise ConfigError(f"the images of {data.name} are not those that {folder} was trained on; choose another --out")
-    if state.get("threads") != torch.get_num_threads():
-        warnings.warn(
-            f"{folder} was trained with {state.get('threads')} threads and is continued with "
-            f"{torch.get_num_threads()}: equal up to rounding, not to the bit",
-            stacklevel=2,
-        )
-    if state.get("device") != trainer.device.type:
-        warnings.warn(
-            f"{folder} was trained on {state.get('device')} and is continued on {trainer.device.type}: equal up to "
-            "rounding, not to the bit",
-            stacklevel=2,
-        )
+    _say_changes(folder, state, trainer)
     if checkpoint.step > trainer.config.training.steps:
         raise ConfigError(
             f"{folder} has {checkpoint.step} steps already; training.steps {trainer.config.training.steps} is less"
         )
-    restore_checkpoint(checkpoint, trainer)
-    return Window(**window)
+    return checkpoint, window
 
 
-def _save_and_look(
-    folder: Path, trainer: Trainer, window: Window, report: Report, observer: Observer, data: Examples,
-    received: list[int],
-) -> None:  # fmt: skip
-    """Write a checkpoint where one is due, draw and measure what is due, and stop with a checkpoint at a signal."""
+def _say_changes(folder: Path, state: dict[str, Any], trainer: Trainer) -> None:
+    """Warn, by name, of all that makes a continued run differ from one that was not interrupted, by rounding."""
+    changes = []
+    if state.get("threads") != torch.get_num_threads():
+        changes.append(f"with {state.get('threads')} threads and is continued with {torch.get_num_threads()}")
+    if state.get("device") != trainer.device.type:
+        changes.append(f"on {state.get('device')} and is continued on {trainer.device.type}")
+    defaults = _engine(EngineConfig(), World())  # those of a run from before there was a choice
+    ours = _engine(trainer.config.engine, trainer.world)
+    theirs = {**defaults, **state.get("engine", {})}
+    for key, value in ours.items():
+        if theirs[key] != value:
+            changes.append(f"with engine.{key.replace('_', '-')} {theirs[key]} and is continued with {value}")
+    for change in changes:
+        warnings.warn(f"{folder} was trained {change}: equal up to rounding, not to the bit", stacklevel=2)
+
+
+def _engine(config: EngineConfig, world: World) -> dict[str, Any]:
+    """What decides about rounding."""
+    return {key: value for key, value in to_dict(config).items() if key not in _UNSAID} | {"processes": world.size}
+
+
+def _save_what_is_due(folder: Path, trainer: Trainer, window: Window, report: Report, data: Examples) -> bool:
+    """Write snapshots and a checkpoint where they are due; whether there is a checkpoint of this step."""
     training, step = trainer.config.training, trainer.step
     if trainer.powers and step % training.ema_snapshot_every == 0:
         save_snapshot(folder, trainer)
@@ -281,18 +321,17 @@ def _save_and_look(
     due = kept or step == training.steps or step % training.save_every == 0
     if due:
         _save(folder, trainer, window, report, data)
-    observer.look(trainer, report)  # after the checkpoint: a kill while it draws costs no step
-    if stop := received[:1]:  # read once: a signal from here on stops after the next step
-        if not due:
-            _save(folder, trainer, window, report, data)
-        raise StoppedError(stop[0], step)
+    return due
 
 
 def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: Examples) -> None:
+    """Write a checkpoint; all processes must call, as each may hold a shard."""
     report.sync()
+    training = trainer.config.training
     state = {
-        "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(),
-        "device": trainer.device.type, "shape": list(data.shape),
+        "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(), "device": trainer.device.type,
+        "engine": _engine(trainer.config.engine, trainer.world), "shape": list(data.shape),
     }  # fmt: skip
     save_checkpoint(folder / "checkpoints", trainer, state)
-    prune(folder / "checkpoints", trainer.config.training.keep, trainer.step, trainer.config.training.keep_every)
+    if trainer.world.leads:
+        prune(folder / "checkpoints", training.keep, trainer.step, training.keep_every)
