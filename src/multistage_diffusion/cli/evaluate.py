@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,9 +16,14 @@ from multistage_diffusion.config import SamplingConfig, check
 from multistage_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from multistage_diffusion.data import Images
     from multistage_diffusion.metrics.features import FeatureExtractor
+    from multistage_diffusion.training.distributed import World
     from multistage_diffusion.training.run import LoadedRun
+
+_MINUTES = 30.0  # that a process waits for the images of the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,7 @@ class Options(Compute):
     few are drawn), kid (kernel distance), is (inception score's formula), prdc (precision, recall, density, coverage),
     loss (held-out denoising loss, by stage and by noise level). Only with the features inception is fd called fid.
 
-    Under torchrun the processes share the images: torchrun --nproc_per_node 2 -m multistage_diffusion evaluate ...
+    Under torchrun the processes share the images: torchrun --nproc_per_node 2 -m -- multistage_diffusion evaluate ...
 
     example: msd evaluate runs/digits --metrics fd,prdc,loss --num 1000
     """
@@ -81,10 +87,27 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if not target.is_dir():
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")
 
+    from multistage_diffusion.files import write_json
+    from multistage_diffusion.training.distributed import join, local_device
+
+    device = local_device(device)
+    with join(device, _MINUTES) as world:
+        document = _measure(options, names, target, device, world)
+        if world.leads and options.out is not None:
+            write_json(Path(options.out), document)
+        world.lead("the figures", lambda: None)  # the others have no more to do, and wait without a limit
+    for key, value in document.items():
+        console.print(f"{key}: {value}")
+    return document
+
+
+def _measure(
+    options: Options, metrics: Sequence[str], target: Path, device: torch.device, world: World
+) -> dict[str, Any]:
+    """The document, in the first process."""
     from multistage_diffusion.data import load_data
     from multistage_diffusion.data.latents import load_first_stage
     from multistage_diffusion.evaluation import evaluate, evaluate_images
-    from multistage_diffusion.files import write_json
     from multistage_diffusion.metrics.extractors import load_extractor
     from multistage_diffusion.training.run import load_run
 
@@ -102,28 +125,24 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     real = test if options.reference == "test" else train
 
     def extractor() -> FeatureExtractor:
-        return load_extractor(options.features, train, test, device=device)
+        with world.first("features"):  # a classifier is trained, or weights are downloaded, once
+            return load_extractor(options.features, train, test, device=device)
 
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
-        document = evaluate_images(load_data(f"folder:{pictures}", split="all"), real, extractor(), names)
+        document = evaluate_images(load_data(f"folder:{pictures}", split="all"), real, extractor(), metrics)
     else:
         first_stage = load_first_stage(target, device)
         if first_stage is None:
             _check_shape(loaded, real)
         document = evaluate(
-            loaded.denoiser, real, metrics=names, extractor=extractor, num=options.num,
+            loaded.denoiser, real, metrics=metrics, extractor=extractor, num=options.num,
             sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
             first_stage=first_stage, stage_images=loaded.stage_images,
         )  # fmt: skip
-    if not document:  # another process has it
+    if not world.leads:
         return {}
-    document = {"target": str(target), "step": loaded.step if loaded else None, **document}
-    if options.out is not None:
-        write_json(Path(options.out), document)
-    for key, value in document.items():
-        console.print(f"{key}: {value}")
-    return document
+    return {"target": str(target), "step": loaded.step if loaded else None, **document}
 
 
 def _sampling(loaded: LoadedRun, options: Options) -> SamplingConfig:
