@@ -14,7 +14,7 @@ from rich.console import Console
 
 from multistage_diffusion.cli import parse as parse_words
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import RunConfig, from_dict, to_dict
+from multistage_diffusion.config import RunConfig, check, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.recipes import RECIPES, recipe
@@ -33,7 +33,7 @@ class Options(Compute):
     recipe: tyro.conf.Positional[str]
     """Recipe to start from; it comes first."""
     out: str | None = None
-    """Run directory; needed for all but --dry-run."""
+    """Run directory; needed for all but --dry-run and --profile."""
     config: str | None = None
     """JSON file with values that replace the recipe's, like the config.json of another run."""
     stages: str | None = None
@@ -42,6 +42,10 @@ class Options(Compute):
     """Folder that holds the source's files; sets data.root."""
     dry_run: bool = False
     """Print the whole resolved configuration and stop."""
+    profile: bool = False
+    """Train for a few steps, print where their time goes, and write nothing."""
+    profile_steps: int = 20
+    """Steps that --profile measures."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -93,6 +97,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         if not options.json:
             console.print_json(json.dumps(document))
         return document
+    if options.profile:
+        return _profile(config, options, console)
     if options.out is None:
         raise ConfigError(f"--out is needed: where to keep the run, like --out runs/{options.recipe}")
     device = prepare(options)
@@ -124,6 +130,45 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "resumed": summary.resumed,
         "training_pflops": summary.training_flops / 1e15,
         "seconds": round(summary.seconds, 3),
+    }
+
+
+def _profile(config: RunConfig, options: Options, console: Console) -> dict[str, Any]:
+    """Print where a step's time goes."""
+    check(options.profile_steps >= 1, "profile-steps", "at least 1", options.profile_steps)
+    device = prepare(options)
+
+    from rich.table import Table
+
+    from multistage_diffusion.cli.progress import encoding_progress
+    from multistage_diffusion.data.latents import load_examples
+    from multistage_diffusion.training.distributed import join
+    from multistage_diffusion.training.profile import profile
+
+    data = load_examples(config.data, device, encoding_progress(console))
+    with join(device, config.engine.timeout) as world:
+        found = profile(config, data, device=device, steps=options.profile_steps, world=world)
+    table = Table("part of a step", box=None)
+    for name in ("ms", "share"):
+        table.add_column(name, justify="right")
+    for part, seconds in found.parts.items():
+        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / found.watched_seconds:.1%}")
+    table.add_row("all", f"{found.watched_seconds * 1e3:.2f}", "")
+    console.print(table)
+    memory = "" if found.gpu_memory_gib is None else f", {found.gpu_memory_gib:.1f} GiB of GPU memory"
+    console.print(
+        f"unwatched, a step takes {found.seconds * 1e3:.2f} ms: {found.images_per_second:.1f} images/s, "
+        f"{found.tflops:.3g} TFLOP/s{memory} (means of {found.steps} steps on {device})"
+    )
+    return {
+        "device": str(device),
+        "steps": found.steps,
+        "step_ms": found.seconds * 1e3,
+        "watched_step_ms": found.watched_seconds * 1e3,
+        "images_per_second": found.images_per_second,
+        "tflops": found.tflops,
+        "gpu_memory_gib": found.gpu_memory_gib,
+        "parts": [{"part": part, "ms": seconds * 1e3} for part, seconds in found.parts.items()],
     }
 
 

@@ -22,6 +22,7 @@ from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.training.distributed import ALONE, World
 from multistage_diffusion.training.loop import Trainer
 
+_PASSES = ("batch", "forward", "backward")  # then what follows them, as it came
 _BACKWARD, _FIRST_BACKWARD = "backward", "backward: loss"
 _WARM_UP = 5  # steps before anything is measured: memory is taken, kernels are chosen and compiled
 
@@ -34,7 +35,7 @@ class StepProfile:
         steps: Steps that were measured.
         seconds: Mean time of a step, unwatched.
         watched_seconds: Mean time of a step while its parts are timed; what `parts` add up to.
-        parts: Seconds of each part in a mean step, in the order in which they first end.
+        parts: Seconds of each part in a mean step, in their order.
         images_per_second: Images trained on, unwatched.
         tflops: Achieved 10^12 FLOPs a second, counting those of the network's forward and backward pass.
         gpu_memory_gib: Most memory that torch held of the GPU; none on a CPU.
@@ -136,12 +137,17 @@ class _Clock:
         for (_, begin), (part, end) in itertools.pairwise(self._laps):
             seconds = end - begin if self._gpu is None else begin.elapsed_time(end) / 1e3
             totals[part] = totals.get(part, 0.0) + seconds
-        return totals
+        return dict(sorted(totals.items(), key=lambda item: _place(item[0])))
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._gpu))
         return event
+
+
+def _place(part: str) -> int:
+    kind = part.partition(":")[0]
+    return _PASSES.index(kind) if kind in _PASSES else len(_PASSES)
 
 
 def _listen(trainer: Trainer, clock: _Clock) -> None:
