@@ -22,30 +22,30 @@ from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.recipes import recipe
 from multistage_diffusion.studies import proxies
 
-LAWS = (Law(0.05, 3.0, 1.0, 40.0, 0.5, 0.0), Law(0.02, 0.5, 1.0, 20.0, 0.5, 0.0), Law(0.2, 0.01, 1.0, 5.0, 0.5, 0.0))
+LAWS = (
+    Law(0.05, 3.0, 1.0, 40.0, 0.5, 0.25, 0.0),
+    Law(0.02, 0.5, 1.0, 20.0, 0.5, 0.0, 0.0),
+    Law(0.2, 0.01, 1.0, 5.0, 0.5, 0.5, 0.0),
+)
 SHARES = (0.3, 0.3, 0.4)
 WIDTHS = (4, 8, 16, 32)
 FLOPS = [[1.0 + width**2 / 100 for width in WIDTHS]] * 3
 
 
 def loss(widths, images):
-    return sum(
-        share * (law.floor + law.capacity(width) + law.training(images))
-        for share, law, width in zip(SHARES, LAWS, widths, strict=True)
-    )
+    return sum(share * law.loss(width, images) for share, law, width in zip(SHARES, LAWS, widths, strict=True))
 
 
-def test_a_law_is_recovered_from_its_own_values():
-    law = LAWS[0]
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_is_recovered_from_its_own_values(law):
     points = [
-        Measurement(w, n, (law.floor + law.capacity(w) + law.training(float(n)),))
+        Measurement(w, n, (law.loss(w, float(n)),))
         for w in (4, 8, 16) for n in (1_000, 4_000, 16_000)
     ]  # fmt: skip
     found = fit_law(points, 0)
     assert found.error < 1e-6
     for width, images in ((6, 2_000), (32, 100_000)):
-        expected = law.floor + law.capacity(width) + law.training(float(images))
-        assert found.floor + found.capacity(width) + found.training(float(images)) == pytest.approx(expected, rel=1e-3)
+        assert found.loss(width, float(images)) == pytest.approx(law.loss(width, float(images)), rel=1e-3)
 
 
 def test_parts_of_a_law_are_never_negative():
@@ -105,7 +105,7 @@ def measured(monkeypatch):
     def run_proxies(config, data, test, widths, **_):
         given.update(data=data, test=test, widths=widths)
         return [
-            Measurement(w, n, tuple(law.floor + law.capacity(w) + law.training(float(n)) for law in LAWS))
+            Measurement(w, n, tuple(law.loss(w, float(n)) for law in LAWS))
             for w in widths for n in (1_000, 2_000, 4_000)
         ]  # fmt: skip
 

@@ -1,10 +1,12 @@
 """Capacity allocation: how wide each stage's decoder should be under a budget of FLOPs.
 
 Short proxy runs give the held-out loss of each stage at several decoder widths and numbers of images. A law
-L(w, n) = floor + b w^-beta + c n^-gamma is fitted to each stage, and the widths are chosen that minimise the expected
-loss among all combinations of candidates that the budget allows, exactly.
+L(w, n) = floor + b w^-beta + c n^-gamma w^-delta is fitted to each stage, and the widths are chosen that minimise the
+expected loss among all combinations of candidates that the budget allows.
 
-The form of the law is that of Hoffmann et al. 2022 (Eq. 2), with the decoder's width in the place of parameters. Zhang
+With delta = 0 the law is that of Hoffmann et al. 2022 (Eq. 2), with the decoder's width in the place of parameters. The
+last power is there because a narrow decoder mainly learns more slowly: proxies that are short beside the budget would
+otherwise take that for a loss that it never makes up. Zhang
 et al. 2024 chose their widths by hand.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from multistage_diffusion.errors import ConfigError
 
 POWERS = tuple(round(0.25 * k, 2) for k in range(1, 17))  # exponents tried, 0.25 to 4
+_LENGTHS = 64  # lengths of training at which widths are sought
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Law:
-    """Loss of a stage: floor + width_scale w^-width_power + image_scale n^-image_power.
+    """Loss of a stage: floor + width_scale w^-width_power + image_scale n^-image_power w^-mixed_power.
 
     Attributes:
         floor: Loss of a decoder of any width after any training.
-        width_scale: Part that capacity removes.
+        width_scale: Part that capacity removes, however long the training.
         width_power: How fast.
         image_scale: Part that training removes.
         image_power: How fast.
+        mixed_power: How much faster a wide decoder learns.
         error: Root of the mean squared relative residual of the fit.
     """
 
@@ -55,15 +59,13 @@ class Law:
     width_power: float
     image_scale: float
     image_power: float
+    mixed_power: float
     error: float
 
-    def capacity(self, width: int) -> float:
-        """The part that depends on the decoder's width."""
-        return self.width_scale * width**-self.width_power
-
-    def training(self, images: float) -> float:
-        """The part that depends on the number of images."""
-        return self.image_scale * images**-self.image_power
+    def loss(self, width: int, images: float) -> float:
+        """Expected loss of a decoder of a width after a number of images."""
+        learning = self.image_scale * images**-self.image_power * width**-self.mixed_power
+        return self.floor + self.width_scale * width**-self.width_power + learning
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,25 @@ def fit_law(measurements: Sequence[Measurement], stage: int) -> Law:
     if len(widths.unique()) < 2 or len(images.unique()) < 2:
         raise ConfigError("proxy runs need at least two decoder widths and two numbers of images to fit a law")
     width_unit, image_unit = float(widths.log().mean().exp()), float(images.log().mean().exp())
-    best: tuple[float, tuple[float, ...]] | None = None
-    for width_power, image_power in itertools.product(POWERS, POWERS):
-        columns = torch.stack(
-            (torch.ones_like(widths), (widths / width_unit) ** -width_power, (images / image_unit) ** -image_power), 1
-        )
-        scales, error = _non_negative(columns / losses[:, None])
-        if best is None or error < best[0]:
-            best = (error, (*scales, width_power, image_power))
-    assert best is not None
-    error, (floor, width_scale, image_scale, width_power, image_power) = best
+    powers = torch.tensor(list(itertools.product(POWERS, POWERS, (0.0, *POWERS))), dtype=torch.float64)
+    w, n = (widths / width_unit).log(), (images / image_unit).log()
+    width_power, image_power, mixed_power = powers[:, :, None].unbind(1)
+    columns = torch.stack(
+        (
+            torch.ones(len(powers), len(w)).double(),
+            (-width_power * w).exp(),
+            (-image_power * n - mixed_power * w).exp(),
+        ),
+        dim=2,
+    )
+    scales, errors = _non_negative(columns / losses[:, None])
+    best = int(errors.argmin())
+    floor, width_scale, image_scale = scales[best].tolist()
+    width_power, image_power, mixed_power = powers[best].tolist()
     return Law(
-        floor, width_scale * width_unit**width_power, width_power, image_scale * image_unit**image_power, image_power,
-        (error / len(losses)) ** 0.5,
+        floor, width_scale * width_unit**width_power, width_power,
+        image_scale * image_unit**image_power * width_unit**mixed_power, image_power, mixed_power,
+        (float(errors[best]) / len(losses)) ** 0.5,
     )  # fmt: skip
 
 
@@ -141,18 +149,24 @@ def allocate_training(
         ConfigError: The budget does not reach for a single image.
     """
     means = [[share * cost for cost in costs] for share, costs in zip(shares, flops, strict=True)]
-    parts = [[share * law.capacity(w) for w in candidates] for share, law in zip(shares, laws, strict=True)]
-    front = _pareto(means, parts)
-    if budget < front[0][0]:
-        raise ConfigError(f"a budget of {budget:.3g} training FLOPs is less than one image costs ({front[0][0]:.3g})")
-    results = []
-    for mean, capacity, chosen in front:
-        images = budget / mean
-        loss = capacity + sum(
-            share * (law.floor + law.training(images)) for share, law in zip(shares, laws, strict=True)
-        )
-        results.append(Allocation(tuple(candidates[index] for index in chosen), loss, images, mean))
-    return min(results, key=lambda result: result.loss)
+    low, high = (sum(map(extreme, means)) for extreme in (min, max))
+    if budget < low:
+        raise ConfigError(f"a budget of {budget:.3g} training FLOPs is less than one image costs ({low:.3g})")
+
+    def result(chosen: tuple[int, ...]) -> Allocation:
+        mean = sum(costs[index] for costs, index in zip(means, chosen, strict=True))
+        widths = tuple(candidates[index] for index in chosen)
+        parts = zip(shares, laws, widths, strict=True)
+        loss = sum(share * law.loss(width, budget / mean) for share, law, width in parts)
+        return Allocation(widths, loss, budget / mean, mean)
+
+    # Once the number of images is given, the stages do not depend on one another; it lies between these ends.
+    ratio = (high / low) ** (1 / _LENGTHS)
+    found = set[tuple[int, ...]]()
+    for images in (budget / high * ratio**place for place in range(_LENGTHS + 1)):
+        parts = [[share * law.loss(w, images) for w in candidates] for share, law in zip(shares, laws, strict=True)]
+        found.update(chosen for cost, _, chosen in _pareto(means, parts) if cost * images <= budget * ratio)
+    return min(map(result, found), key=lambda allocation: allocation.loss)
 
 
 def allocate_sampling(
@@ -182,14 +196,13 @@ def allocate_sampling(
         ConfigError: The narrowest decoders cost more than the budget.
     """
     costs = [[count * cost for cost in stage] for count, stage in zip(calls, flops, strict=True)]
-    parts = [[share * law.capacity(w) for w in candidates] for share, law in zip(shares, laws, strict=True)]
+    parts = [[share * law.loss(w, images) for w in candidates] for share, law in zip(shares, laws, strict=True)]
     front = _pareto(costs, parts)
     if budget < front[0][0]:
         raise ConfigError(f"a budget of {budget:.3g} FLOPs an image is below that of the narrowest decoders "
                           f"({front[0][0]:.3g}); raise it, or take fewer steps")  # fmt: skip
-    cost, capacity, chosen = max((row for row in front if row[0] <= budget), key=lambda row: row[0])
-    rest = sum(share * (law.floor + law.training(images)) for share, law in zip(shares, laws, strict=True))
-    return Allocation(tuple(candidates[index] for index in chosen), capacity + rest, images, cost)
+    cost, loss, chosen = max((row for row in front if row[0] <= budget), key=lambda row: row[0])
+    return Allocation(tuple(candidates[index] for index in chosen), loss, images, cost)
 
 
 def _pareto(
@@ -213,18 +226,21 @@ def _pareto(
     return front
 
 
-def _non_negative(columns: Tensor) -> tuple[tuple[float, ...], float]:
-    """Least squares of columns @ scales against 1 with scales >= 0, by trying every set of positive ones."""
-    target = columns.new_ones(len(columns))
-    best = ((0.0,) * columns.shape[1], float(target.square().sum()))
-    for size in range(1, columns.shape[1] + 1):
-        for chosen in itertools.combinations(range(columns.shape[1]), size):
-            part = columns[:, chosen]
-            scales = torch.linalg.lstsq(part, target[:, None], driver="gelsd").solution[:, 0]
-            error = float((part @ scales - target).square().sum())
-            if bool((scales >= 0).all()) and error < best[1]:
-                full = [0.0] * columns.shape[1]
-                for index, scale in zip(chosen, scales.tolist(), strict=True):
-                    full[index] = scale
-                best = (tuple(full), error)
-    return best
+def _non_negative(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares of columns @ scales against 1 with scales >= 0, by trying every set of positive ones.
+
+    Columns are (problems, points, scales); returned are the scales and the squared error of each problem.
+    """
+    problems, points, count = columns.shape
+    target = columns.new_ones(problems, points, 1)
+    scales, errors = columns.new_zeros(problems, count), columns.new_full((problems,), float(points))
+    for size in range(1, count + 1):
+        for chosen in itertools.combinations(range(count), size):
+            part = columns[:, :, chosen]
+            found = torch.linalg.lstsq(part, target, driver="gelsd").solution
+            error = (part @ found - target).square().sum((1, 2))
+            better = (found[:, :, 0] >= 0).all(1) & (error < errors)
+            full = columns.new_zeros(problems, count)
+            full[:, chosen] = found[:, :, 0]
+            scales, errors = torch.where(better[:, None], full, scales), torch.where(better, error, errors)
+    return scales, errors

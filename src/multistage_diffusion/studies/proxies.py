@@ -53,7 +53,8 @@ def run_proxies(
         test: Held-out images.
         widths: Decoder widths to try.
         steps: Steps of each proxy run.
-        points: Readings of each, at steps / 2^(points - 1), ..., steps / 2, steps.
+        points: Readings of each, from half of the steps to all, in equal ratios: what is earlier belongs to the
+            warm-up more than to the law.
         device: Where to train.
         say: Told what was measured, in lines.
 
@@ -65,8 +66,8 @@ def run_proxies(
     for width in widths:
         model = replace(config.model, architecture="multistage", decoder_widths=(width,) * len(stages))
         trainer = Trainer(replace(config, model=model), data, device, stages)
-        for point in reversed(range(points)):
-            for _ in trainer.run(max(1, steps // 2**point)):
+        for point in range(points):
+            for _ in trainer.run(max(1, round(steps * 0.5 ** (1 - point / max(points - 1, 1))))):
                 pass
             found = held_out_loss(trainer.averaged(), test, stages=stages, repeats=repeats)
             losses = tuple(loss for loss in found.stage_loss if loss is not None)
@@ -163,18 +164,17 @@ def allocate(
             return widths_for_training(config, data.shape, laws, widths, budget * 1e15)
         return widths_for_sampling(config, data.shape, laws, widths, budget * 1e9, longest)
 
-    choose((Law(0.0, 0.0, 1.0, 0.0, 1.0, 0.0),) * len(stages), candidates, 1.0)  # what cannot be is refused at once
+    choose(
+        (Law(0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0),) * len(stages), candidates, 1.0
+    )  # what cannot be is refused at once
     train, held = split(data, config.training.seed)
     measurements = run_proxies(config, train, held, proxies, steps=steps, device=device, say=say)
     laws = fit_laws(measurements)
     longest = float(max(item.images for item in measurements))
     found = choose(laws, candidates, longest)
-    equal = [law.floor + law.capacity(base) for law in laws]
     shares = training_shares(make_process(config.process), stages)
     images = choose(laws, (base,), longest).images if purpose == "training" else longest
-    equal_loss = sum(
-        share * (part + law.training(images)) for share, part, law in zip(shares, equal, laws, strict=True)
-    )
+    equal_loss = sum(share * law.loss(base, images) for share, law in zip(shares, laws, strict=True))
     return {
         "decoder_widths": list(found.widths),
         "allocation": {
