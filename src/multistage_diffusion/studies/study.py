@@ -35,6 +35,7 @@ class Study:
         rows: Measures them.
         findings: Says what the rows say.
         extra: Further cells that it trains.
+        seeds: How many runs of each model it needs; by default the budget's.
     """
 
     title: str
@@ -43,10 +44,12 @@ class Study:
     rows: Callable[[Lab, Variants], Rows]
     findings: Callable[[Sequence[dict[str, Any]]], list[str]]
     extra: Callable[[Lab], list[Cell]] = lambda lab: []
+    seeds: Callable[[Budget], int] = lambda budget: budget.seeds
 
     def cells(self, lab: Lab) -> list[Cell]:
         """All that it trains; all seeds of a model side by side."""
-        found = [one for config in self.variants(lab.finder).values() for one in lab.runs(config)]
+        seeds = self.seeds(lab.budget)
+        found = [one for config in self.variants(lab.finder).values() for one in lab.runs(config, seeds=seeds)]
         return [*found, *self.extra(lab)]
 
 
@@ -94,7 +97,7 @@ STUDIES = {
         "One stage at a time",
         "How good is a network on one stage alone, by its size, with a well-trained one on the others? (Fig. 2)",
         designs.intervals, intervals.intervals, intervals.intervals_findings,
-        lambda lab: [intervals.well_trained(lab)],
+        lambda lab: [intervals.well_trained(lab)], lambda budget: budget.interval_seeds,
     ),
     "interference": Study(
         "Interference between stages",
@@ -126,7 +129,7 @@ def open_lab(
     """
     own = budget.base.data
     data, test = (
-        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.max_bad)
+        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.tolerated)
         for split in ("train", "test")
     )
     held: list[Cells] = []
