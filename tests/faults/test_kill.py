@@ -18,6 +18,12 @@ from runs import log, tensors
 SAVE_EVERY = 4
 
 
+SHOWN = [
+    "--logging.grid-every", "4", "--logging.grid-images", "1", "--sampling.steps", "2", "--training.keep-every", "8",
+    "--training.ema-lengths", "0.05", "0.1", "--training.ema-snapshot-every", "4",
+]  # fmt: skip
+
+
 def options(steps: int) -> list[str]:
     return ["--training.steps", str(steps), "--training.save-every", str(SAVE_EVERY)]
 
@@ -36,13 +42,13 @@ def wait_for_a_write(out: Path, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 0.02))
 
 
-def torture(lives, tmp_path, kills, steps, moment):
+def torture(lives, tmp_path, kills, steps, moment, more=()):
     """Kill runs as often as asked, compare those that get to their end; return the number of kills inside a write."""
     whole, out = tmp_path / "whole", tmp_path / "run"
-    assert lives.train(whole, *options(steps)).wait() == 0
+    assert lives.train(whole, *options(steps), *more).wait() == 0
     chance, inside, killed = random.Random(0), 0, 0
     while killed < kills:
-        life = lives.train(out, *options(steps))
+        life = lives.train(out, *options(steps), *more)
         moment(out, chance)
         life.kill()
         code = life.wait()
@@ -54,7 +60,7 @@ def torture(lives, tmp_path, kills, steps, moment):
         killed += 1
         inside += any(path.name.startswith(".step-") for path in out.glob("checkpoints/*"))
         undamaged(out)
-    assert lives.train(out, *options(steps)).wait() == 0
+    assert lives.train(out, *options(steps), *more).wait() == 0
     same(out, whole)
     return inside
 
@@ -73,7 +79,14 @@ def same(out: Path, whole: Path) -> None:
     assert tiny.bits_equal(tensors(out), tensors(whole))
     assert log(out) == log(whole)
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    assert kept(out) == kept(whole)
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+def kept(out: Path) -> dict[Path, bytes]:
+    """Grids, and snapshots of the averages, where the run made some."""
+    files = [*out.glob("samples/*.png"), *out.glob("ema/*/*"), *out.glob("checkpoints/*/*.safetensors")]
+    return {path.relative_to(out): path.read_bytes() for path in files}
 
 
 def test_killed_5_times(lives, tmp_path):
@@ -91,13 +104,21 @@ def test_killed_20_times_inside_a_write(lives, tmp_path):
 
 
 @pytest.mark.slow
+def test_killed_20_times_while_it_draws_and_keeps_snapshots(lives, tmp_path):
+    torture(lives, tmp_path, 20, 200, wait_a_moment, SHOWN)
+    assert len(list((tmp_path / "whole" / "samples").iterdir())) == 50
+    assert len(list((tmp_path / "whole" / "ema").iterdir())) == 50
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 26
+
+
+@pytest.mark.slow
 def test_a_fresh_process_elsewhere_makes_the_same_bits(lives, tmp_path):
-    """Also under another seed of Python's hashes, and in another folder."""
+    """Weights, averages and samples; also under another seed of Python's hashes, and in another folder."""
     runs = []
     for seed in ("0", "77"):
         folder = tmp_path / seed
         folder.mkdir()
-        words = ["-m", "multistage_diffusion", "train", "digits", "--out", "run", *MODEL, *options(6)]
+        words = ["-m", "multistage_diffusion", "train", "digits", "--out", "run", *MODEL, *options(6), *SHOWN]
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *words], cwd=folder, env=environment, check=True, capture_output=True)
         runs.append(folder / "run")

@@ -1,13 +1,16 @@
 """The average of the weights: right to 1e-6 of a float64 recomputation, in float32, apart from the trained weights."""
 
+from dataclasses import replace
+
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 import tiny
+from multistage_diffusion.config import EngineConfig
 from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, RAW, list_checkpoints
-from multistage_diffusion.training.ema import EMA, HalfLife
+from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import train
 
@@ -94,3 +97,17 @@ def test_saving_and_averaging_leave_the_trained_weights_alone(tmp_path):
         t.data_ptr() for t in trainer.ema.average.values()
     }
     assert not pointers & {p.data_ptr() for p in averaged.parameters()}
+
+
+def test_averages_are_float32_and_exact_in_a_half_precision_run():
+    config = replace(tiny.run_config(ema_lengths=(0.1,)), engine=EngineConfig(precision="bf16"))
+    trainer, power = Trainer(config, tiny.images()), Power(0.1)
+    average = {}
+    for result in trainer.run(8):
+        kept = power.decay(result.images, 4)
+        for name, parameter in trainer.denoiser.network.named_parameters():
+            average[name] = kept * average.get(name, 0.0) + (1 - kept) * parameter.detach().double()
+    for name, tensor in trainer.powers[0.1].average.items():
+        assert tensor.dtype == trainer.ema.average[name].dtype == torch.float32
+        scale = average[name].abs().max().item() + 1e-3
+        assert (tensor.double() - average[name]).abs().max().item() <= 1e-6 * scale
