@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from torch import Tensor
 
-from multistage_diffusion.config import SamplingConfig, check, from_dict
+from multistage_diffusion.config import SamplingConfig, Solver, Spacing, check, from_dict
 from multistage_diffusion.data.latents import FirstStage
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
 from multistage_diffusion.errors import ConfigError, UserError
@@ -47,9 +47,9 @@ class Wish:
 
     num: int = 16
     seed: int = 0
-    solver: str = "heun"
+    solver: Solver = "heun"
     steps: int = 18
-    spacing: str | None = None
+    spacing: Spacing | None = None
     label: int | None = None
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None

@@ -31,14 +31,17 @@ def ended(words, capsys):
         (["train", "digist", "--out", "x"], 'no recipe digist; did you mean "digits"?'),
         (["train", "digits"], "--out"),
         (["train", "digits", "--out", "x", "--training.stepz", "5"], "did you mean --training.steps?"),
-        (["train", "digits", "--out", "x", "--steps", "5"], "--steps"),
+        (["train", "digits", "--out", "x", "--steps", "5"], "did you mean --sampling.steps or --training.steps?"),
+        (["train", "digits", "--training.edges", "5"], "no option --training.edges; did you mean --stages.edges?"),
+        (["train", "digits", "--sampling.solver", "huen"], "got huen; did you mean heun?"),
+        (["cluster", "digits", "--process", "vpp"], "must be one of edm, flow, ldm, ve, vp, vp-cosine, got vpp"),
         (["train", "digits", "--out", "x", "--training.steps", "many"], "--training.steps"),
         (["train", "digits", "--out", "x", "--training.steps", "0"], "training.steps must be at least 1, got 0"),
         (["train", "digits", "--out", "x", "--training.learning-rate", "nan"], "training.learning-rate"),
         (["train", "digits", "--out", "x", "--training.learning-rate", "inf"], "must be a finite number, got inf"),
         (["train", "digits", "--out", "x", "--model.width", "7"], "multiples of 4"),
         (["train", "digits", "--out", "x", "--model.decoder-widths", "32"], "model.decoder-widths"),
-        (["train", "digits", "--out", "x", "--model.architecture", "multi"], "architecture"),
+        (["train", "digits", "--model.architecture", "multi"], "multistage, separate, unified, got multi;"),
         (["train", "digits", "--out", "x", "--stages.edges", "3", "1"], "stages.edges must be positive and increasing"),
         (["train", "digits", "--out", "x", "--config", "/missing.json"], "/missing.json: no such file"),
         (["train", "digits", "--out", "x", "--stages", "/missing.json"], "/missing.json: no such file"),
@@ -136,10 +139,23 @@ def test_warnings_are_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "warning: a b\n"
 
 
-def test_a_reader_who_leaves_is_no_error():
-    command = f"{sys.executable} -m multistage_diffusion --help | true; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize(
+    "words", ["--help", "train digits --dry-run", "train digits --dry-run --json", "nonsense 2>&1"]
+)
+def test_a_reader_who_leaves_ends_it_quietly(words):
+    command = f"set -o pipefail; {sys.executable} -m multistage_diffusion {words} | (exec 0<&-; sleep 1)"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_choices_are_those_that_exist():
+    from typing import get_args
+
+    from multistage_diffusion.config import PROCESSES, ProcessKind, Solver, Spacing
+    from multistage_diffusion.noise import SPACINGS
+    from multistage_diffusion.sampling import SOLVERS
+
+    assert (get_args(Solver), get_args(Spacing), get_args(ProcessKind)) == (tuple(SOLVERS), SPACINGS, tuple(PROCESSES))
 
 
 words = st.lists(

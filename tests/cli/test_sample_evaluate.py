@@ -92,9 +92,9 @@ def test_samples_replace_samples_and_nothing_else(run, tmp_path, call):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--solver", "huen"), 'no solver huen; did you mean "heun"'),
+        (("--solver", "huen"), "got huen; did you mean heun?"),
         (("--steps", "0"), "steps must be at least 1"),
-        (("--spacing", "log-sn"), 'did you mean "log-snr"'),
+        (("--spacing", "log-sn"), "karras, log-snr, quadratic-t, uniform-t, got log-sn; did you mean log-snr?"),
         (("--class", "3"), "unconditional"),
         (("--num", "0"), "num must be at least 1"),
         (("--device", "quantum"), "--device quantum is not available"),
@@ -131,7 +131,9 @@ def test_evaluate_reads_the_held_out_loss_of_a_run(run, tmp_path, call):
 
 def test_evaluate_names_mistakes(run, tmp_path, call):
     assert "neither a run directory nor a folder" in call("evaluate", tmp_path / "none")[2]
-    assert 'did you mean "fd"' in call("evaluate", run, "--metrics", "fid")[2]
+    assert 'did you mean "fd"' in call("evaluate", run, "--metrics", "fdd")[2]
+    assert "add --features inception" in call("evaluate", run, "--metrics", "fid")[2]
+    assert 'did you mean "inception"' in call("evaluate", run, "--features", "inceptoin")[2]
     assert "one or more names" in call("evaluate", run, "--metrics", ",")[2]
     (tmp_path / "pictures").mkdir()
     assert "--data is needed" in call("evaluate", tmp_path / "pictures")[2]

@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import Any
 
@@ -37,7 +37,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code.
 
-    0 done; 1 unforeseen; 2 usage or configuration; 3 data; 4 numerics; 5 checkpoint; 130/143 after SIGINT/SIGTERM.
+    0 done; 1 unforeseen; 2 usage or configuration; 3 data; 4 numerics; 5 checkpoint; 130/143 after SIGINT/SIGTERM;
+    141 when the reader of our output went away.
 
     Args:
         arguments: Words after `msd`; by default those of the process.
@@ -56,6 +57,17 @@ def dispatch(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
+    try:
+        return _ended(arguments)
+    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nothing, stream.fileno())  # so that the flush at the end does not fail again
+        return 128 + signal.SIGPIPE
+
+
+def _ended(arguments: list[str]) -> int:
+    """Run a command; its exit code, with one line for a failure."""
     debug = "--debug" in arguments
     try:
         code = _run(arguments)
@@ -76,9 +88,8 @@ def dispatch(arguments: list[str]) -> int:
     except StopError as stop:
         print(f"error: stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
         return 128 + stop.number
-    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug:
             raise
@@ -117,14 +128,14 @@ def _run(words: list[str]) -> int:
         print(version("multistage-diffusion"))
         return 0
 
-    from rich.console import Console
+    from multistage_diffusion.cli.common import Terminal
 
     name, arguments = words[0], words[1:]
     if name not in COMMANDS:
         raise ConfigError(f"no command {name}{suggest(name, COMMANDS)}; see msd --help")
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
     options = module.parse(arguments) if hasattr(module, "parse") else parse(module.Options, name, arguments)
-    console = Console(stderr=options.json, soft_wrap=True, quiet=not leads())
+    console = Terminal(stderr=options.json, soft_wrap=True, quiet=not leads())
     try:
         document = module.run(options, console)
     except UserError as error:
@@ -172,16 +183,38 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
         with redirect_stdout(out), redirect_stderr(err):
             return tyro.cli(kind, prog=f"msd {name}", args=list(arguments), config=config, **extra)
     except SystemExit as stop:
-        raise ConfigError(f"{_plain(err.getvalue() or out.getvalue())}; see msd {name} --help") from stop
+        panel = _plain(err.getvalue() or out.getvalue())
+        raise ConfigError(f"{_message(panel, kind, config, extra)}; see msd {name} --help") from stop
 
 
 def _plain(panel: str) -> str:
-    """The message of tyro's panel on one line, with the nearest known option where it names one."""
+    """The message of tyro's panel on one line."""
     text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", panel).replace("─", "-")
     parts = [" ".join(part.split()) for part in re.split(r"\n\s*-{10,}\s*(?=\n)", text)]
-    message = re.sub(r"^Error parsing run(\.[\w-]+)?: ", "", parts[1] if len(parts) > 1 else parts[0])
-    near = re.search(r"Perhaps you meant: (--[\w.-]+)", panel if len(parts) < 3 else parts[2])
-    return f"{message}; did you mean {near[1]}?" if near else message
+    return re.sub(r"^Error parsing run(\.[\w-]+)?: ", "", parts[1] if len(parts) > 1 else parts[0])
+
+
+def _message(plain: str, kind: Any, config: Any, extra: dict[str, Any]) -> str:
+    """Say which choice or option was meant, where tyro does not, or names one that merely sits beside it."""
+    if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", plain):
+        known = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"})
+        return f"{choice[2]} must be one of {', '.join(known)}, got {choice[1]}{_near(choice[1], known)}"
+    if option := re.match(r"Unrecognized options: (--[^\s,=]+)", plain):
+        import tyro
+
+        with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+            tyro.cli(kind, args=["--help"], config=config, **extra)
+        known = sorted(set(re.findall(r"--[a-z][\w.-]*", text.getvalue())) - {"--help"})
+        same = [name for name in known if name.lstrip("-").split(".")[-1] == option[1].lstrip("-").split(".")[-1]]
+        hint = f"; did you mean {' or '.join(same)}?" if same else _near(option[1], known)
+        return f"no option {option[1]}{hint}"
+    return plain
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """A hint, if one is near; a list of all known would be too long, or is there already."""
+    hint = suggest(name, known)
+    return hint.replace('"', "") if "did you mean" in hint else ""
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

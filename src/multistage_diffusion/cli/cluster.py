@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import check, process_config
+from multistage_diffusion.config import ProcessKind, check, process_config
 from multistage_diffusion.recipes import recipe
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Options(Compute):
 
     source: tyro.conf.Positional[str]
     """Source of the images, like digits, fashion-mnist or folder:PATH."""
-    process: str = "vp"
-    """Process that will be trained: vp, vp-cosine, ve, edm, ldm or flow."""
+    process: ProcessKind = "vp"
+    """Process that will be trained."""
     method: Literal["optimal-denoiser", "timestep", "snr", "gradient"] = "optimal-denoiser"
     """Compare optimal denoisers, or a baseline: uniform in time, log-SNR, gradients of a network."""
     stages: int = 3
@@ -95,7 +95,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The JSON document.
     """
-    process_config(options.process)  # what can be refused at once is, before anything is read or trained
+    # What can be refused at once is, before anything is read or trained.
     check(2 <= options.stages <= 8, "stages", "from 2 to 8", options.stages)
     check(not options.by_class or options.method == "optimal-denoiser", "by-class", "used with optimal-denoiser", True)
     check(options.run is None or options.method == "gradient", "run", "used with the method gradient", options.run)

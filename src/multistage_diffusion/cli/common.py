@@ -6,10 +6,20 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from multistage_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Terminal(Console):
+    """rich's console; where the reader went away, it leaves the exit code to the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the error rise, where rich would exit with 1."""
+        raise BrokenPipeError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.config import Solver, Spacing
 from multistage_diffusion.errors import ConfigError
 
 RESULT = "samples.json"
@@ -32,12 +33,12 @@ class Options(Compute):
     """Number of images."""
     seed: int = 0
     """Seed of the first image; the others follow. A seed is the same image in any batch."""
-    solver: str | None = None
+    solver: Solver | None = None
     """Solver; by default the run's."""
     steps: int | None = None
     """Steps of the solver; by default the run's."""
-    spacing: str | None = None
-    """Spacing of the noise levels: karras, log-snr, uniform-t, quadratic-t; by default the solver's."""
+    spacing: Spacing | None = None
+    """Spacing of the noise levels; by default the solver's."""
     churn: float = 0.0
     """Noise that heun and euler add in all (S_churn)."""
     eta: float = 0.0

@@ -12,6 +12,7 @@ from multistage_diffusion.config.process import (
     LDMConfig,
     Prediction,
     ProcessConfig,
+    ProcessKind,
     VEConfig,
     VPConfig,
     process_config,
@@ -27,7 +28,7 @@ from multistage_diffusion.config.run import (
     StagesConfig,
     TrainingConfig,
 )
-from multistage_diffusion.config.values import check
+from multistage_diffusion.config.values import Solver, Spacing, check
 
 __all__ = [
     "PROCESSES",
@@ -42,8 +43,11 @@ __all__ = [
     "ModelConfig",
     "Prediction",
     "ProcessConfig",
+    "ProcessKind",
     "RunConfig",
     "SamplingConfig",
+    "Solver",
+    "Spacing",
     "StagesConfig",
     "TrainingConfig",
     "VEConfig",

@@ -9,6 +9,7 @@ from multistage_diffusion.config.values import check, check_numbers
 from multistage_diffusion.errors import ConfigError, suggest
 
 Prediction = Literal["eps", "v"]
+ProcessKind = Literal["vp", "vp-cosine", "ve", "edm", "ldm", "flow"]
 
 
 @dataclass(frozen=True, kw_only=True)

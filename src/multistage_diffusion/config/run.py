@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from multistage_diffusion.config.process import ProcessConfig, VPConfig
-from multistage_diffusion.config.values import check, check_numbers
+from multistage_diffusion.config.values import Solver, Spacing, check, check_numbers
 
 Architecture = Literal["multistage", "unified", "separate"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -23,8 +23,16 @@ class DataConfig:
     """Folder that holds the source's files; where they are looked for first."""
     resolution: int | None = None
     """Resize to this many pixels a side; by default the images stay as they are."""
-    max_bad: float = 0.0
-    """Share of files that may be unreadable and are left out; by default the first one is refused by name."""
+    on_bad_file: Literal["error", "skip"] = "error"
+    """What to do with a picture that cannot be read: stop and name it, or leave it out and count it."""
+    max_bad: float = 0.01
+    """With skip, the largest share of pictures that may be left out; where there are more, training stops."""
+    memory: float = 0.25
+    """Share of the device's memory that the images may take; larger sets of shards are streamed from disk."""
+    workers: int = 2
+    """Threads that read ahead where images are streamed; 0 reads when asked, and notices no disk that hangs."""
+    timeout: float = 60.0
+    """Seconds to wait for streamed images before the disk is said to hang."""
     flip: bool = False
     """Mirror half of the training images left to right."""
     augment_probability: float = 0.0
@@ -38,10 +46,18 @@ class DataConfig:
         check_numbers(self, "data")
         check(self.resolution is None or self.resolution >= 4, "data.resolution", "at least 4", self.resolution)
         check(0 <= self.max_bad < 1, "data.max-bad", "in [0, 1)", self.max_bad)
+        check(0 <= self.memory <= 1, "data.memory", "in [0, 1]", self.memory)
+        check(0 <= self.workers <= 64, "data.workers", "in 0..64", self.workers)
+        check(0 < self.timeout <= 86_400, "data.timeout", "above 0 and at most 86400", self.timeout)
         check(0 <= self.augment_probability <= 1, "data.augment-probability", "in [0, 1]", self.augment_probability)
         check(self.latent_scale is None or self.latent_scale > 0, "data.latent-scale", "positive", self.latent_scale)
         check(self.autoencoder is None or self.augment_probability == 0, "data.augment-probability",
               "0 with data.autoencoder: latents do not turn as images do", self.augment_probability)  # fmt: skip
+
+    @property
+    def tolerated(self) -> float:
+        """Share of unreadable pictures that is left out without stopping."""
+        return self.max_bad if self.on_bad_file == "skip" else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +236,11 @@ class EngineConfig:
 class SamplingConfig:
     """How images are drawn from the model unless told otherwise."""
 
-    solver: str = "heun"
-    """Solver, like heun, dpmpp-2m or ddim."""
+    solver: Solver = "heun"
+    """Solver: docs/sampling.md."""
     steps: int = 18
     """Number of steps of the solver."""
-    spacing: str | None = None
+    spacing: Spacing | None = None
     """Spacing of the noise levels; by default the solver's own."""
 
     def __post_init__(self) -> None:

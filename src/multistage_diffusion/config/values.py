@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from multistage_diffusion.errors import ConfigError
+
+Solver = Literal[
+    "heun", "euler", "ddim", "ancestral", "dpm-1", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "sde-dpmpp-2m"
+]  # fmt: skip
+Spacing = Literal["karras", "log-snr", "uniform-t", "quadratic-t"]
 
 _LARGEST = 1e30  # fits float32, and no sensible value comes near it
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multistage_diffusion.config import check
+from multistage_diffusion.config import Spacing, check
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise.base import Process
 
-Spacing = Literal["karras", "log-snr", "uniform-t", "quadratic-t"]
-SPACINGS: tuple[Spacing, ...] = ("karras", "log-snr", "uniform-t", "quadratic-t")
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7.0) -> Float[Tensor, " levels"]:
