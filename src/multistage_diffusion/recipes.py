@@ -12,6 +12,7 @@ from multistage_diffusion.models import presets
 from multistage_diffusion.models.presets import Preset
 
 FLOW_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="uniform-t")
+LDM_SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t")
 
 # The usual warm-up of a decay, (1 + n)/(10 + n) after n steps, is a half-life of this share of the images seen.
 EMA_WARM_UP = math.log(2) / 9
@@ -55,6 +56,11 @@ def digits_flow() -> RunConfig:
     return _with(digits(), presets.digits_flow(), FLOW_SAMPLING)
 
 
+def digits_ldm() -> RunConfig:
+    """8x8 digits, the network and the discrete process of latent diffusion on the pixels themselves."""
+    return _with(digits(), presets.digits_ldm(), LDM_SAMPLING)
+
+
 def fashion_mnist() -> RunConfig:
     """Fashion-MNIST at 28x28, VP process: small enough for two CPU cores."""
     preset = presets.fashion_mnist()
@@ -84,17 +90,12 @@ def fashion_mnist_flow() -> RunConfig:
 
 def fashion_mnist_ldm() -> RunConfig:
     """Fashion-MNIST, the network and the discrete process of latent diffusion on the pixels themselves."""
-    return _with(
-        fashion_mnist(), presets.fashion_mnist_ldm(), SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t")
-    )
+    return _with(fashion_mnist(), presets.fashion_mnist_ldm(), LDM_SAMPLING)
 
 
 def fashion_mnist_latent() -> RunConfig:
     """Latent diffusion on Fashion-MNIST: 4x8x8 latents of an autoencoder made by `msd autoencoder fashion-mnist`."""
-    base = _with(
-        fashion_mnist(), presets.fashion_mnist_latent(),
-        SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t"),
-    )  # fmt: skip
+    base = _with(fashion_mnist(), presets.fashion_mnist_latent(), LDM_SAMPLING)
     data = DataConfig(source="fashion-mnist", resolution=32, flip=True, autoencoder="runs/fashion-mnist-autoencoder")
     return replace(base, data=data)
 
@@ -166,6 +167,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "digits-edm": digits_edm,
     "digits-flow": digits_flow,
+    "digits-ldm": digits_ldm,
     "fashion-mnist": fashion_mnist,
     "fashion-mnist-edm": fashion_mnist_edm,
     "fashion-mnist-flow": fashion_mnist_flow,

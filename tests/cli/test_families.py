@@ -11,7 +11,7 @@ SMALL = ["--model.width", "8", "--training.steps", "2", "--training.batch-size",
 
 
 @pytest.mark.parametrize("architecture", ["multistage", *(pytest.param(a, marks=pytest.mark.slow) for a in OTHERS)])
-@pytest.mark.parametrize("recipe", ["digits", "digits-edm", "digits-flow"])
+@pytest.mark.parametrize("recipe", ["digits", "digits-edm", "digits-flow", "digits-ldm"])
 def test_from_recipe_to_images(tmp_path, capsys, recipe, architecture):
     run, images = str(tmp_path / "run"), str(tmp_path / "images")
     words = [*SMALL, "--model.decoder-widths", "8", "8", "8", "--model.architecture", architecture]

@@ -90,6 +90,11 @@ def digits_flow() -> Preset:
     return replace(digits(), process=FlowConfig())
 
 
+def digits_ldm() -> Preset:
+    """A small latent-diffusion network on the pixels of the digits, with the discrete process."""
+    return replace(digits(), model=_latent_network((1, 2), attention=(8, 4)), process=LDMConfig(prediction="v"))
+
+
 def fashion_mnist() -> Preset:
     """A small network for 28x28 images: a few hundred steps a quarter of an hour on two CPU cores."""
     model = ModelConfig(
@@ -131,6 +136,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "digits": digits,
     "digits-edm": digits_edm,
     "digits-flow": digits_flow,
+    "digits-ldm": digits_ldm,
     "fashion-mnist": fashion_mnist,
     "fashion-mnist-edm": fashion_mnist_edm,
     "fashion-mnist-flow": fashion_mnist_flow,
