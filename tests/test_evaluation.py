@@ -113,7 +113,8 @@ def test_evaluation_names_what_it_was_measured_with():
         tiny.denoiser(), tiny.images(40), metrics=["fd", "loss"], extractor=extractor, num=20, sampling=SAMPLING
     )
     assert document["fd"] > 0 and document["loss"] > 0 and len(document["stage_loss"]) == 3
-    assert document["features"]["name"] == "untrained"
+    assert document["features"]["name"] == "untrained" and "32 pixels" in document["features"]["resize"]
+    assert document["reference"]["shape"] == [1, 8, 8]
     assert (document["samples"], document["nfe"], document["reference"]["images"]) == (20, 3, 40)
 
 

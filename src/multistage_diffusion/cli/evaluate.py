@@ -83,6 +83,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     device = prepare(options)
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     check(len(names) > 0, "metrics", "one or more names separated by commas", repr(options.metrics))
+    if "fid" in names and options.features.partition(":")[0] != "inception":
+        raise ConfigError("fid is fd with the features inception; add --features inception, or ask for fd")
+    names = ["fd" if name == "fid" else name for name in names]
     target = Path(options.target)
     if not target.is_dir():
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")

@@ -136,10 +136,12 @@ def describe(extractor: FeatureExtractor) -> dict[str, Any]:
         extractor: The feature extractor.
 
     Returns:
-        Name, number of features, test accuracy (none where it was not measured), hash of the weights.
+        Name, how it resizes images, number of features, test accuracy (none where it was not measured), hash of the
+        weights.
     """
     return {
         "name": extractor.name,
+        "resize": extractor.resize,
         "num_features": extractor.num_features,
         "accuracy": extractor.accuracy,
         "digest": extractor.digest,

@@ -179,7 +179,9 @@ def _timed(images: Iterator[Tensor], spent: list[float]) -> Iterator[Tensor]:
 
 
 def _about(reference: Images) -> dict[str, Any]:
-    return {"source": reference.name, "images": len(reference), "digest": reference.digest}
+    return {
+        "source": reference.name, "images": len(reference), "shape": list(reference.shape), "digest": reference.digest,
+    }  # fmt: skip
 
 
 def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[int] | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet'
 class DINOv2(FeatureExtractor):
     """The class token behind the last norm, of images resized to 224 x 224 by an antialiased cubic filter."""
 
+    resize = f"{_SIDE}x{_SIDE}, cubic, antialiased"
     num_classes = 0
     block = 32
 

@@ -35,7 +35,8 @@ class FeatureExtractor(nn.Module, ABC):
     """Features of images; an image's result does not depend on its batch-mates beyond rounding.
 
     Attributes:
-        name: What the features are, with how images are resized for them, like `digits-classifier`.
+        name: What the features are, like `digits-classifier`.
+        resize: How images are resized for the network.
         num_features: Length of a feature vector.
         num_classes: Length of a row of logits; 0 for a network without classes.
         accuracy: Share of the held-out images whose class it names right; none where nobody measured it.
@@ -43,6 +44,7 @@ class FeatureExtractor(nn.Module, ABC):
     """
 
     name: str
+    resize: str
     num_features: int
     num_classes: int
     accuracy: float | None = None

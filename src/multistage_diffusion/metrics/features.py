@@ -57,6 +57,7 @@ class SourceClassifier(FeatureExtractor):
         classes: Names of the classes, in the order of the logits.
     """
 
+    resize = f"to {_LARGEST_SIDE} pixels by averaging, larger images only"
     block = _BLOCK
 
     def __init__(self, name: str, shape: tuple[int, int, int], classes: tuple[str, ...], accuracy: float = 0.0) -> None:

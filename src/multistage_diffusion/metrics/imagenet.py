@@ -37,6 +37,7 @@ class EfficientNetLite0(FeatureExtractor):
     """Features before the last layer, of images resized to 224 x 224 by an antialiased cubic filter."""
 
     name = "efficientnet-lite0"
+    resize = f"{_SIDE}x{_SIDE}, cubic, antialiased"
     num_features = _HEAD
     num_classes = _CLASSES
 

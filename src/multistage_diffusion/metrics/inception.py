@@ -35,6 +35,7 @@ class InceptionV3(FeatureExtractor):
     """The 2048 features of the last pooling, and logits without their bias, as inception scores take them."""
 
     name = NAME
+    resize = f"{_SIDE}x{_SIDE}, linear as in TensorFlow 1, not antialiased"
     num_features = 2048
     num_classes = 1008
     block = 32
