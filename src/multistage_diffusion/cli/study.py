@@ -144,12 +144,18 @@ def _words(options: Options) -> list[str]:
 
 
 def _print_costs(console: Console, models: Sequence[dict[str, Any]]) -> None:
-    """A line a model: what is still to train, and what that costs."""
-    table = Table("study", "model", "parameters", "steps", "training TFLOPs", "state", title="What it trains")
+    """A line a model, over its seeds: what is still to train, and what that costs."""
+    table = Table(title="What it trains; a model that studies share stands at the first")
+    for name in ("study", "model", "parameters", "steps", "TFLOPs a seed", "seeds", "trained"):
+        table.add_column(name, justify="left" if name in ("study", "model") else "right")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for own in models:
+        groups.setdefault((own["study"], own["label"]), []).append(own)
+    for (name, label), cells in groups.items():
+        first = cells[0]
         table.add_row(
-            own["study"], own["cell"], f"{own['parameters']:,}", f"{own['steps']:,}", f"{own['tflops']:.4g}",
-            "trained" if own["done"] else "to train",
+            name, label, f"{first['parameters']:,}", f"{first['steps']:,}", f"{first['tflops']:.3g}", str(len(cells)),
+            str(sum(own["done"] for own in cells)),
         )  # fmt: skip
     console.print(table)
     left = [own["tflops"] for own in models if not own["done"]]

@@ -177,7 +177,7 @@ def run_demo(
         raise ConfigError("the demo compares models of images; recipes of latents are trained with msd train")
     own = config.data
     data, test = (
-        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.max_bad)
+        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.tolerated)
         for split in ("train", "test")
     )
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")

@@ -165,18 +165,22 @@ def costs(lab: Lab, wanted: Sequence[str]) -> Rows:
         wanted: Names of studies.
 
     Returns:
-        A row a cell: `study` (the first that needs it), `cell`, `steps`, `tflops`, `parameters`, `done`.
+        A row a cell: `study` (the first that needs it), `label`, `seed`, `cell`, `steps`, `tflops`, `parameters`,
+        `done`.
     """
     rows, seen = [], set()
     for name in wanted:
-        for one in STUDIES[name].cells(lab):
+        study = STUDIES[name]
+        labelled = [(label, one) for label, run in study.variants(lab.finder).items() for one in lab.runs(run)]
+        labelled += [("well-trained", one) for one in study.extra(lab)]
+        for label, one in labelled:
             if one in seen:
                 continue
             seen.add(one)
             steps = one.steps(lab.data.shape)[-1]
             rows.append({
-                "study": name, "cell": lab.cells.path(one).name, "steps": steps,
-                "tflops": steps * one.step_flops(lab.data.shape) / 1e12,
+                "study": name, "label": label, "seed": one.config.training.seed, "cell": lab.cells.path(one).name,
+                "steps": steps, "tflops": steps * one.step_flops(lab.data.shape) / 1e12,
                 "parameters": one.cost(lab.data.shape).parameters, "done": lab.cells.done(one),
             })  # fmt: skip
     return rows
