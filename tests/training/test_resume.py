@@ -109,7 +109,7 @@ def test_stages_keep_their_provenance(tmp_path):
         (tiny.run_config(seed=1), "training.seed is 0 there and 1 here"),
         (tiny.run_config(batch_size=5), "training.batch-size"),
         (tiny.run_config(replace(tiny.SMALLEST, blocks=2)), "model.blocks"),
-        (replace(tiny.run_config(), data=DataConfig(source="mnist")), "data.source"),
+        (replace(tiny.run_config(), data=DataConfig(source="digits", flip=True)), "data.flip"),
     ],
 )
 def test_another_run_is_refused_and_nothing_is_lost(changed, part, finished):

@@ -21,10 +21,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import DataError
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
+_AHEAD = 2  # steps whose batches are read ahead
+_MOST = 64  # batches that are read ahead, over all parts of a step
 _Job: TypeAlias = tuple[Future[Tensor], Tensor]  # where the rows go, and which
 
 
@@ -38,7 +41,7 @@ class Resident:
 
     Attributes:
         device: Where indices are expected.
-        ahead: How many batches should be announced by `prefetch`: none.
+        ahead: How many steps ahead batches should be announced by `prefetch`: none.
     """
 
     ahead = 0
@@ -78,12 +81,12 @@ class Streamed:
 
     Attributes:
         device: Where indices are expected: on the CPU.
-        ahead: How many batches should be announced by `prefetch`.
+        ahead: How many steps ahead batches should be announced by `prefetch`.
     """
 
     def __init__(self, data: Examples, device: torch.device, *, workers: int, timeout: float) -> None:
         self._data, self._target, self._timeout = data, device, timeout
-        self.device, self.ahead = torch.device("cpu"), workers + 1 if workers else 0
+        self.device, self.ahead = torch.device("cpu"), _AHEAD if workers else 0
         self._read = _reader(data, pin=device.type == "cuda")
         self._coming: dict[bytes, Future[Tensor]] = {}
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -101,7 +104,7 @@ class Streamed:
         if key not in self._coming:
             self._coming[key] = future = Future()
             self._jobs.put((future, index))
-        while len(self._coming) > self.ahead + 1:  # announced and never fetched
+        while len(self._coming) > _MOST:  # announced and never fetched
             self._coming.pop(next(iter(self._coming))).cancel()
 
     def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n chan high wide"]:
@@ -134,29 +137,25 @@ class Streamed:
 Feed: TypeAlias = Resident | Streamed
 
 
-def make_feed(
-    data: Examples, device: torch.device | str, *, memory: float = 0.25, workers: int = 2, timeout: float = 60.0
-) -> Feed:
-    """Hold a set in the device's memory if it is small enough, else stream it from where it is.
+def make_feed(data: Examples, device: torch.device | str, config: DataConfig | None = None) -> Feed:
+    """Hold a set in the device's memory if it is small enough, or there already; else stream it from where it is.
 
     Args:
         data: Images or latents.
         device: Where batches are made.
-        memory: Share of the device's memory that the set may take. Images that are there already stay there.
-        workers: Number of threads that read.
-        timeout: Seconds to wait for a batch, above 0.
+        config: Says how small is small enough, and how to stream; by default as its fields' defaults do.
 
     Returns:
         The feed; which of the two it is does not change a bit of any batch.
     """
-    device = torch.device(device)
+    device, config = torch.device(device), config or DataConfig()
     match data.images:
         case Tensor(device=place) if place.type == device.type:
             return Resident(data, device)
-        case _ if data.images.nbytes <= memory * memory_of(device):
+        case _ if data.images.nbytes <= config.memory * memory_of(device):
             return Resident(data, device)
         case _:
-            return Streamed(data, device, workers=workers, timeout=timeout)
+            return Streamed(data, device, workers=config.workers, timeout=config.timeout)
 
 
 def memory_of(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,7 +158,9 @@ def load_examples(config: DataConfig, device: torch.device | str = "cpu", progre
         ConfigError: The autoencoder cannot be found or read.
         DataError: The source cannot be read, or the autoencoder cannot encode it.
     """
-    images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.max_bad)
+    images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.tolerated)
+    if config.tolerated and images.skipped:
+        warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
     if config.autoencoder is None:
         return images
     autoencoder = load_autoencoder(config.autoencoder, device)

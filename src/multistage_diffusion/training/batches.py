@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.data.feed import Feed, make_feed
 from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import training_shares
@@ -118,7 +119,9 @@ class Batches:
         flip: Mirror half of the images left to right.
         augment_probability: Probability of each of EDM's geometric augmentations, of which the network must be told.
         classes: Number of labels of a conditional network; 0 hides the labels.
-        device: Where batches are made; the images are kept there, as 8-bit integers or latents.
+        device: Where batches are made.
+        feed: Where the images come from; by default from the memory of the device, as 8-bit integers or latents, or
+            from disk if they do not fit.
 
     Raises:
         ConfigError: A stage has no probability under the training distribution, or the labels do not fit.
@@ -135,6 +138,7 @@ class Batches:
         augment_probability: float = 0.0,
         classes: int = 0,
         device: torch.device | str = "cpu",
+        feed: Feed | None = None,
     ) -> None:
         self.process, self.config, self.classes = process, config, classes
         self.flip, self.augment_probability = flip, augment_probability
@@ -150,12 +154,13 @@ class Batches:
                 )
         if classes and (data.labels is None or int(data.labels.max()) >= classes):
             raise ConfigError(f"model.classes is {classes}, but the labels of {data.name} do not fit in it")
-        self._data = replace(data, images=data.images.to(device))
-        self._labels = data.labels.to(device) if classes and data.labels is not None else None
+        self.device, self._total = torch.device(device), len(data)
+        self._feed = make_feed(data, self.device) if feed is None else feed
+        self._labels = data.labels.to(self._feed.device) if classes and data.labels is not None else None
         self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
         self._weight = self._weights().to(device)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-        self._parts: dict[tuple[tuple[int, ...], int, int], _Part] = {}
+        self._orders: dict[int, Tensor] = {}
+        self._parts: dict[tuple[tuple[int, ...], int, int, torch.device], _Part] = {}
 
     def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """The batch of a step, or a part of it.
@@ -168,19 +173,21 @@ class Batches:
         Returns:
             Always the same images, noise and levels for the same (data, configuration, step); the parts share them.
         """
-        size, seed, device = self.config.batch_size, self.config.seed, self._data.images.device
-        index = torch.arange(step * size, (step + 1) * size, device=device)
+        size, seed = self.config.batch_size, self.config.seed
+        index = torch.arange(step * size, (step + 1) * size, device=self.device)
         whole = counts = self._split(step)
         real = tuple(count > 0 for count in whole)
-        chosen = self._pick(step)
+        chosen = self._pick(step, part, parts)
         # Levels of a stage are drawn together, in cells; each part then makes the images and noise of its own rows.
         sigma = self.process.icdf(self._levels(whole, rng.uniform(seed, "sigma", index, 1)[:, 0]))
         weight = self._weight
         if parts > 1:
-            cut = self._part(whole, part, parts)
-            index, chosen, sigma = index[cut.rows], chosen[cut.rows], sigma[cut.rows]
+            cut = self._part(whole, part, parts, self.device)
+            index, sigma = index[cut.rows], sigma[cut.rows]
             weight, counts, real = weight[cut.rows] * cut.real, cut.counts, cut.stages
-        images = self._data.floats(chosen)
+        images = self._feed.floats(chosen)
+        for later in range(step + 1, step + 1 + self._feed.ahead):
+            self._feed.prefetch(self._pick(later, part, parts))
         if self.flip:
             mirrored = rng.bits(seed, "flip", index, 1)[:, :, None, None] < 0
             images = torch.where(mirrored, images.flip(3), images)
@@ -190,15 +197,16 @@ class Batches:
         labels = None
         if self._labels is not None:
             hidden = rng.uniform(seed, "label", index, 1)[:, 0] < self.config.label_dropout
-            labels = torch.where(hidden, self.classes, self._labels[chosen])
+            known = self._labels[chosen].to(self.device, non_blocking=True)
+            labels = torch.where(hidden, self.classes, known)
         noise = rng.normal(seed, "noise", index, images.shape[1:])
         return Batch(images, noise, sigma, weight, index, counts, whole, real, labels, told)
 
-    def _part(self, whole: tuple[int, ...], part: int, parts: int) -> _Part:
-        """Which rows a part has; moved to the device once for each of the few ways that stages fill a batch."""
-        key = (whole, part, parts)
+    def _part(self, whole: tuple[int, ...], part: int, parts: int, device: torch.device) -> _Part:
+        """Which rows a part has; moved to a device once for each of the few ways that stages fill a batch."""
+        key = (whole, part, parts, device)
         if key not in self._parts:
-            self._parts[key] = _Part.of(whole, part, parts, self._data.images.device)
+            self._parts[key] = _Part.of(whole, part, parts, device)
         return self._parts[key]
 
     def _weights(self) -> Tensor:
@@ -231,16 +239,23 @@ class Batches:
     def _edge(self, index: int, like: Tensor) -> Tensor:
         return torch.full_like(like, self._cdf[index])
 
-    def _pick(self, step: int) -> Int[Tensor, " batch"]:
+    def _pick(self, step: int, part: int, parts: int) -> Int[Tensor, " rows"]:
         """Which images: every epoch is a fresh order of all of them; a batch may span epochs."""
-        size, total = self.config.batch_size, len(self._data)
+        size, total = self.config.batch_size, self._total
         position, picked = step * size, []
         while size > 0:
             epoch, start = divmod(position, total)
-            if self._order[0] != epoch:
-                order = rng.permutation(self.config.seed, "order", epoch, total).to(self._data.images.device)
-                self._order = (epoch, order)
-            rows = self._order[1][start : start + size]
+            rows = self._order(epoch)[start : start + size]
             picked.append(rows)
             position, size = position + len(rows), size - len(rows)
-        return torch.cat(picked)
+        whole = torch.cat(picked)
+        return whole if parts == 1 else whole[self._part(self._split(step), part, parts, self._feed.device).rows]
+
+    def _order(self, epoch: int) -> Int[Tensor, " images"]:
+        """The order of an epoch; two are kept, for what is read ahead of the end of one."""
+        if epoch not in self._orders:
+            while len(self._orders) > 1:
+                self._orders.pop(min(self._orders))
+            order = rng.permutation(self.config.seed, "order", epoch, self._total)
+            self._orders[epoch] = order.to(self._feed.device)
+        return self._orders[epoch]

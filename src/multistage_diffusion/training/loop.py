@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.data.feed import make_feed
 from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
@@ -112,6 +113,7 @@ class Trainer:
             data, self.denoiser.process, self.denoiser.stages, training,
             flip=config.data.flip and config.data.autoencoder is None,
             augment_probability=config.data.augment_probability, classes=config.model.classes, device=self.device,
+            feed=make_feed(data, self.device, config.data),
         )  # fmt: skip
         self._model = self._engine()
         self.scale = LossScale() if engine.precision == "fp16" else None

@@ -127,7 +127,7 @@ class Observer:
 
         def load(split: Split) -> Images:
             return load_data(
-                source.source, split=split, root=source.root, resolution=source.resolution, max_bad=source.max_bad
+                source.source, split=split, root=source.root, resolution=source.resolution, max_bad=source.tolerated
             )
 
         self._reference = load("test")

@@ -39,11 +39,13 @@ from multistage_diffusion.training.snapshots import Combination, rebuild, save_s
 from multistage_diffusion.training.trackers import require_installed
 
 # What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
-# for rounding by the engine, which is said.
+# for rounding by the engine, which is said. Where the images come from may change: their digest must be the same.
 CHANGEABLE = {
     "training.steps", "training.save_every", "training.keep", "training.keep_every", "training.log_every",
-    "training.ema_snapshot_every", "data.root", "engine", "logging",
+    "training.ema_snapshot_every", "data.source", "data.root", "data.resolution", "data.on_bad_file", "data.max_bad",
+    "data.memory", "data.workers", "data.timeout", "engine", "logging",
 }  # fmt: skip
+_SKIPPED = 100  # lines about the data that a checkpoint repeats
 _UNSAID = {"timeout"}  # of the engine: no result depends on it
 
 
@@ -331,6 +333,7 @@ def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: 
     state = {
         "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(), "device": trainer.device.type,
         "engine": _engine(trainer.config.engine, trainer.world), "shape": list(data.shape),
+        "skipped": {"count": len(data.skipped), "first": list(data.skipped[:_SKIPPED])},
     }  # fmt: skip
     save_checkpoint(folder / "checkpoints", trainer, state)
     if trainer.world.leads:
