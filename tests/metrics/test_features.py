@@ -50,6 +50,14 @@ def test_an_image_does_not_feel_its_batch_mates(extractor, digits):
         torch.testing.assert_close(apart, together.features, rtol=0, atol=3e-5)
 
 
+def test_convolutions_are_exact_and_then_as_they_were(extractor, digits, monkeypatch):
+    convolution, see, chosen = torch.backends.cudnn.conv, extractor.see, []
+    before = convolution.fp32_precision
+    monkeypatch.setattr(extractor, "see", lambda x: chosen.append(convolution.fp32_precision) or see(x))
+    extractor(digits[1].images[:3])
+    assert chosen == ["ieee"] and convolution.fp32_precision == before == "tf32"
+
+
 def test_pixels_and_floats_give_the_same(extractor, digits):
     pixels = digits[1].images[:9]
     assert torch.equal(extractor(pixels).features, extractor(digits[1].floats()[:9]).features)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from multistage_diffusion.errors import DataError, NumericsError
+from multistage_diffusion.softmax import full_precision
 
 Batch: TypeAlias = Float[Tensor, "batch chan high wide"]
 
@@ -68,7 +71,7 @@ class FeatureExtractor(nn.Module, ABC):
             NumericsError: A value is NaN or infinite.
         """
         device, parts = next(self.parameters()).device, []
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(device), _full_convolutions():
             for block in images.split(self.block):
                 parts.append(self.see(_checked(block.to(device))))
         return Features(torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts]))
@@ -102,6 +105,19 @@ def coloured_pixels(x: Batch) -> Float[Tensor, "batch 3 high wide"]:
     if x.shape[1] not in (1, 3):
         raise DataError(f"these features are of images with 1 or 3 channels, got {x.shape[1]}")
     return x.add(1.0).mul(127.5).round().expand(-1, 3, -1, -1)
+
+
+@contextmanager
+def _full_convolutions() -> Iterator[None]:
+    """Convolutions in true float32, so that figures from a GPU are those from a CPU; TF32 is torch's default there."""
+    cudnn: Any = torch.backends.cudnn
+    convolution = cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
 
 
 def _checked(block: Tensor) -> Tensor:
