@@ -194,7 +194,7 @@ class Report:
             content = (json.dumps(line) + "\n").encode()
             while content:
                 content = content[os.write(self._file, content) :]
-        self._trackers.scalars(line["step"], flat_numbers(line))
+        self._trackers.scalars(line["step"], flat_numbers({key: value for key, value in line.items() if key != "step"}))
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
