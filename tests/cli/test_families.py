@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from multistage_diffusion.cli import dispatch
 
@@ -36,3 +37,9 @@ def test_a_class_is_guided_within_an_interval_of_noise(tmp_path):
         assert dispatch([*command, str(tmp_path / name), *extra]) == 0
         pictures.append((tmp_path / name / "images" / "seed-00000000.png").read_bytes())
     assert pictures[0] == pictures[2]
+    assert (
+        dispatch(["sample", run, "--num", "4", "--steps", "1", "--class", "7", "3", "--out", str(tmp_path / "two")])
+        == 0
+    )
+    with Image.open(tmp_path / "two" / "grid.png") as grid:
+        assert grid.size == (2 * (64 + 4), 2 * (64 + 4))  # a column a class

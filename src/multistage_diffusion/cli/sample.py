@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ class Options(Compute):
     """Noise that heun and euler add in all (S_churn)."""
     eta: float = 0.0
     """Share of the ancestral noise in ddim."""
-    label: Annotated[int | None, tyro.conf.arg(name="class")] = None
-    """Class of the images, for a class-conditional run."""
+    label: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = ()
+    """Class of the images, for a class-conditional run; of several, each is a column of the grid."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
@@ -90,27 +91,28 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     solver = options.solver or default.solver
     steps = default.steps if options.steps is None else options.steps
     spacing = options.spacing or (default.spacing if solver == default.solver else None)
+    labels = list(itertools.islice(itertools.cycle(options.label), options.num)) or None
     trace = Trace(TRACED)
     samples = sample(
         loaded.denoiser, options.num, solver=solver, steps=steps, spacing=spacing, seed=options.seed,
-        batch_size=options.batch_size, labels=options.label, guidance=options.guidance, offload=options.offload,
+        batch_size=options.batch_size, labels=labels, guidance=options.guidance, offload=options.offload,
         guidance_interval=options.guidance_interval, churn=options.churn, eta=options.eta,
         callback=trace.see if options.denoise_trace else None,
     )  # fmt: skip
     names = [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
         "run": options.run, "weights": options.weights, "ema_length": options.ema_length, "step": loaded.step,
-        "images": len(names),
-        "solver": solver, "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls),
-        "seed": options.seed, "seconds": round(samples.seconds, 3),
+        "images": len(names), "classes": list(options.label), "guidance": options.guidance, "solver": solver,
+        "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls), "seed": options.seed,
+        "seconds": round(samples.seconds, 3),
     }  # fmt: skip
     images = samples.images if first_stage is None else first_stage.decode(samples.images)
-    scale = max(1, 64 // images.shape[2])
+    scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None
     with whole_directory(out) as folder:
         (folder / "images").mkdir()
         for name, image in zip(names, to_uint8(images), strict=True):
             (folder / name).write_bytes(png(picture(image)))
-        (folder / "grid.png").write_bytes(png(grid(images, scale=scale)))
+        (folder / "grid.png").write_bytes(png(grid(images, scale=scale, columns=columns)))
         if options.denoise_trace:
             frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
             estimates = trace.denoised if first_stage is None else [first_stage.decode(item) for item in trace.denoised]
