@@ -1,7 +1,8 @@
 """Many lives of one command, cheaply: torch is imported once, and each life is a fork of that process.
 
 Run as a script, this file is the fork server: it reads one JSON document a line (`arguments`, and `limit`, the largest
-file in bytes that the life may write), answers with the life's process number, and then with its exit code.
+file in bytes that the life may write, and `stopped`, whether it waits for SIGCONT), answers with the life's process
+number, and then with its exit code.
 """
 
 import json
@@ -54,12 +55,16 @@ class Lives:
         self._process.stdin.flush()
         return self._process.stdout.readline()
 
-    def train(self, out: Path, *options: str, limit: int | None = None) -> Life:
-        """Start `msd train digits` with the smallest network."""
+    def run(self, *words: str, limit: int | None = None, stopped: bool = False) -> Life:
+        """Start `msd` with these words; stopped, it waits for SIGCONT."""
         self._count += 1
         errors = self._folder / f"errors-{self._count}"
-        words = ["train", "digits", "--out", str(out), *MODEL, *options]
-        return Life(int(self.ask({"arguments": words, "errors": str(errors), "limit": limit})), self, errors)
+        asked = {"arguments": words, "errors": str(errors), "limit": limit, "stopped": stopped}
+        return Life(int(self.ask(asked)), self, errors)
+
+    def train(self, out: Path, *options: str, limit: int | None = None, stopped: bool = False) -> Life:
+        """Start `msd train digits` with the smallest network."""
+        return self.run("train", "digits", "--out", str(out), *MODEL, *options, limit=limit, stopped=stopped)
 
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout
@@ -77,6 +82,8 @@ def live(document: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if document["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (document["limit"], resource.RLIM_INFINITY))
+    if document["stopped"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
     code = 99  # a traceback
     try:
         code = dispatch(document["arguments"])
