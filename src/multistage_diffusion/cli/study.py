@@ -160,10 +160,9 @@ def _print_costs(console: Console, models: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     left = [own["tflops"] for own in models if not own["done"]]
     total = sum(own["tflops"] for own in models)
-    console.print(
-        f"{len(models)} models, {total:.4g} TFLOPs; {len(left)} of them, {sum(left):.4g} TFLOPs, to train. Widths and "
-        "edges that short runs will choose are stand-ins here until they are found."
-    )
+    text = f"{len(models)} models, {total:.4g} TFLOPs; {len(left)} of them, {sum(left):.4g} TFLOPs, to train."
+    stand_ins = " Widths and edges that short runs will choose are stand-ins here until they are found."
+    console.print(text + (stand_ins if left else ""))
 
 
 def _print_result(console: Console, document: dict[str, Any]) -> None:
@@ -176,9 +175,12 @@ def _print_result(console: Console, document: dict[str, Any]) -> None:
 
 
 def _table(sheet: Sheet) -> Table:
-    table = Table(title=sheet.title)
-    for place, name in enumerate(sheet.head):
-        table.add_column(name, justify="left" if place < sheet.words else "right")
+    """Without the columns of intervals, for which a terminal has no room: a star says that 0 (or 100%) lies outside."""
+    kept = [place for place, name in enumerate(sheet.head) if name != "95% interval"]
+    table = Table(title=f"{sheet.title.partition('; marked')[0]}; *: told by the seeds (95%)")
+    for place in kept:
+        table.add_column(sheet.head[place], justify="left" if place < sheet.words else "right")
     for line in sheet.lines:
-        table.add_row(*(f"{item.text} *" if item.told else item.text for item in line))
+        stars = [" *" if item.told else "" for item in (*line[1:], line[0])]  # an interval stands behind its figure
+        table.add_row(*(f"{line[place].text}{stars[place]}" for place in kept))
     return table

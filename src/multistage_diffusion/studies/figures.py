@@ -60,6 +60,8 @@ def efficiency_figure(rows: Rows) -> Figure:
     Returns:
         The figure.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(2, 2, WIDE, 5.2, height_ratios=(3, 0.3 + 0.32 * len(rows)))
     looks = styles([own["label"] for own in rows])
     for axis, metric in zip(axes[:2], METRICS, strict=True):
@@ -68,6 +70,7 @@ def efficiency_figure(rows: Rows) -> Figure:
             _line(axis, spent, [point[metric] for point in own["curve"]], looks[own["label"]], own["label"])
         axis.axhline(rows[0]["curve"][-1][metric]["mean"], color=SOFT, linewidth=0.7, linestyle=":")
         axis.set(xlabel="training TFLOPs", ylabel=_WORDS[metric], yscale="log", xlim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         plain_numbers(axis)
     axes[0].legend(frameon=False, fontsize=8)
     for axis, metric in zip(axes[2:], METRICS, strict=True):
@@ -221,7 +224,7 @@ def interference_figure(rows: Rows) -> Figure:
         axis.set_ylim(min(-0.1, axis.get_ylim()[0]), 1.05)
     for axis in axes[len(labels) :]:
         axis.set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside upper right")
     figure.supylabel("cosine of gradients", fontsize=10)
     return figure
 

@@ -48,9 +48,13 @@ class Study:
 
     def cells(self, lab: Lab) -> list[Cell]:
         """All that it trains; all seeds of a model side by side."""
-        seeds = self.seeds(lab.budget)
-        found = [one for config in self.variants(lab.finder).values() for one in lab.runs(config, seeds=seeds)]
-        return [*found, *self.extra(lab)]
+        return [one for _, one in self.labelled(lab)]
+
+    def labelled(self, lab: Lab) -> list[tuple[str, Cell]]:
+        """All that it trains, with the names of the models."""
+        seeds, variants = self.seeds(lab.budget), self.variants(lab.finder)
+        found = [(label, one) for label, config in variants.items() for one in lab.runs(config, seeds=seeds)]
+        return [*found, *(("well-trained", one) for one in self.extra(lab))]
 
 
 def _architectures(lab: Lab, variants: Variants) -> Rows:
@@ -170,10 +174,7 @@ def costs(lab: Lab, wanted: Sequence[str]) -> Rows:
     """
     rows, seen = [], set()
     for name in wanted:
-        study = STUDIES[name]
-        labelled = [(label, one) for label, run in study.variants(lab.finder).items() for one in lab.runs(run)]
-        labelled += [("well-trained", one) for one in study.extra(lab)]
-        for label, one in labelled:
+        for label, one in STUDIES[name].labelled(lab):
             if one in seen:
                 continue
             seen.add(one)
