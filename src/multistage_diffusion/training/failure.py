@@ -90,7 +90,7 @@ def deaf() -> Iterator[None]:
     """Let no SIGTERM of torchrun, which follows the first failure, break into the words about it.
 
     Yields:
-        While SIGTERM is ignored.
+        While SIGTERM is ignored. Under torchrun it stays so: this process is about to exit, and what hangs is killed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -99,7 +99,8 @@ def deaf() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -173,7 +173,7 @@ class Trainer:
             network.compile_parts()
         return parallelise(
             _Losses(self.denoiser), network, self.world, self.device, engine.parallel,
-            unused=self.config.training.batches != "mixed",
+            unused=self.config.training.batches != "mixed" and len(self.denoiser.stages) > 1,
         )  # fmt: skip
 
     def _advance(self, asked: Sequence[int]) -> StepResult:
