@@ -234,8 +234,8 @@ def join(device: torch.device, minutes: float) -> Iterator[World]:
     world = World(dist.get_rank(), dist.get_world_size(), store)
     try:
         yield world
-        # Nobody goes while another one may still ask. A barrier holds no tensor: gloo's thread would need Python's lock to
-        # let go of one, while this thread, which holds the lock, may be waiting for it to end the group (torch 2.13).
+        # Nobody goes while another one may still ask. A barrier holds no tensor: gloo's thread would need Python's lock
+        # to let go of one, while this thread, which holds the lock, may wait for that one to end (torch 2.13).
         dist.barrier()
     except BaseException as error:
         with deaf():
