@@ -183,7 +183,8 @@ def clusterings(finder: Finder) -> Variants:
 def efficiency(finder: Finder) -> Variants:
     """Table 2 and Fig. 1d: the unified model, the paper's edges and widths, and two choices of our own.
 
-    These are what clustering and allocation choose, and four stages that narrow with the noise.
+    These are what clustering and allocation choose, and four stages that narrow with the noise. As narrow decoders also
+    buy more steps, a narrower unified network stands beside them.
     """
     base = finder.budget.base
     return {
@@ -191,6 +192,7 @@ def efficiency(finder: Finder) -> Variants:
         "multistage": _multistage(base, finder.edges(), widths(base.model, *PUBLISHED)),
         "multistage, allocated": finder.allocated(),
         "multistage, narrowing": _multistage(base, NARROWING[0], widths(base.model, *NARROWING[1])),
+        "unified, narrower": unified(replace(base, model=replace(base.model, width=widths(base.model, 0.75)[0]))),
     }
 
 
