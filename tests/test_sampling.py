@@ -111,6 +111,24 @@ def test_solver_converges_with_its_order(name):
     assert measured_order(solver.run, steps, levels) == pytest.approx(solver.order, abs=0.3)
 
 
+@pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.stochastic])
+def test_stochastic_solvers_variance_converges_with_the_order(name):
+    # Every step is affine in x and its noise: unit noise one at a time gives the variance of the end exactly.
+    def error(steps):
+        sigmas = karras(steps, high=10.0, low=0.1)
+        high, low = float(sigmas[0]), float(sigmas[-1])
+        starts = torch.zeros(steps + 1, dtype=torch.float64)
+        starts[0] = math.sqrt(VARIANCE + high**2)
+        ends = SOLVERS[name].run(
+            lambda x, sigma: VARIANCE / (VARIANCE + sigma**2) * x, starts, sigmas,
+            noise=lambda step: torch.nn.functional.one_hot(torch.tensor(step + 1), steps + 1).double(),
+        )  # fmt: skip
+        return abs(float((ends**2).sum()) - VARIANCE - low**2)
+
+    order = math.log(error(64) / error(256)) / math.log(4)
+    assert order == pytest.approx(SOLVERS[name].order, abs=0.3)
+
+
 def test_third_order_singlestep_holds_with_taylor_weights():
     assert measured_order(partial(dpm, order=3, taylor=True), (50, 98, 194), geometric) == pytest.approx(3, abs=0.3)
 

@@ -23,6 +23,17 @@ def test_from_recipe_to_images(tmp_path, capsys, recipe, architecture):
     assert document["images"] == 2 and len(document["stage_calls"]) == (1 if architecture == "unified" else 3)
 
 
+def test_a_first_stage_that_cannot_be_fetched_is_one_line(tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = ["--data.source", "digits", "--data.resolution", "8", "--out", str(tmp_path / "run")]
+    assert dispatch(["train", "ldm-celebahq", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: no autoencoder at CompVis/ldm-celebahq-256/vqvae, neither a folder nor on the hub: ")
+    assert err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_a_class_is_guided_within_an_interval_of_noise(tmp_path):
     run = str(tmp_path / "run")
     words = [*SMALL, "--model.decoder-widths", "8", "8", "8", "--model.classes", "10"]

@@ -89,27 +89,12 @@ class Clustering:
 
 def cluster(
     images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"],
-    process: Process,
-    *,
-    method: str = "optimal-denoiser",
-    stages: int = 3,
-    eta: float = 2 / 256,
-    alpha: float = 0.9,
-    samples: int | None = None,
-    reference: str = "data-mean",
-    measure: str = "time",
-    objective: str | None = None,
-    unit_range: bool = False,
-    labels: Int[Tensor, " count"] | None = None,
-    max_images: int | None = None,
-    resamples: int = 200,
-    seed: int = 0,
-    denoiser: nn.Module | None = None,
-    device: torch.device | str | None = None,
-    source: str = "",
-    digest: str | None = None,
-    progress: Progress | None = None,
-) -> Clustering:
+    process: Process, *, method: str = "optimal-denoiser", stages: int = 3, eta: float = 2 / 256, alpha: float = 0.9,
+    samples: int | None = None, reference: str = "data-mean", measure: str = "time", objective: str | None = None,
+    unit_range: bool = False, labels: Int[Tensor, " count"] | None = None, max_images: int | None = None,
+    resamples: int = 200, seed: int = 0, denoiser: nn.Module | None = None, device: torch.device | str | None = None,
+    source: str = "", digest: str | None = None, progress: Progress | None = None,
+) -> Clustering:  # fmt: skip
     """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
 
     Args:
