@@ -19,6 +19,7 @@ from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import load_run, train
 from multistage_diffusion.training.snapshots import Profile, combine, file_name, list_snapshots
 from runs import PowerError, same_run, tensors
+from waits import Waits
 
 LENGTHS = (0.05, 0.1)
 
@@ -219,3 +220,10 @@ def test_lengths_cannot_be_added_to_a_run(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"training.ema-lengths is"):
         train(tiny.run_config(ema_lengths=LENGTHS), folder, data=tiny.images())
+
+
+def test_tracking_waits_for_no_device():
+    trainer = Trainer(tiny.run_config(ema_lengths=LENGTHS), tiny.images())
+    with Waits() as waits:
+        next(trainer.run(1))
+    assert waits.reads == ["tolist"] and waits.copies == []

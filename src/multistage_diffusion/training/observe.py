@@ -27,7 +27,7 @@ from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.report import SAMPLES, Report
 
 _CELL = 64  # pixels of an image in a grid, at least
-_KEPT = ("samples", "stage_loss", "loss_error", "kid_std", "is_std", "fid", "fd_infinity", *METRICS)  # of a report
+_KEPT = ("stage_loss", "loss_error", "kid_std", "is_std", "fid", "fd_infinity", *METRICS)  # of a report
 
 
 class _Interrupted(Exception):  # noqa: N818  (no error)
@@ -116,7 +116,9 @@ class Observer:
             batch_size=logging.sample_batch, first_stage=self._first_stage,
         )  # fmt: skip
         figures = {key: value for key, value in document.items() if key in _KEPT}
-        return figures if extractor is None else {**figures, "features": extractor.name}
+        if extractor is not None and document:
+            figures |= {"samples": document["samples"], "features": extractor.name}
+        return figures
 
     def _prepare(self, train: Images | None, device: torch.device) -> None:
         """Read the held-out images and make the features, so that what is wrong with them is known before training."""
