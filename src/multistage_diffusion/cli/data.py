@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _CONVERT_MAX_BAD = 0.01
 _GRID = 64  # images in the grid, evenly spaced over the set
-_BLOCK = 1024  # images in memory at once
 _GRID_SIDE = 48  # smaller images are enlarged by a whole factor to about this many pixels
 
 
@@ -90,9 +89,11 @@ def _describe(images: Images, split: str) -> dict[str, Any]:
     """The facts, in units of the pixels (range) and of the networks (mean, std: [-1, 1])."""
     import torch
 
+    from multistage_diffusion.data.shards import blocks
+
     counts = [] if images.labels is None else images.labels.bincount(minlength=len(images.classes)).tolist()
-    blocks = (images.pixels(rows) for rows in torch.arange(len(images)).split(_BLOCK))
-    histogram = sum((block.flatten().bincount(minlength=256) for block in blocks), torch.zeros(256)).double()
+    pixels = (images.pixels(rows).flatten() for rows in blocks(images.images.shape))
+    histogram = sum((block.bincount(minlength=256) for block in pixels), torch.zeros(256, dtype=torch.float64))
     levels = histogram.new_tensor(range(256)) / 127.5 - 1.0
     share = histogram / histogram.sum()
     mean = float(levels @ share)

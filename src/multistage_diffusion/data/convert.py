@@ -12,12 +12,11 @@ from torch import Tensor
 
 from multistage_diffusion.data.collection import Collection
 from multistage_diffusion.data.images import Images
-from multistage_diffusion.data.shards import Shards, ShardWriter, open_shards, require_size
+from multistage_diffusion.data.shards import Shards, ShardWriter, blocks, open_shards, require_size
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.files import read_json
 
 _ABOUT, _LABELS, _TEST = "images.json", "labels.bin", "test.bin"
-_BLOCK = 1024  # images in memory at once
 
 
 def write_images(collection: Collection, folder: Path, writer: ShardWriter) -> None:
@@ -34,7 +33,7 @@ def write_images(collection: Collection, folder: Path, writer: ShardWriter) -> N
             pass
         case _:
             writer.expected = len(images)
-            for rows in torch.arange(len(images)).split(_BLOCK):
+            for rows in blocks(images.images.shape):
                 writer.add(images.pixels(rows))
             writer.finish()
     if images.labels is not None:

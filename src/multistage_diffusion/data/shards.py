@@ -30,7 +30,7 @@ _DIGESTS, _DIGEST_BYTES = "digests.bin", 16
 _SHARD_BYTES = 256 * 2**20
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _MAX_ROW_BYTES = 2**30
-_BLOCK = 1024  # rows read at once on their way to a device
+_BLOCK = 2**22  # numbers in rows that are gone through block by block
 MAX_BYTES = 16 * 2**30  # more is not read into memory at once
 _MAX_FILES = 100_000
 
@@ -107,7 +107,7 @@ class Shards:
             DataError: As for reading some.
         """
         read = torch.empty(self.shape, dtype=self.dtype, device=device)
-        for rows in torch.arange(len(self)).split(_BLOCK):
+        for rows in blocks(self.shape):
             read[rows[0] : rows[-1] + 1] = self[rows].to(device)
         return read
 
@@ -176,6 +176,18 @@ def require_size(path: Path, size: int) -> None:
     if found != size:
         what = "no such file" if found is None else f"{found} bytes instead of {size}"
         raise DataError(f"{path}: {what}; delete {path.parent} and make it again")
+
+
+def blocks(shape: Sequence[int]) -> tuple[Int[Tensor, " _"], ...]:
+    """Indices of all rows in blocks of a few megabytes, to go through a set that need not fit into memory.
+
+    Args:
+        shape: Number of rows, then the shape of one.
+
+    Returns:
+        The indices, in order.
+    """
+    return torch.arange(shape[0]).split(max(1, _BLOCK // math.prod(shape[1:])))
 
 
 def row_digests(rows: Shaped[Tensor, "n ..."]) -> UInt8[Tensor, "n 16"]:
