@@ -29,6 +29,7 @@ DECODERS = {  # decoder widths in encoder widths, low to high noise
 }
 # Four stages inside the training distribution and their decoders, in encoder widths: the best of a first trial.
 NARROWING = ((0.25, 0.9, 4.0), (1.0, 1.0, 0.5, 0.25))
+NARROWER = (0.75, 0.5)  # unified networks beside the multistage ones, in base widths
 SIZES = (0.5, 1.0, 1.5)  # networks of the interval study, in base widths
 Variants = dict[str, RunConfig]
 
@@ -184,16 +185,19 @@ def efficiency(finder: Finder) -> Variants:
     """Table 2 and Fig. 1d: the unified model, the paper's edges and widths, and two choices of our own.
 
     These are what clustering and allocation choose, and four stages that narrow with the noise. As narrow decoders also
-    buy more steps, a narrower unified network stands beside them.
+    buy more steps, narrower unified networks stand beside them.
     """
     base = finder.budget.base
-    return {
+    rows = {
         "unified": unified(base),
         "multistage": _multistage(base, finder.edges(), widths(base.model, *PUBLISHED)),
         "multistage, allocated": finder.allocated(),
         "multistage, narrowing": _multistage(base, NARROWING[0], widths(base.model, *NARROWING[1])),
-        "unified, narrower": unified(replace(base, model=replace(base.model, width=widths(base.model, 0.75)[0]))),
     }
+    for factor in NARROWER:
+        (width,) = widths(base.model, factor)
+        rows[f"unified, width {width}"] = unified(replace(base, model=replace(base.model, width=width)))
+    return rows
 
 
 def stages(finder: Finder) -> Variants:
