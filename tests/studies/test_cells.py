@@ -1,8 +1,13 @@
 """The cache of trained models: its keys, resuming to the bit, sharing among processes, early stopping."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +20,7 @@ from multistage_diffusion.studies.budgets import Budget
 from multistage_diffusion.studies.cells import Cells, cell
 from multistage_diffusion.studies.designs import Finder, unified
 from multistage_diffusion.studies.tables import Lab, _assembled
+from multistage_diffusion.training.guard import StoppedError
 
 CONFIG = tiny.run_config()
 TINY = 1e-9  # 10^12 FLOPs: as few steps as there are points
@@ -109,6 +115,21 @@ def test_a_cell_goes_on_to_the_bit_after_a_kill(tmp_path):
     assert [whole.spent(one, point)["steps"] for point in range(3)] == list(one.steps(whole.data.shape)) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_and_the_same_call_goes_on(tmp_path, number, code):
+    one = cell(CONFIG, TINY, 2)
+    cells = cells_in(tmp_path)
+
+    def watch(_):
+        return lambda result, steps: signal.raise_signal(number)
+
+    with pytest.raises(StoppedError) as stopped:
+        cells.fill([one], watch)
+    assert stopped.value.exit_code == code and not cells.done(one)
+    cells.fill([one])
+    assert cells.spent(one)["steps"] == 2
+
+
 def test_a_trained_cell_is_not_trained_again(tmp_path):
     said, one = [], cell(CONFIG, TINY, 2)
     cells = cells_in(tmp_path, say=said.append)
@@ -139,6 +160,33 @@ def test_two_workers_share_the_cells(tmp_path, monkeypatch):
     cells = cells_in(tmp_path)
     assert all(cells.done(one) for one in wanted)
     assert said[0] and said[1] and len(said[0]) + len(said[1]) == len(wanted)
+
+
+@pytest.mark.slow
+def test_two_processes_train_each_cell_once_and_to_the_bit(tmp_path):
+    code = f"""
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_cells as own
+own.module._POLL = 0.05
+wanted = [own.cell(own.with_training(seed=seed), 1e-9, 3) for seed in range(6)]
+own.cells_in(own.Path({str(tmp_path / "shared")!r}), say=print).fill(wanted)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    said = [line for worker in workers for line in worker.communicate()[0].splitlines()]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert len(said) == len(set(said)) == 6
+    wanted = [cell(with_training(seed=seed), TINY, 3) for seed in range(6)]
+    alone, shared = cells_in(tmp_path / "alone"), cells_in(tmp_path / "shared")
+    alone.fill(wanted)
+    for one in wanted:
+        assert tiny.bits_equal(weights(alone, one), weights(shared, one))
 
 
 def test_steps_spend_the_budget():

@@ -98,7 +98,7 @@ def test_efficiency_findings_know_when_a_share_may_be_all():
     said = efficiency_findings(rows)
     assert "at 55% of its training FLOPs (95% interval 43% to 67%)." in said[0]
     assert "not told apart from all of them" in said[2] and "not told apart" not in said[0]
-    assert said[1] == "a does not reach the final held-out loss of unified within its FLOPs."
+    assert said[1] == "a does not reach the final held-out loss of unified within its FLOPs with every seed."
 
 
 def test_solvers_are_compared_within_the_same_evaluations():

@@ -88,7 +88,8 @@ def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
             reach = own["reach"][name]
             if reach is None:
                 sentences.append(
-                    f"{own['label']} does not reach the final {words} of {rows[0]['label']} within its FLOPs."
+                    f"{own['label']} does not reach the final {words} of {rows[0]['label']} within its FLOPs with "
+                    "every seed."
                 )
                 continue
             low_high = reach["interval"]
