@@ -200,6 +200,12 @@ def efficiency(finder: Finder) -> Variants:
     return rows
 
 
+def contenders(finder: Finder) -> Variants:
+    """The unified model, the paper's and the allocated one: those that sampling and interference are looked at on."""
+    rows = efficiency(finder)
+    return {label: rows[label] for label in ("unified", "multistage", "multistage, allocated")}
+
+
 def stages(finder: Finder) -> Variants:
     """App. B.6: 1 to 6 stages, each of least variance under the training distribution; equal decoders."""
     base = finder.budget.base

@@ -95,7 +95,7 @@ STUDIES = {
     "sampling": Study(
         "Quality against network evaluations",
         "How does each solver do with few evaluations, on unified and multistage models? (Table 1)",
-        designs.efficiency, curves.sampling, curves.sampling_findings,
+        designs.contenders, curves.sampling, curves.sampling_findings,
     ),
     "intervals": Study(
         "One stage at a time",
@@ -106,7 +106,7 @@ STUDIES = {
     "interference": Study(
         "Interference between stages",
         "Do the gradients of different stages agree, in the encoder and in the decoders? (section 3)",
-        designs.efficiency, interference.interference, interference.interference_findings,
+        designs.contenders, interference.interference, interference.interference_findings,
     ),
 }  # fmt: skip
 
