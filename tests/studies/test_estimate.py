@@ -65,8 +65,12 @@ def test_crossing_at_the_ends():
     assert crossing([1.0, 2.0], [5.0, 4.0], 6.0) == 1.0  # there from the start
     assert crossing([1.0, 2.0], [5.0, 4.0], 3.0) is None
     assert crossing([1.0, 2.0], [5.0, 4.0], 4.0) == pytest.approx(2.0)
-    assert crossing([1.0, 2.0, 3.0], [5.0, 6.0, 4.0], 5.5) == 1.0
-    assert 2.0 < (crossing([1.0, 2.0, 3.0], [5.0, 6.0, 4.0], 4.5) or 0) < 3.0  # the first time that it gets there
+    assert crossing([1.0, 2.0, 3.0], [5.0, 4.0, 4.5], 4.5) == pytest.approx(1 + math.log(5 / 4.5) / math.log(5 / 4))
+
+
+def test_a_moment_at_the_target_is_no_crossing():
+    assert 2.0 < (crossing([1.0, 2.0, 3.0], [5.0, 6.0, 4.0], 5.5) or 0) < 3.0
+    assert crossing([1.0, 2.0, 3.0], [5.0, 4.0, 4.6], 4.5) is None
 
 
 def figure(*values):

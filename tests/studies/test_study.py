@@ -25,7 +25,7 @@ def smallest():
         process=VPConfig(prediction="v"), sampling=SamplingConfig(solver="ddim", steps=2),
     )  # fmt: skip
     return Budget(
-        base=base, tflops=1e-6, points=2, seeds=2, samples=16, samples_on_the_way=8, proxy_steps=4, interval_seeds=1,
+        base=base, tflops=1e-6, points=2, seeds=2, samples=16, samples_on_the_way=8, proxy_steps=4,
         evaluations=(2, 3),
     )  # fmt: skip
 

@@ -74,6 +74,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     lab = open_lab(budget, out, device=device, say=console.print, guess=True, keep=not options.dry_run)
     models = costs(lab, wanted)
     _print_costs(console, models)
+    console.print(f"allocated widths come from proxy runs of {lab.finder.search_tflops():.3g} TFLOPs in all, made once")
     document: dict[str, Any] = {"study": options.name, "rows": [], "figures": {}, "findings": {}, "models": models}
     if options.dry_run:
         return document
@@ -115,7 +116,7 @@ def chosen(options: Options) -> Budget:
     if options.seeds is None:
         return found
     check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
-    return replace(found, seeds=options.seeds, interval_seeds=min(options.seeds, found.interval_seeds))
+    return replace(found, seeds=options.seeds)
 
 
 @contextlib.contextmanager
@@ -138,6 +139,8 @@ def _progress(lab: Lab, console: Console) -> Iterator[Callable[[Cell], Watch]]:
 def _words(options: Options) -> list[str]:
     """The options that decide the result, as they are written."""
     words = ["--data", options.data, "--budget", options.budget]
+    if options.data_root is not None:
+        words += ["--data-root", options.data_root]
     if options.seeds is not None:
         words += ["--seeds", str(options.seeds)]
     return [*words, "--out", options.out]

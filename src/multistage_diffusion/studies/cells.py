@@ -31,8 +31,9 @@ from multistage_diffusion.training.run import load_run, train
 Say = Callable[[str], None]
 Watch = Callable[[StepResult, int], None]
 IMAGE_SEED = 1_000_000  # seed of the first image behind a distance
+_VERSION = 1  # of what training does with a configuration: raised when that changes, so that no old model is taken
 _POLL = 5.0  # seconds between looks at a cell that another process trains
-NO_MATTER = ("steps", "save_every", "keep", "log_every")  # options of training that change no weight
+_NO_MATTER = ("steps", "save_every", "keep", "log_every")  # options of training that change no weight
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,16 @@ class Cells:
         self.device, self.say = device, say
         # Losses are taken on the first images of the set, and early stopping looks at the last: no image is in both.
         half = len(test) // 2
+        with_what = json.dumps([test.digest, list(stages.edges)])
+        self._measured_with = hashlib.sha256(with_what.encode()).hexdigest()[:8]
         self.validation = test.take(torch.arange(half, len(test)))
         self.measured = test.take(torch.arange(half))
 
     def path(self, cell: Cell) -> Path:
         """The folder of a cell: named by what it is, keyed by everything that its weights depend on."""
-        document = {"config": distinct(cell.config), "tflops": cell.tflops, "points": cell.points}
+        document = {
+            "version": _VERSION, "config": distinct(cell.config), "tflops": cell.tflops, "points": cell.points
+        }  # fmt: skip
         text = json.dumps({**document, "data": self.data.digest}, sort_keys=True)
         name = f"{cell.config.model.architecture}-{'-'.join(map(str, cell.config.model.decoder_widths))}"
         return self.folder / f"{name}-seed{cell.config.training.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -187,7 +192,7 @@ class Cells:
 
     def remember(self, cell: Cell, point: int, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured of a point under this name; measured now if it was not."""
-        path = self.path(cell) / "measured" / f"{point % cell.points}-{name}.json"
+        path = self.path(cell) / f"measured-{self._measured_with}" / f"{point % cell.points}-{name}.json"
         if not path.is_file():
             write_json(path, measure())
         return read_json(path)
@@ -243,12 +248,12 @@ def distinct(config: RunConfig) -> dict[str, Any]:
         As JSON types; an option that is added to the library later changes nothing here.
     """
     own = to_dict(config)
-    for name in NO_MATTER:
+    for name in _NO_MATTER:
         del own["training"][name]
-    return differing(own, to_dict(RunConfig()))
+    return _differing(own, to_dict(RunConfig()))
 
 
-def differing(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+def _differing(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """What differs from the defaults: options that are added later change no key.
 
     Args:
@@ -262,7 +267,7 @@ def differing(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     for name, value in own.items():
         other = usual.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
-            if inner := differing(value, other):
+            if inner := _differing(value, other):
                 found[name] = inner
         elif value != other:
             found[name] = value

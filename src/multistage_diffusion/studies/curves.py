@@ -33,7 +33,7 @@ def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
         cells = lab.runs(config)
         curve = []
         for point in range(cells[0].points):
-            figures = [measured(lab, one, point) for one in cells]
+            figures = [measured(lab, one, point, samples=lab.budget.samples_on_the_way) for one in cells]
             spent = lab.cells.spent(cells[0], point)
             curve.append({"tflops": spent["tflops"], "steps": spent["steps"], **summed(figures)})
         rows.append({**row(lab, label, config), "curve": curve})
@@ -43,7 +43,9 @@ def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
 
 
 def crossing(spent: Sequence[float], values: Sequence[float], target: float) -> float | None:
-    """Where a falling curve first reaches a target, interpolated in the logarithm of the values.
+    """Where a falling curve reaches a target for good, interpolated in the logarithm of the values.
+
+    A noisy curve may be at the target for a moment and above it again: what counts is from where on it stays.
 
     Args:
         spent: Increasing costs.
@@ -51,14 +53,16 @@ def crossing(spent: Sequence[float], values: Sequence[float], target: float) -> 
         target: The value to reach.
 
     Returns:
-        The cost; that of the first point if it is there already, none if it is never reached.
+        The cost; that of the first point if no value is above the target, none if the last one is.
     """
-    if values[0] <= target:
+    if values[-1] > target:
+        return None
+    above = [index for index, value in enumerate(values) if value > target]
+    if not above:
         return spent[0]
-    for (low, before), (high, after) in itertools.pairwise(zip(spent, values, strict=True)):
-        if before > target >= after:
-            return low + (high - low) * math.log(before / target) / math.log(before / after)
-    return None
+    last = above[-1]
+    before, after = values[last], values[last + 1]
+    return spent[last] + (spent[last + 1] - spent[last]) * math.log(before / target) / math.log(before / after)
 
 
 def _reach(curve: list[dict[str, Any]], reference: list[dict[str, Any]], name: str) -> dict[str, Any] | None:

@@ -15,8 +15,8 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
-from multistage_diffusion.studies.cells import NO_MATTER, Cell, Cells, Say, cell, differing, distinct, widths
-from multistage_diffusion.studies.proxies import allocate
+from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
+from multistage_diffusion.studies.proxies import allocate, proxy_widths
 
 METHODS = {"timestep": "uniform in timestep", "snr": "log-SNR", "gradient": "gradient affinity",
            "optimal-denoiser": "optimal denoiser"}  # fmt: skip
@@ -104,14 +104,21 @@ class Finder:
         def find() -> dict[str, Any]:
             self.say("decoder widths by proxy runs")
             return allocate(
-                base, self.data, self.budget.tflops / 1e3, "training", steps=self.budget.proxy_steps, say=self.say
-            )
+                base, self.data, self.budget.tflops / 1e3, "training", steps=self.budget.proxy_steps,
+                device=self.cells().device, say=self.say,
+            )  # fmt: skip
 
         def stand_in() -> dict[str, Any]:
             return {"decoder_widths": list(base.model.decoder_widths)}
 
         found = self._kept(f"widths-{self.budget.tflops:g}", find, stand_in)
         return _multistage(self.budget.base, edges, tuple(found["decoder_widths"]))
+
+    def search_tflops(self) -> float:
+        """Training FLOPs of the proxy runs behind the allocated widths, in 10^12; spent once, whatever the seeds."""
+        base, steps = self.allocated(), self.budget.proxy_steps
+        runs = (_multistage(base, base.stages.edges, (width,) * 4) for width in proxy_widths(base.model))
+        return sum(steps * Cell(run, 1.0, 1).step_flops(self.data.shape) for run in runs) / 1e12
 
     def trained_for_gradients(self) -> Cell:
         """The unified model whose gradients are compared."""
@@ -127,11 +134,17 @@ class Finder:
         if name in self._known:
             return self._known[name]
         base = self.budget.base
-        asked = {"data": self.data.digest, "process": to_dict(base.process)}
+        asked: dict[str, Any] = {"data": self.data.digest, "process": to_dict(base.process)}
         if name.startswith(("widths", "edges-gradient")):
-            asked["base"] = distinct(base)
+            asked |= {
+                "base": distinct(base),
+                "tflops": self.budget.tflops,
+                "points": self.budget.points,
+                "proxy_steps": self.budget.proxy_steps,
+            }
         path = self.folder / f"{name}.json"
-        if path.is_file() and _same(asked, (document := read_json(path))["asked"]):
+        asked = json.loads(json.dumps(asked))
+        if path.is_file() and (document := read_json(path))["asked"] == asked:
             return self._known.setdefault(name, document)
         if self.guess and stand_in is not None:
             return stand_in()
@@ -139,19 +152,6 @@ class Finder:
         if self.keep:
             write_json(path, document)
         return self._known.setdefault(name, document)
-
-
-def _same(asked: dict[str, Any], kept: dict[str, Any]) -> bool:
-    """Whether two questions are one: options at their defaults, and those that change no weight, say nothing."""
-    usual = {"process": to_dict(RunConfig().process), "base": to_dict(RunConfig())}
-
-    def telling(document: dict[str, Any]) -> dict[str, Any]:
-        document = json.loads(json.dumps(document))
-        for name in NO_MATTER:
-            document.get("base", {}).get("training", {}).pop(name, None)
-        return differing(document, usual)
-
-    return telling(asked) == telling(kept)
 
 
 def unified(base: RunConfig) -> RunConfig:

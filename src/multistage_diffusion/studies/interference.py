@@ -112,8 +112,9 @@ def stage_gradients(denoiser: Denoiser, images: Tensor, stages: Stages, stage: i
 def corrected_cosines(halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Cosines of the true gradients, from two independent estimates of each.
 
-    Two halves of one stage's images give two estimates whose noise is independent, so products of different halves
-    have the true gradients' products as their mean (the correction for attenuation of Spearman, 1904).
+    Two halves of the images give two estimates whose noise is independent, so products of different halves have the
+    true gradients' products as their mean (the correction for attenuation of Spearman, 1904). Products of the same half
+    have not, as the stages see the same images and noise there.
 
     Args:
         halves: Two estimates for each stage.
@@ -125,7 +126,7 @@ def corrected_cosines(halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, floa
     for low in range(len(halves)):
         for high in range(low + 1, len(halves)):
             (a, b), (c, d) = halves[low], halves[high]
-            product = float((a @ c + a @ d + b @ c + b @ d) / 4)
+            product = float((a @ d + b @ c) / 2)
             size = float((a @ b).clamp(min=0).sqrt() * (c @ d).clamp(min=0).sqrt())
             found[f"{low}-{high}"] = max(-1.0, min(1.0, product / size)) if size > 0 else 0.0
     return found
@@ -145,4 +146,4 @@ def _cosines(lab: Lab, one: Cell, point: int) -> dict[str, dict[str, float]]:
             for part in ("encoder", "decoder")
         }
 
-    return lab.cells.remember(one, point, f"interference-{_IMAGES}", measure)
+    return lab.cells.remember(one, point, f"cosines-{_IMAGES}", measure)

@@ -43,7 +43,7 @@ def intervals(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     others, rows = well_trained(lab), []
     for stage in range(len(lab.cells.stages)):
         for label, config in variants.items():
-            cells = lab.runs(config, seeds=lab.budget.interval_seeds)
+            cells = lab.runs(config)
             cost = cells[0].cost(lab.data.shape)
             curve = []
             for point in range(1, cells[0].points, 2):
@@ -61,7 +61,7 @@ def intervals(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
 
 
 def intervals_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each stage: which network ends with the least loss and distance, and whether the seeds tell it from the next.
+    """For each stage: which network ends with the least loss and distance, and whether that differs from the first's.
 
     Args:
         rows: From `intervals`.
@@ -74,13 +74,12 @@ def intervals_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         own = [item for item in rows if item["stage"] == stage]
         for name, words in (("loss", "held-out loss"), ("fd", "Fréchet distance")):
             ranked = sorted(own, key=lambda item: item["curve"][-1][name]["mean"])
-            best, last = ranked[0], ranked[-1]
-            change = difference(best["curve"][-1][name]["values"], last["curve"][-1][name]["values"])
-            told = {True: "", False: " (not told apart by these seeds)", None: " (one seed)"}[differs(change)]
-            low, high = best["curve"][-1][name]["mean"], last["curve"][-1][name]["mean"]
-            sentences.append(
-                f"stage {stage}, {words}: best {best['label']} ({low:.4g}), worst {last['label']} ({high:.4g}){told}."
-            )
+            best, first = ranked[0], own[0]
+            change = difference(best["curve"][-1][name]["values"], first["curve"][-1][name]["values"])
+            told = {True: "", False: " (not told apart)", None: " (one seed)"}[differs(change)]
+            low, high = best["curve"][-1][name]["mean"], first["curve"][-1][name]["mean"]
+            beside = "" if best is first else f", {first['label']} {high:.4g}{told}"
+            sentences.append(f"stage {stage}, {words}: best {best['label']} ({low:.4g}){beside}.")
     return sentences
 
 
@@ -128,7 +127,7 @@ def _distance(lab: Lab, one: Cell, others: Cell, stage: int, point: int) -> floa
         images = spliced(parts, lab.cells.stages, samples, one.config.sampling, seed=IMAGE_SEED)
         return distances(lab.extractor, lab.test, images, ["fd"])
 
-    name = f"stage-{stage}-{samples}-beside-{lab.cells.path(others).name}"
+    name = f"stage-{stage}-{samples}-{lab.extractor.digest[:8]}-beside-{lab.cells.path(others).name}"
     return lab.cells.remember(one, point, name, measure)["fd"]
 
 

@@ -122,6 +122,19 @@ def candidate_widths(model: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted({*range(step, int(model.width * _WIDEST) + 1, step), model.width}))
 
 
+def proxy_widths(model: ModelConfig) -> tuple[int, ...]:
+    """Decoder widths of the proxy runs: a quarter, half, three quarters and five quarters of the encoder's.
+
+    Args:
+        model: The network, whose attention heads every width must hold whole.
+
+    Returns:
+        The widths, increasing.
+    """
+    unit = _unit(model)
+    return tuple(sorted({max(1, round(model.width * share / unit)) * unit for share in PROXY_SHARES}))
+
+
 def _unit(model: ModelConfig) -> int:
     """What a decoder's width must be a multiple of."""
     return math.lcm(4, model.head_channels or 4)
@@ -154,9 +167,7 @@ def allocate(
     Raises:
         ConfigError: The budget is too small for any widths.
     """
-    base = config.model.width
-    unit, candidates = _unit(config.model), candidate_widths(config.model)
-    proxies = sorted({max(1, round(base * share / unit)) * unit for share in PROXY_SHARES})
+    base, candidates = config.model.width, candidate_widths(config.model)
     stages = Stages(config.stages.edges)
 
     def choose(laws: Sequence[Law], widths: Sequence[int], longest: float) -> Allocation:
@@ -168,7 +179,7 @@ def allocate(
         (Law(0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0),) * len(stages), candidates, 1.0
     )  # what cannot be is refused at once
     train, held = split(data, config.training.seed)
-    measurements = run_proxies(config, train, held, proxies, steps=steps, device=device, say=say)
+    measurements = run_proxies(config, train, held, proxy_widths(config.model), steps=steps, device=device, say=say)
     laws = fit_laws(measurements)
     longest = float(max(item.images for item in measurements))
     found = choose(laws, candidates, longest)

@@ -35,7 +35,6 @@ class Study:
         rows: Measures them.
         findings: Says what the rows say.
         extra: Further cells that it trains.
-        seeds: How many runs of each model it needs; by default the budget's.
     """
 
     title: str
@@ -44,7 +43,6 @@ class Study:
     rows: Callable[[Lab, Variants], Rows]
     findings: Callable[[Sequence[dict[str, Any]]], list[str]]
     extra: Callable[[Lab], list[Cell]] = lambda lab: []
-    seeds: Callable[[Budget], int] = lambda budget: budget.seeds
 
     def cells(self, lab: Lab) -> list[Cell]:
         """All that it trains; all seeds of a model side by side."""
@@ -52,8 +50,8 @@ class Study:
 
     def labelled(self, lab: Lab) -> list[tuple[str, Cell]]:
         """All that it trains, with the names of the models."""
-        seeds, variants = self.seeds(lab.budget), self.variants(lab.finder)
-        found = [(label, one) for label, config in variants.items() for one in lab.runs(config, seeds=seeds)]
+        variants = self.variants(lab.finder)
+        found = [(label, one) for label, config in variants.items() for one in lab.runs(config)]
         return [*found, *(("well-trained", one) for one in self.extra(lab))]
 
 
@@ -101,7 +99,7 @@ STUDIES = {
         "One stage at a time",
         "How good is a network on one stage alone, by its size, with a well-trained one on the others? (Fig. 2)",
         designs.intervals, intervals.intervals, intervals.intervals_findings,
-        lambda lab: [intervals.well_trained(lab)], lambda budget: budget.interval_seeds,
+        lambda lab: [intervals.well_trained(lab)],
     ),
     "interference": Study(
         "Interference between stages",
@@ -218,6 +216,7 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] 
             "features": {"name": lab.extractor.name, "accuracy": lab.extractor.accuracy,
                          "digest": lab.extractor.digest},
             "cells": len(trained), "training_tflops": sum(trained.values()),
+            "search_tflops": lab.finder.search_tflops(),
         },
         "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip

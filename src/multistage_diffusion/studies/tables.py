@@ -97,19 +97,19 @@ def row(lab: Lab, label: str, config: RunConfig) -> dict[str, Any]:
     return {"label": label, **costs(lab, cells), **summed(figures)}
 
 
-def measured(lab: Lab, one: Cell, point: int = -1) -> dict[str, Any]:
+def measured(lab: Lab, one: Cell, point: int = -1, *, samples: int | None = None) -> dict[str, Any]:
     """Distance and losses of one trained model.
 
     Args:
         lab: What to work with.
         one: The model.
         point: Which of the models on the way; by default the last.
+        samples: Generated images behind the distances, which depend on it; by default those of the end of training.
 
     Returns:
         `fd`, `kid`, `loss`, `stage_loss`.
     """
-    last = point % one.points == one.points - 1
-    samples = lab.budget.samples if last else lab.budget.samples_on_the_way
+    samples = samples or lab.budget.samples
     loss = lab.cells.loss(one, point)
     return {**lab.cells.distance(one, lab.extractor, one.config.sampling, samples, point), **loss}
 
@@ -232,7 +232,7 @@ def early_stopped(lab: Lab, label: str, config: RunConfig) -> dict[str, Any]:
                 "stopped": [(point + 1) / one.points for point in chosen],
             }  # fmt: skip
 
-        found = lab.cells.remember(one, -1, f"early-stopped-{lab.budget.samples}", measure)
+        found = lab.cells.remember(one, -1, f"early-stopped-{lab.budget.samples}-{lab.extractor.digest[:8]}", measure)
         figures.append(found)
         stopped.append(found["stopped"])
     return {"label": label, **costs(lab, cells), **summed(figures), "stopped": stopped}
