@@ -135,3 +135,13 @@ def test_the_clock_may_jump(lives, whole, tmp_path):
         os.utime(path, (0, 0) if path.name.startswith("step") else (2**32, 2**32))
     assert lives.train(out, *STEPS).wait() == 0
     assert tiny.bits_equal(tensors(out), tensors(whole))
+
+
+def test_a_disk_that_may_only_be_read_is_one_line(lives, small_disk):
+    assert lives.train(small_disk / "run", "--training.steps", "1").wait() == 0
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for life in (lives.train(small_disk / "run", "--training.steps", "2"), lives.train(small_disk / "new"),
+                 lives.run("data", "digits", "--convert", str(small_disk / "shards"))):  # fmt: skip
+        assert life.wait() in (2, 5), life.errors
+        assert life.errors[-1].startswith("error: ") and "Read-only file system" in life.errors[-1]
+        assert "Traceback" not in "\n".join(life.errors)
