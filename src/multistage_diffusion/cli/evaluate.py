@@ -124,7 +124,10 @@ def _measure(
         raise ConfigError(f"--data is needed: {target} does not say which images it should resemble")
     size = loaded.config.data.resolution if loaded and loaded.config else None
     root = options.data_root or (loaded.config.data.root if loaded and loaded.config else None)
-    train, test = (load_data(source, split=split, root=root, resolution=size) for split in ("train", "test"))
+    bad = loaded.config.data.tolerated if loaded and loaded.config else 0.0
+    train, test = (
+        load_data(source, split=split, root=root, resolution=size, max_bad=bad) for split in ("train", "test")
+    )
     real = test if options.reference == "test" else train
 
     def extractor() -> FeatureExtractor:
