@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -275,6 +276,8 @@ def parallelise(
     # The network's buffers are constants; torch 2.13 has another name for the switch that says so.
     known = inspect.signature(DistributedDataParallel).parameters
     switch: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    # Weights of 1x1 convolutions have strides that mean the same and are not: harmless, said by torch in each process.
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(
         module, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True, **switch
