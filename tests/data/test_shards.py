@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 import tiny
+from multistage_diffusion.cli import dispatch
 from multistage_diffusion.data import Images, load_data, shards
 from multistage_diffusion.data.collection import Collection, Reading
 from multistage_diffusion.data.convert import write_images
 from multistage_diffusion.data.shards import ShardWriter
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import CheckpointError, DataError
+from multistage_diffusion.evaluation import held_out_loss
 from multistage_diffusion.files import whole_directory
 
 SPLITS = ("train", "test", "all")
@@ -200,3 +202,23 @@ def test_images_in_memory_are_written_without_labels(tmp_path):
     read = load_data(f"shards:{tmp_path}/shards")
     same(read, images.take(torch.tensor([0, 1, 2, 4, 5, 6])))
     assert isinstance(read, Images) and read.labels is None
+
+
+def test_stages_found_in_shards_are_those_of_their_source(tmp_path, capsys):
+    assert dispatch(["data", "digits", "--convert", str(tmp_path / "digits")]) == 0
+    found = []
+    for source in ("digits", f"shards:{tmp_path / 'digits'}"):
+        capsys.readouterr()
+        words = ["cluster", source, "--objective", "variance", "--samples", "200", "--process", "vp", "--json"]
+        assert dispatch(words) == 0
+        found.append(json.loads(capsys.readouterr().out)["edges"])
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_a_held_out_loss_on_shards_is_that_on_their_source(tmp_path):
+    convert("digits", tmp_path / "digits", None, Reading())
+    denoiser, figures = tiny.denoiser(), []
+    for source in ("digits", f"shards:{tmp_path / 'digits'}"):
+        held = held_out_loss(denoiser, load_data(source, split="test"), max_images=64)
+        figures.append(held.loss)
+    assert figures[0] == figures[1]
