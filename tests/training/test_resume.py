@@ -103,6 +103,10 @@ def test_stages_keep_their_provenance(tmp_path):
     assert load_run(tmp_path / "run" / "model").denoiser.stages.found == found.found
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("changed", "part"),
     [
@@ -113,21 +117,25 @@ def test_stages_keep_their_provenance(tmp_path):
     ],
 )
 def test_another_run_is_refused_and_nothing_is_lost(changed, part, finished):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    before = contents(finished)
     with pytest.raises(ConfigError, match="holds another run") as caught:
         train(changed, finished, data=tiny.images())
     assert part in str(caught.value)
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert contents(finished) == before
 
 
-def test_other_images_are_refused(finished):
+def test_other_images_are_refused_and_nothing_is_lost(finished):
+    before = contents(finished)
     with pytest.raises(ConfigError, match="not those that"):
         train(tiny.run_config(), finished, data=tiny.images(seed=1))
+    assert contents(finished) == before
 
 
-def test_fewer_steps_than_taken_are_refused(finished):
+def test_fewer_steps_than_taken_are_refused_and_nothing_is_lost(finished):
+    before = contents(finished)
     with pytest.raises(ConfigError, match="8 steps already"):
         train(tiny.run_config(steps=7), finished, data=tiny.images())
+    assert contents(finished) == before
 
 
 def test_another_number_of_threads_is_said(finished, tmp_path, monkeypatch):

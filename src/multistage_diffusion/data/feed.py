@@ -27,7 +27,7 @@ from multistage_diffusion.errors import DataError
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _AHEAD = 2  # steps whose batches are read ahead
-_MOST = 64  # batches that are read ahead, over all parts of a step
+_MOST = 512  # batches that are read ahead, over all parts of a step
 _Job: TypeAlias = tuple[Future[Tensor], Tensor]  # where the rows go, and which
 
 
@@ -159,7 +159,7 @@ def make_feed(data: Examples, device: torch.device | str, config: DataConfig | N
 
 
 def memory_of(device: torch.device) -> int:
-    """Memory of a device, or of this machine as far as this process may use it.
+    """Memory of a device, or this process's share of what the machine has for its processes.
 
     Args:
         device: A CUDA device or the CPU.
@@ -170,10 +170,11 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun on this machine, this one too
     try:
-        return min(physical, int(_CGROUP.read_text()))
+        return min(physical, int(_CGROUP.read_text())) // neighbours
     except (OSError, ValueError):  # no control group, or no limit ("max")
-        return physical
+        return physical // neighbours
 
 
 def _reader(data: Examples, *, pin: bool) -> Callable[[Tensor], Tensor]:

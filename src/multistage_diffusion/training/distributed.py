@@ -95,6 +95,20 @@ class World:
         else:
             self.ask(what)
 
+    def meet(self, what: str) -> None:
+        """Wait until all processes are here, for as long as it takes.
+
+        Args:
+            what: Its name; each is done once.
+
+        Raises:
+            PeerError: A process failed in the meantime.
+        """
+        self.tell(f"{what} {self.rank}")
+        for rank in range(self.size):
+            if rank != self.rank:
+                self.ask(f"{what} {rank}")
+
     @contextlib.contextmanager
     def first(self, what: str) -> Iterator[None]:
         """The first process of each machine does something before the others, which then find it done.

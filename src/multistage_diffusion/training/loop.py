@@ -163,8 +163,7 @@ class Trainer:
     def _engine(self) -> nn.Module:
         """Prepare the network as the engine's options say, before anything refers to its weights."""
         engine, network = self.config.engine, self.denoiser.network
-        if engine.tf32:
-            torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if engine.tf32 else "highest")  # of the process, not of a network
         if engine.channels_last:
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if engine.checkpointing:

@@ -111,8 +111,10 @@ def train(
         world.lead("target", lambda: _check_target(folder, config))
         require_installed(config.logging.trackers)
         if data is None:
-            with world.first("data"):
+            # Latents are encoded once, for all. What else is read may take each process longer than a step may.
+            with world.first("data") if config.data.autoencoder is not None else contextlib.nullcontext():
                 data = load_examples(config.data, device, on_encode)
+        world.meet("data")
         if stages is None and (folder / "stages.json").is_file():
             stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
         trainer = Trainer(config, data, device, stages, world)
@@ -122,6 +124,7 @@ def train(
             resumed = trainer.step
             with world.first("observer"):  # what it needs may have to be fetched
                 observer = Observer(folder, config, data, device, stop=lambda: bool(received))
+            world.meet("observer")
             with Report(folder, config, resumed, device, world) as report:
                 observer.look(trainer, report)  # what a signal kept the run from drawing
                 for result in trainer.run(config.training.steps, received):
@@ -249,9 +252,9 @@ def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
         _check_target(folder, trainer.config)  # again: another process may have trained here while the data was read
         for place in (folder, folder / "checkpoints", folder / SNAPSHOTS):
             remove_leftovers(place)
+        checkpoint, window = _newest(folder, trainer, data)  # before a word is written: it may refuse
         write_json(folder / "config.json", to_dict(trainer.config))
         trainer.denoiser.stages.save(folder / "stages.json")
-        checkpoint, window = _newest(folder, trainer, data)
         match data:
             case Latents():
                 data.stage.save(folder / RECORD)
@@ -338,3 +341,4 @@ def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: 
     save_checkpoint(folder / "checkpoints", trainer, state)
     if trainer.world.leads:
         prune(folder / "checkpoints", training.keep, trainer.step, training.keep_every)
+    trainer.world.lead(f"saved {trainer.step}", lambda: None)  # a slow disk is waited for without a limit
