@@ -34,7 +34,7 @@ def configuration(batches="mixed", *, dropout=0.3, batch_size=7, **engine):
         batch_size=batch_size,
         weight_decay=0.1,
         steps=6,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
         warmup_images=0,
         log_every=2,
     )
