@@ -73,9 +73,19 @@ def compare(rank, cases):
 
 def same(found, alone):
     for part in ("weights", "average"):
-        torch.testing.assert_close(found[part], alone[part], atol=1e-5, rtol=0)
+        torch.testing.assert_close(determined(found[part]), determined(alone[part]), atol=1e-5, rtol=0)
     for part in ("losses", "norms", "stages"):
         torch.testing.assert_close(torch.tensor(found[part]), torch.tensor(alone[part]), atol=1e-6, rtol=1e-5)
+
+
+def determined(weights):
+    """All but the biases of attention's keys: a softmax does not see them, so Adam makes steps of their rounding."""
+    found = dict(weights)
+    for name in found:
+        if name.endswith("qkv.bias"):
+            query, _, value = found[name].chunk(3)
+            found[name] = torch.cat((query, value))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +159,9 @@ def test_the_parts_of_a_batch_are_its_rows(kind, parts):
             assert own.whole == whole.counts and sum(own.counts) == len(own.images)
             assert [count > 0 for count in own.counts] == [count > 0 for count in whole.counts]  # the same decoders
             places = [rows[index] for index in own.index.tolist()]
-            for name in ("images", "noise", "sigma", "labels"):
+            for name in ("noise", "sigma", "labels"):
                 assert torch.equal(getattr(own, name), getattr(whole, name)[places])
+            torch.testing.assert_close(own.images, whole.images[places], atol=1e-6, rtol=0)  # turned ones round
             real = torch.tensor(own.real).repeat_interleave(torch.tensor(own.counts))
             assert torch.equal(own.weight, whole.weight[places] * real)
             seen += [place for place, counts in zip(places, real.tolist(), strict=True) if counts]
