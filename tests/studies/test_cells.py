@@ -1,6 +1,5 @@
 """The cache of trained models: its keys, resuming to the bit, sharing among processes, early stopping."""
 
-import json
 import os
 import signal
 import subprocess
@@ -233,16 +232,12 @@ def test_no_image_both_measures_and_stops(tmp_path):
     )
 
 
-def test_found_edges_are_kept_and_options_added_later_change_nothing(tmp_path):
+def test_found_edges_are_kept_for_what_they_answer(tmp_path):
     data = tiny.images()
     budget = Budget(base=CONFIG, tflops=TINY)
     said = []
     finder = Finder(tmp_path, data, budget, lambda: cells_in(tmp_path), said.append)
     edges = finder.edges()
-    (path,) = tmp_path.glob("edges-*.json")
-    document = json.loads(path.read_text())
-    del document["asked"]["process"]["t_min"]  # as if written before the option existed
-    path.write_text(json.dumps(document))
     assert Finder(tmp_path, data, budget, lambda: cells_in(tmp_path), said.append).edges() == edges
     assert len(said) == 1
     other = replace(budget, base=replace(CONFIG, process=VPConfig(beta_max=15.0)))

@@ -74,7 +74,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     lab = open_lab(budget, out, device=device, say=console.print, guess=True, keep=not options.dry_run)
     models = costs(lab, wanted)
     _print_costs(console, models)
-    console.print(f"allocated widths come from proxy runs of {lab.finder.search_tflops():.3g} TFLOPs in all, made once")
+    if search := lab.finder.search_tflops():
+        console.print(f"allocated widths come from proxy runs of {search:.3g} TFLOPs in all, made once")
     document: dict[str, Any] = {"study": options.name, "rows": [], "figures": {}, "findings": {}, "models": models}
     if options.dry_run:
         return document

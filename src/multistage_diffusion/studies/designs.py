@@ -56,6 +56,7 @@ class Finder:
     guess: bool = False
     keep: bool = True
     _known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _asked: set[str] = field(default_factory=set, repr=False)
 
     def edges(self, method: str = "optimal-denoiser", stages: int = 3, measure: str = "time") -> tuple[float, ...]:
         """Edges in sigma, to four digits: what they are known to, and the same on every machine.
@@ -115,7 +116,9 @@ class Finder:
         return _multistage(self.budget.base, edges, tuple(found["decoder_widths"]))
 
     def search_tflops(self) -> float:
-        """Training FLOPs of the proxy runs behind the allocated widths, in 10^12; spent once, whatever the seeds."""
+        """Training FLOPs of the proxy runs behind the allocated widths, in 10^12; spent once, if asked for."""
+        if not any(name.startswith("widths") for name in self._asked):
+            return 0.0
         base, steps = self.allocated(), self.budget.proxy_steps
         runs = (_multistage(base, base.stages.edges, (width,) * 4) for width in proxy_widths(base.model))
         return sum(steps * Cell(run, 1.0, 1).step_flops(self.data.shape) for run in runs) / 1e12
@@ -131,6 +134,7 @@ class Finder:
 
         What needs training has a stand-in, which is never written.
         """
+        self._asked.add(name)
         if name in self._known:
             return self._known[name]
         base = self.budget.base
