@@ -189,7 +189,7 @@ def efficiency(finder: Finder) -> Variants:
     """Table 2 and Fig. 1d: the unified model, the paper's edges and widths, and two choices of our own.
 
     These are what clustering and allocation choose, and four stages that narrow with the noise. As narrow decoders also
-    buy more steps, narrower unified networks stand beside them, and multistage ones of the narrowest width.
+    buy more steps, narrower unified networks stand beside them.
     """
     base = finder.budget.base
     rows = {
@@ -198,14 +198,9 @@ def efficiency(finder: Finder) -> Variants:
         "multistage, allocated": finder.allocated(),
         "multistage, narrowing": _multistage(base, NARROWING[0], widths(base.model, *NARROWING[1])),
     }
-    narrow, width = base, base.model.width
     for factor in NARROWER:
         (width,) = widths(base.model, factor)
-        narrow = replace(base, model=replace(base.model, width=width))
-        rows[f"unified, width {width}"] = unified(narrow)
-    edges = finder.edges(stages=4, measure="training")
-    rows[f"multistage, width {width}"] = _multistage(narrow, finder.edges(), widths(narrow.model, *PUBLISHED))
-    rows[f"multistage, width {width}, equal"] = _multistage(narrow, edges, (width,) * 4)
+        rows[f"unified, width {width}"] = unified(replace(base, model=replace(base.model, width=width)))
     return rows
 
 
