@@ -73,7 +73,7 @@ def ldm_celebahq() -> Preset:
 
 def digits() -> Preset:
     """A small network for 8x8 digits: trains in a minute or two on two CPU cores."""
-    # Edges as `msd cluster digits` finds them; widths as `msd cluster digits --allocate 0.004` chooses them.
+    # Edges as `msd cluster digits` finds them; widths near those of `msd cluster digits --allocate 0.004`.
     model = ModelConfig(
         width=32, decoder_widths=(28, 20, 12), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
     )  # fmt: skip
