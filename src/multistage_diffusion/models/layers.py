@@ -163,7 +163,7 @@ class Dropout(nn.Module):
         if number is None:
             return F.dropout(x, self.share)
         word = rng.mix(number + self.layer)
-        places = rng.mix(torch.arange(x[0].numel(), device=x.device) * rng.GAMMA).int().view(x.shape[1:])
+        places = rng.mix(torch.arange(x[0].numel(), device=x.device) ^ rng.GAMMA).int().view(x.shape[1:])  # compiles
         factor, start = (word | 1).int()[:, None, None, None], (word >> 32).int()[:, None, None, None]
         keep = torch.addcmul(start, places, factor) >= int(self.share * 2**32) - 2**31
         return torch.where(keep, x / (1.0 - self.share), 0.0)
