@@ -74,7 +74,7 @@ def test_the_table_names_edges_and_shares(capsys):
     ("words", "code", "message"),
     [
         (["digits", "--alpha", "1.5"], 2, "error: alpha must be between 0 and 1, got 1.5"),
-        (["digits", "--process", "edn"], 2, "got edn; did you mean edm?"),
+        (["digits", "--process", "edn"], 2, "error: --process must be one of edm, flow, ldm"),
         (["digits", "--method", "snr", "--by-class"], 2, "error: by-class must be used with optimal-denoiser"),
         (["digits", "--method", "snr", "--plot", "x.png"], 2, "error: plot must be used with optimal-denoiser"),
         (["digits", "--samples", "500", "--plot", "x.gif9"], 2, "error: x.gif9: a plot's name must end in"),
