@@ -8,6 +8,7 @@ step.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import json
 import select
@@ -95,6 +96,7 @@ class Server(ThreadingHTTPServer):
         }).encode()  # fmt: skip
         self.closing, self.drawing = threading.Event(), threading.Lock()
         self.places = threading.BoundedSemaphore(1 + MAX_WAITING)
+        self.served: dict[socket.socket, threading.Thread] = {}
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
             super().__init__(address, _Handler)
@@ -113,11 +115,24 @@ class Server(ThreadingHTTPServer):
         if not isinstance(error, OSError):
             print(f"warning: a request failed: {type(error).__name__}", file=sys.stderr)
 
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, and know of its thread while that lasts."""
+        self.served[request] = threading.current_thread()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            del self.served[request]
+
     def server_close(self) -> None:
-        """Close the port, and stop drawing before the next step."""
+        """Close the port and all connections, and stop drawing before the next step."""
         self.closing.set()
         super().server_close()
-        self.drawing.acquire(timeout=1)  # at most: a step may take long, and its thread ends with the process
+        threads = dict(self.served)
+        for connection in threads:  # one whose client reads no more would hold its thread in a write
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in threads.values():  # a thread that the end of the process finds inside torch would abort it
+            thread.join(timeout=3)
 
 
 class _Handler(BaseHTTPRequestHandler):

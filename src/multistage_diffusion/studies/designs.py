@@ -166,7 +166,7 @@ def unified(base: RunConfig) -> RunConfig:
 def architectures(finder: Finder) -> Variants:
     """Table 3; the rows with early stopping are read off the separate networks' own history."""
     base, edges = finder.budget.base, finder.edges()
-    equal, tailored = widths(base.model, 1, 1, 1), widths(base.model, *PUBLISHED)
+    equal, tailored = widths(base.model, 1.0, 1.0, 1.0), widths(base.model, *PUBLISHED)
     return {
         "unified": unified(base),
         "separate": _multistage(base, edges, equal, "separate"),
