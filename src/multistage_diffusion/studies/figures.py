@@ -249,7 +249,7 @@ def _bars(axis: Axes, own: dict[str, Any], side: int, look: Style, *, final: boo
                   markeredgecolor="#111827", label="early in training" if side == 0 else None)  # fmt: skip
 
 
-def _line(axis: Axes, along: Sequence[float], points: Rows, look: Style, label: str) -> None:
+def _line(axis: Axes, along: Sequence[float | int], points: Rows, look: Style, label: str) -> None:
     """Means with a band of one standard error."""
     means = [point["mean"] for point in points]
     axis.plot(along, means, color=look.colour, marker=look.marker, linestyle=look.line, markersize=4, label=label)
