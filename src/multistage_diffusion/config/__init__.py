@@ -3,7 +3,7 @@
 Recipes return a whole `RunConfig`; the command line changes single fields; a run's `config.json` holds it whole.
 """
 
-from multistage_diffusion.config.document import from_dict, to_dict
+from multistage_diffusion.config.document import flat, from_dict, to_dict
 from multistage_diffusion.config.process import (
     PROCESSES,
     CosineConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "VEConfig",
     "VPConfig",
     "check",
+    "flat",
     "from_dict",
     "process_config",
     "to_dict",

@@ -25,6 +25,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
+def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their names.
+
+    Args:
+        document: Nested dictionaries, as `to_dict` gives them.
+        prefix: What stands before each name.
+
+    Returns:
+        One level, with keys like `training.steps`.
+    """
+    named: dict[str, Any] = {}
+    for key, value in document.items():
+        named |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return named
+
+
 def from_dict(kind: type[T], document: Any, where: str = "configuration") -> T:
     """Read and check a configuration: every key known, every value of its type.
 

@@ -101,7 +101,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
     }
     held = {RAW: trainer.denoiser.network.state_dict(), OPTIMIZER: optimizer}
     held |= {file: average.average for file, average in _averages(trainer).items()}
-    files = {file: gather(tensors) for file, tensors in held.items()}
+    files = {file: gather(tensors, keep=trainer.world.leads) for file, tensors in held.items()}
     if not trainer.world.leads:
         return Checkpoint(path, trainer.step)
     state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}

@@ -331,19 +331,22 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
     """Whole tensors to be written to a file; all processes must call.
 
     Args:
         tensors: Tensors by name, whole or in shards.
+        keep: Whether this process wants them; one that does not holds one at a time, and gets none.
 
     Returns:
         Contiguous tensors; on the CPU, one after the other, where they were in shards.
     """
-    return {
-        name: (tensor if local(tensor) is tensor else whole_tensor(tensor).cpu()).detach().contiguous()
-        for name, tensor in tensors.items()
-    }
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor)
+        if keep:
+            gathered[name] = (whole if whole is tensor else whole.cpu()).detach().contiguous()
+    return gathered
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from multistage_diffusion.config import EngineConfig, RunConfig, from_dict, to_dict
+from multistage_diffusion.config import EngineConfig, RunConfig, flat, from_dict, to_dict
 from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_json
@@ -126,6 +126,7 @@ def train(
                 observer = Observer(folder, config, data, device, stop=lambda: bool(received))
             world.meet("observer")
             with Report(folder, config, resumed, device, world) as report:
+                world.meet("report")  # trackers may take their time to answer
                 observer.look(trainer, report)  # what a signal kept the run from drawing
                 for result in trainer.run(config.training.steps, received):
                     window.add(result)
@@ -133,14 +134,11 @@ def train(
                         report.training(result, window, cost.training_flops(trainer.stage_images))
                     if on_step is not None:
                         on_step(result, config.training.steps)
-                    due = _save_what_is_due(folder, trainer, window, report, data)
+                    saved = _save_what_is_due(folder, trainer, window, report, data)
                     observer.look(trainer, report)  # after the checkpoint: a kill while it draws costs no step
                     stop = received[0] if world.size == 1 and received else result.stop
                     if stop is not None:
-                        if not due:
-                            _save(folder, trainer, window, report, data)
-                        world.lead("stop", lambda: None)  # nobody leaves while process 0 writes
-                        raise StoppedError(stop, trainer.step)
+                        _stop(stop, saved, folder, trainer, window, report, data)
             model = trainer.averaged()
             world.lead("model", lambda: model.save_pretrained(folder / "model"))
     flops, seconds = cost.training_flops(trainer.stage_images), time.perf_counter() - started
@@ -227,20 +225,13 @@ def _check_target(folder: Path, config: RunConfig) -> None:
     document = read_json(folder / "config.json")
     if isinstance(document, dict) and "format" in document:
         raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
-    theirs, ours = _flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), _flat(to_dict(config))
+    theirs, ours = flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), flat(to_dict(config))
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key) and CHANGEABLE.isdisjoint((key, key.split(".")[0])):
             raise ConfigError(
                 f"{folder} holds another run: {key.replace('_', '-')} is {theirs.get(key)} there and {ours.get(key)} "
                 "here; choose another --out, or repeat its options"
             )
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
@@ -327,6 +318,16 @@ def _save_what_is_due(folder: Path, trainer: Trainer, window: Window, report: Re
     if due:
         _save(folder, trainer, window, report, data)
     return due
+
+
+def _stop(
+    number: int, saved: bool, folder: Path, trainer: Trainer, window: Window, report: Report, data: Examples
+) -> NoReturn:
+    """End the run at a signal, with a checkpoint of this step."""
+    if not saved:
+        _save(folder, trainer, window, report, data)
+    trainer.world.lead("stop", lambda: None)  # nobody leaves while process 0 writes
+    raise StoppedError(number, trainer.step)
 
 
 def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: Examples) -> None:

@@ -85,8 +85,9 @@ def save_snapshot(run: Path, trainer: Trainer) -> None:
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; older snapshots are untouched.
     """
-    averages = {file_name(length): gather(power.average) for length, power in trainer.powers.items()}
-    if not trainer.world.leads:
+    leads = trainer.world.leads
+    averages = {file_name(length): gather(power.average, keep=leads) for length, power in trainer.powers.items()}
+    if not leads:
         return
     size = sum(tensor.nbytes for average in averages.values() for tensor in average.values())
     with whole_directory(run / FOLDER / f"step-{trainer.step:08d}", size=size, replace=True) as temporary:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, final
 import numpy as np
 from PIL import Image
 
+from multistage_diffusion.config import flat
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json, write_json
 
@@ -73,7 +74,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(about.folder / "tensorboard"))
-        rows = "\n".join(f"    {name}: {value}" for name, value in _flat(about.config).items())  # Markdown for code
+        rows = "\n".join(f"    {name}: {value}" for name, value in flat(about.config).items())  # Markdown for code
         self._writer.add_text("config", rows)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -125,7 +126,7 @@ class _MLflow:
             experiment = self._client.get_experiment_by_name(about.project)
             known = experiment.experiment_id if experiment else self._client.create_experiment(about.project)
             record["id"] = self._client.create_run(known, run_name=about.name).info.run_id
-            parameters = [mlflow.entities.Param(name, str(value)) for name, value in _flat(about.config).items()]
+            parameters = [mlflow.entities.Param(name, str(value)) for name, value in flat(about.config).items()]
             for start in range(0, len(parameters), _MOST_PARAMETERS):
                 self._client.log_batch(record["id"], params=parameters[start : start + _MOST_PARAMETERS])
         else:
@@ -330,11 +331,3 @@ def _pixels(path: Path) -> Any:
     """A picture as an array, height x width x 3."""
     with Image.open(path, formats=["PNG"]) as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their names, like training.steps."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
