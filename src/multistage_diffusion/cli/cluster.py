@@ -58,7 +58,7 @@ class Options(Compute):
     by_class: bool = False
     """Take posteriors within each image's class, for class-conditional models."""
     max_images: int | None = None
-    """Use at most so many images; the lower edge of Algorithm 1 is extrapolated to all of them."""
+    """Use at most so many images, chosen by --seed; the lower edge of Algorithm 1 is extrapolated to all of them."""
     run: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """Unified run whose gradients the method gradient compares; by default a short run of its own."""
     proxy_steps: int = 300
@@ -127,17 +127,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
-def _stored(seen: Examples) -> torch.Tensor:
-    """Images as they are stored, 8 bits a channel; latents as a model sees them."""
-    from multistage_diffusion.data.latents import Latents
-
-    match seen:
-        case Latents():
-            return seen.floats()
-        case _:
-            return seen.pixels()
-
-
 def _latents(data: Images, autoencoder: str, device: torch.device, console: Console) -> Latents:
     """The images as a model of latents sees them."""
     from multistage_diffusion.cli.progress import encoding_progress
@@ -159,7 +148,7 @@ def _cluster(options: Options, data: Images, seen: Examples, device: torch.devic
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
         found = cluster(
-            _stored(seen),
+            seen,
             process,
             method=options.method,
             stages=options.stages,
@@ -175,8 +164,6 @@ def _cluster(options: Options, data: Images, seen: Examples, device: torch.devic
             seed=options.seed,
             denoiser=network,
             device=device,
-            source=seen.name,
-            digest=seen.digest,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return found
@@ -205,14 +192,16 @@ def _allocate(
     )  # fmt: skip
 
 
-def _draw(options: Options, data: Examples, found: Clustering) -> None:
+def _draw(options: Options, seen: Examples, found: Clustering) -> None:
     """The pictures asked for."""
     from multistage_diffusion.clustering import plots
+    from multistage_diffusion.clustering.part import take
 
     if options.plot is not None:
         plots.save(plots.similarity_figure(found), options.plot)
     if options.strip is not None:
-        figure = plots.strip_figure(_stored(data), found.stages, found.process, seed=options.seed)
+        images, _ = take(seen, options.max_images, options.seed)
+        figure = plots.strip_figure(images, found.stages, found.process, seed=options.seed)
         plots.save(figure, options.strip)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from multistage_diffusion import rng
@@ -19,6 +18,7 @@ from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.optimal import Found, algorithm_1, dynamic_programme
 from multistage_diffusion.clustering.options import Options
+from multistage_diffusion.clustering.part import DataSet, described, read, take
 from multistage_diffusion.clustering.partition import affinity_cost, distance_cost, partition, size_limits
 from multistage_diffusion.clustering.similarity import Progress, Similarities, Similarity
 from multistage_diffusion.config import to_dict
@@ -88,7 +88,7 @@ class Clustering:
 
 
 def cluster(
-    images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"],
+    images: DataSet,
     process: Process, *, method: str = "optimal-denoiser", stages: int = 3, eta: float = 2 / 256, alpha: float = 0.9,
     samples: int | None = None, reference: str = "data-mean", measure: str = "time", objective: str | None = None,
     unit_range: bool = False, labels: Int[Tensor, " count"] | None = None, max_images: int | None = None,
@@ -98,7 +98,8 @@ def cluster(
     """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
 
     Args:
-        images: Images in [-1, 1] (or latents); uint8, a quarter of the memory, is read as levels of [-1, 1].
+        images: What `load_data` gives, latents, or a tensor: floats in [-1, 1], or uint8 (a quarter of the memory) as
+            levels of [-1, 1]. Of a set on disk only the images that are used are read.
         process: The process that will be trained.
         method: `optimal-denoiser` compares the exact denoiser of the images at different levels; `timestep`, `snr` and
             `gradient` are the baselines of Go et al. 2023.
@@ -113,12 +114,12 @@ def cluster(
             matrix over levels. By default `crossing` for three stages, else `variance`.
         unit_range: Read the images in [0, 1], as the paper's code does; the edges stay on the process's own clock.
         labels: Class of each image; posteriors are then within an image's class.
-        max_images: Use at most so many images, and extrapolate the lower edge of Algorithm 1 to all of them.
+        max_images: Use at most so many images, chosen by `seed`, and extrapolate the lower edge of Algorithm 1 to all.
         resamples: Number of bootstrap resamples behind the intervals.
         seed: Seed of all draws.
         denoiser: A trained module called as `denoiser(x, sigma)`, for the method `gradient`.
         device: Where to compute; by default where the images are (for the method `gradient`, where the denoiser is).
-        source: Name of the data, for the record.
+        source: Name of the data, for the record; by default that of `images`, if it has one.
         digest: SHA-256 of the data, for the record; by default that of `images`.
         progress: Called with the work done and all of it.
 
@@ -127,24 +128,39 @@ def cluster(
 
     Raises:
         ConfigError: An option is out of range, or the criterion has no answer with these options.
-        DataError: The images cannot be clustered: fewer than two, all equal, or fewer than stages.
+        DataError: The images cannot be clustered: fewer than two, all equal, fewer than stages, or too many for memory.
     """
     start = time.perf_counter()
     options = Options(method=method, stages=stages, eta=eta, alpha=alpha, samples=samples, reference=reference,
                       measure=measure, objective=objective, unit_range=unit_range, within_class=labels is not None,
                       max_images=max_images, resamples=resamples, seed=seed)  # fmt: skip
-    _check_images(images, options)
+    _check_number(len(images), options)
     match method:
         case "timestep" | "snr":
             found = _baseline(process, options)
         case "gradient":
             found = _gradient(images, process, denoiser, options, device, progress)
         case _:
-            search = algorithm_1 if options.chosen == "crossing" else dynamic_programme
-            found = search(images, labels, process, options, device, progress)
-    data = {"source": source, "sha256": digest or _digest(images), "images": len(images),
-            "shape": list(images.shape[1:])}  # fmt: skip
+            found = _exact(images, labels, process, options, device, progress)
+    data = described(images, source, digest)
     return _result(found, process, options, data, time.perf_counter() - start)
+
+
+def _exact(
+    images: DataSet,
+    labels: Tensor | None,
+    process: Process,
+    options: Options,
+    device: torch.device | str | None,
+    progress: Progress | None,
+) -> Found:
+    """Read the images asked for, and compare their optimal denoisers."""
+    part, index = take(images, options.max_images, options.seed, device)
+    labels = labels if labels is None or index is None else labels[index]
+    _check_values(part)
+    if options.chosen == "crossing":
+        return algorithm_1(part, labels, len(images), process, options, device, progress)
+    return dynamic_programme(part, labels, process, options, device, progress)
 
 
 def _result(found: Found, process: Process, options: Options, data: dict[str, Any], seconds: float) -> Clustering:
@@ -175,20 +191,19 @@ def _result(found: Found, process: Process, options: Options, data: dict[str, An
     )
 
 
-def _check_images(images: Tensor, options: Options) -> None:
-    if len(images) < 2:
-        raise DataError(f"clustering needs at least two images, got {len(images)}")
-    if len(images) < options.stages:
-        raise DataError(f"{len(images)} images cannot tell {options.stages} stages apart; use more images")
+def _check_number(count: int, options: Options) -> None:
+    if count < 2:
+        raise DataError(f"clustering needs at least two images, got {count}")
+    if count < options.stages:
+        raise DataError(f"{count} images cannot tell {options.stages} stages apart; use more images")
+
+
+def _check_values(images: Tensor) -> None:
     low, high = images.amin(0), images.amax(0)
     if not bool((low.isfinite() & high.isfinite()).all()):
         raise DataError("the images hold values that are not finite")
     if not bool((low < high).any()):
         raise DataError(f"all {len(images)} images are equal: every noise level has the same denoiser")
-
-
-def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().cpu().numpy().data).hexdigest()
 
 
 def _baseline(process: Process, options: Options) -> Found:
@@ -201,7 +216,7 @@ def _baseline(process: Process, options: Options) -> Found:
 
 
 def _gradient(
-    images: Tensor,
+    images: DataSet,
     process: Process,
     denoiser: nn.Module | None,
     options: Options,
@@ -214,10 +229,10 @@ def _gradient(
     if device is not None and any(weight.device != torch.device(device) for weight in denoiser.parameters()):
         denoiser = copy.deepcopy(denoiser).to(device)  # the caller's own stays where it is
     u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
-    chosen = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-(options.samples or 4_000) // len(u))]
+    index = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-(options.samples or 4_000) // len(u))]
     affinity = gradient_affinity(
         denoiser,
-        as_floats(images[chosen]),
+        as_floats(read(images, index)),
         level(process, options.measure, u),
         process,
         seed=options.seed,

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multistage_diffusion import rng
 from multistage_diffusion.analytic import OptimalDenoiser, as_floats
 from multistage_diffusion.clustering.options import Options
 from multistage_diffusion.clustering.partition import MAX_STAGES, block_cost, partition
@@ -57,6 +56,7 @@ def _compared(images: Tensor, options: Options) -> Tensor:
 def algorithm_1(
     images: Tensor,
     labels: Tensor | None,
+    total: int,
     process: Process,
     options: Options,
     device: torch.device | str | None,
@@ -65,8 +65,9 @@ def algorithm_1(
     """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N.
 
     Args:
-        images: The data set.
+        images: The data set, or a random part of it.
         labels: Class of each image, for posteriors within a class.
+        total: Number of images in the set, to which the lower edge is extrapolated.
         process: Gives the noise levels.
         options: What was asked for.
         device: Where to compute.
@@ -78,14 +79,12 @@ def algorithm_1(
     Raises:
         ConfigError: No level qualifies, all do, or the edges cross.
     """
-    limit = options.max_images or len(images)
-    sizes = [limit // 4, limit // 2, limit] if limit < len(images) else [len(images)]
-    order = rng.permutation(options.seed, "cluster/subset", 0, len(images)) if len(sizes) > 1 else None
+    count = len(images)
+    sizes = [count // 4, count // 2, count] if count < total else [count]
     pairs = draw_random(process, options.measure, sizes[0], options.draws, options.seed)
     images, results = _compared(images, options), []
     for size in sizes:
-        part = slice(None) if order is None else order[:size]
-        exact = OptimalDenoiser(images[part], labels=None if labels is None else labels[part], device=device)
+        exact = OptimalDenoiser(images[:size], labels=None if labels is None else labels[:size], device=device)
         results.append(
             compare_to_ends(exact, pairs, options.eta, options.reference, process.sigma_max,
                             within_class=labels is not None, progress=progress)
@@ -94,7 +93,7 @@ def algorithm_1(
     found = first_crossings(results[-1], options.alpha, resamples=options.resamples, seed=options.seed)
     if len(sizes) == 1:
         return Found(found.edges, found.intervals if options.resamples else (), similarity=results[-1])
-    return extrapolated(results, sizes, len(images), found.edges[1], found.intervals[1], options)
+    return extrapolated(results, sizes, total, found.edges[1], found.intervals[1], options)
 
 
 def extrapolated(
@@ -154,7 +153,7 @@ def dynamic_programme(
     """Any number of stages by the dynamic programme on a matrix over levels.
 
     Args:
-        images: The data set; a random part of it, if `options.max_images` is smaller.
+        images: The data set, or a random part of it.
         labels: Class of each image, for posteriors within a class.
         process: Gives the noise levels.
         options: What was asked for.
@@ -164,11 +163,7 @@ def dynamic_programme(
     Returns:
         The edges, their intervals, the matrices and what other numbers of stages reach.
     """
-    limit = min(options.max_images or len(images), len(images))
-    if limit < len(images):
-        order = rng.permutation(options.seed, "cluster/subset", 0, len(images))[:limit]
-        images, labels = images[order], None if labels is None else labels[order]
-    pairs = draw_grid(process, options.measure, limit, options.draws, _GRID, options.seed)
+    pairs = draw_grid(process, options.measure, len(images), options.draws, _GRID, options.seed)
     exact = OptimalDenoiser(_compared(images, options), labels=labels, device=device)
     found = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
     by_pair = (found.similar if options.chosen == "similarity" else found.gram).double()
