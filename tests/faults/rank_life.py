@@ -1,6 +1,7 @@
 """A process of several, with a fault: a script for torchrun, and a function for forks.
 
 A fault is "step:kind", kind one of kill, stop, term, error, perturb, spike; it strikes process 1, at most once a run.
+When it struck is the time of the file "struck".
 """
 
 import os
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 
-def install(fault: str) -> None:
+def install(fault: str, folder: Path) -> None:
     """Let something happen when this process makes the batch of a step."""
     from dataclasses import replace
 
@@ -23,6 +24,7 @@ def install(fault: str) -> None:
     def strike(self, step, part=0, parts=1):
         batch = make(self, step, part, parts)
         if step == int(when):
+            (folder / "struck").touch()
             if kind == "error":
                 raise DataError("images/broken.png is damaged: replace it")
             if kind == "spike":
@@ -46,14 +48,14 @@ def life(rank: int, words: list[str], errors: Path, fault: str | None = None) ->
     import ranks
 
     if fault is not None and rank == 1:
-        install(fault)
+        install(fault, errors)
     return ranks.command(rank, words, errors)
 
 
 if __name__ == "__main__":
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if sys.argv[1] != "none" and first and os.environ["RANK"] == "1":
-        install(sys.argv[1])
+        install(sys.argv[1], Path())
     from multistage_diffusion.cli import main
 
     main(sys.argv[2:])

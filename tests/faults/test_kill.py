@@ -62,6 +62,7 @@ def torture(lives, tmp_path, kills, steps, moment, more=()):
         undamaged(out)
     assert lives.train(out, *options(steps), *more).wait() == 0
     same(out, whole)
+    print(f"{kills} kills, {inside} of them inside a write: 0 runs lost")
     return inside
 
 
@@ -94,13 +95,13 @@ def test_killed_5_times(lives, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_20_times(lives, tmp_path):
-    torture(lives, tmp_path, 20, 200, wait_a_moment)
+def test_killed_50_times(lives, tmp_path):
+    torture(lives, tmp_path, 50, 200, wait_a_moment)
 
 
 @pytest.mark.slow
-def test_killed_20_times_inside_a_write(lives, tmp_path):
-    assert torture(lives, tmp_path, 20, 200, wait_for_a_write) >= 8
+def test_killed_50_times_inside_a_write(lives, tmp_path):
+    assert torture(lives, tmp_path, 50, 200, wait_for_a_write) >= 25
 
 
 @pytest.mark.slow

@@ -55,8 +55,17 @@ def only_error(lines):
     return line
 
 
+def seconds_since(folder):
+    """Since the fault struck, by the clock of the file system."""
+    (folder / "now").touch()
+    seconds = (folder / "now").stat().st_mtime - (folder / "struck").stat().st_mtime
+    print(f"over {seconds:.2f} s after the fault")
+    return seconds
+
+
 def test_an_error_in_one_process_is_said_once_and_ends_both(tmp_path):
     codes, out, err = live(tmp_path, "life", words(tmp_path / "run", 12, "--json"), "6:error")
+    assert seconds_since(tmp_path / "life") < 30
     assert codes == [3, 3] and out == []
     assert only_error(err) == "error: images/broken.png is damaged: replace it"
     assert [found.step for found in list_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
@@ -72,6 +81,7 @@ def test_a_mistake_of_the_first_process_ends_both(tmp_path):
 
 def test_a_killed_process_is_named_and_the_run_goes_on(whole, tmp_path):
     codes, _, err = live(tmp_path, "life", words(tmp_path / "run"), "6:kill")
+    assert seconds_since(tmp_path / "life") < 30
     assert codes == [1, None]
     assert "no word from process 1 of 2" in only_error(err)
     assert [found.step for found in list_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
@@ -140,8 +150,18 @@ def test_torchrun_restarts_once_and_ends_the_same(fault, whole, tmp_path):
 @pytest.mark.slow
 def test_torchrun_reports_our_line_as_the_cause(tmp_path):
     done = torchrun(tmp_path, tmp_path / "run", "6:error")
+    assert seconds_since(tmp_path) < 30
     assert done.returncode == 1 and done.stdout == ""
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: images/broken.png is damaged: replace it"]
     assert "traceback : error: images/broken.png is damaged" in done.stderr
     assert "exitcode  : 3" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_ends_soon_after_a_kill_and_names_the_process(tmp_path):
+    done = torchrun(tmp_path, tmp_path / "run", "6:kill")
+    assert seconds_since(tmp_path) < 30
+    assert done.returncode == 1 and done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "no word from process 1 of 2" in said[0]
