@@ -59,9 +59,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", default="gpu" if torch.cuda.is_available() else "small", help="of msd study")
+    parser.add_argument("--batch", type=int, help="images a step; the budget's own, if left out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device, base = torch.device(options.device), budget(options.budget, "fashion-mnist").base
+    if options.batch:
+        base = replace(base, training=replace(base.training, batch_size=options.batch))
     data = load_data("fashion-mnist", resolution=base.data.resolution)
     runs = {name: network(base, name) for name in NETWORKS}
     trainers = {name: Trainer(run, data, device) for name, run in runs.items()}

@@ -97,8 +97,9 @@ def test_findings_say_what_the_seeds_do_not_tell():
 
 def test_efficiency_findings_know_when_a_share_may_be_all():
     reach = {"a": (0.5, 0.6, 0.55), "b": (0.8, 1.1, 0.9)}
-    rows = [{"label": "unified"}]
-    rows += [{"label": name, "reach": {"fd": figure(*shares), "loss": None}} for name, shares in reach.items()]
+    rows = [{"label": "unified", "reach": {}}]
+    for name, shares in reach.items():
+        rows.append({"label": name, "reach": {"unified": {"fd": figure(*shares), "loss": None}}})
     said = efficiency_findings(rows)
     assert "at 55% of its training FLOPs (95% interval 43% to 67%)." in said[0]
     assert "not told apart from all of them" in said[2] and "not told apart" not in said[0]

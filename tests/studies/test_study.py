@@ -58,6 +58,8 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(home, capsys):
     for own in document["models"]:
         assert own["tflops"] > 0 and own["steps"] == 2 and own["parameters"] > 10_000 and not own["done"]
     assert "4 models" in said and "trained" in said
+    _, longer, _ = msd(capsys, "decoders", "--dry-run", "--out", home / "dry", "--tflops", "1e-4")
+    assert all(own["steps"] > 4 for own in longer["models"])
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,7 @@ def test_a_study_writes_rows_figure_and_page(made):
             assert len(own[metric]["values"]) == 2 and own[metric]["interval"][0] <= own[metric]["mean"]
     assert document["rows"][0]["difference"]["loss"]["values"] == [0.0, 0.0]
     assert document["made"]["command"].startswith("msd study decoders --data digits --budget small --seeds 2 --out")
+    assert re.fullmatch(r"\d\S*(, commit [0-9a-f]{12}\+?)?", document["made"]["versions"]["multistage-diffusion"])
     assert document["settings"]["cells"] == 4
     page = (made / "report.html").read_text()
     assert STUDIES["decoders"].title in page and document["findings"][0] in page
@@ -99,6 +102,8 @@ def test_wrong_words_are_told_at_once(home, capsys):
     code, _, said = msd(capsys, "decoder", "--out", home / "no")
     assert code == 2 and 'did you mean "decoders"' in said
     assert msd(capsys, "decoders", "--seeds", "0", "--out", home / "no")[0] == 2
+    code, _, said = msd(capsys, "decoders", "--tflops", "0", "--out", home / "no")
+    assert code == 2 and "tflops" in said
     assert msd(capsys, "decoders", "--budget", "huge", "--out", home / "no")[0] == 2
     assert not (home / "no").exists()
 

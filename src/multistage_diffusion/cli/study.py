@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ class Options(Compute):
     networks and lengths of the paper's CIFAR-10 runs."""
     seeds: int | None = None
     """Runs of each model; by default the budget's 3."""
+    tflops: float | None = None
+    """Training FLOPs of each model, in 10^12, forward and backward; by default the budget's."""
     out: str = "runs/study"
     """Folder for models, measurements and the report."""
     dry_run: bool = False
@@ -107,17 +110,20 @@ def chosen(options: Options) -> Budget:
         The budget.
 
     Raises:
-        ConfigError: No such budget, or no seed.
+        ConfigError: No such budget, no seed, or no FLOPs.
     """
     from multistage_diffusion.config import check
     from multistage_diffusion.studies.budgets import budget
 
     found = budget(options.budget, options.data)
     found = replace(found, base=replace(found.base, data=replace(found.base.data, root=options.data_root)))
-    if options.seeds is None:
-        return found
-    check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
-    return replace(found, seeds=options.seeds)
+    if options.seeds is not None:
+        check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
+        found = replace(found, seeds=options.seeds)
+    if options.tflops is not None:
+        check(0 < options.tflops < math.inf, "tflops", "positive", options.tflops)
+        found = replace(found, tflops=options.tflops)
+    return found
 
 
 @contextlib.contextmanager
@@ -144,6 +150,8 @@ def _words(options: Options) -> list[str]:
         words += ["--data-root", options.data_root]
     if options.seeds is not None:
         words += ["--seeds", str(options.seeds)]
+    if options.tflops is not None:
+        words += ["--tflops", f"{options.tflops:g}"]
     return [*words, "--out", options.out]
 
 

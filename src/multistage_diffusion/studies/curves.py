@@ -17,16 +17,16 @@ SOLVERS = ("ddim", "dpm-3", "dpmpp-2m", "heun")
 
 
 def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
-    """Quality on the way, and the FLOPs at which each model reaches the final quality of the first.
+    """Quality on the way, and the FLOPs at which each model reaches the final quality of the unified ones.
 
     Args:
         lab: What to work with.
         variants: The models, the unified one first.
 
     Returns:
-        A row a model with `curve`, one entry a point, and `reach`: for `fd` and `loss` the share of the first model's
-        training FLOPs at which its final mean is reached, interpolated, as an estimate over seeds; none where a seed
-        does not reach it.
+        A row a model with `curve`, one entry a point, and `reach`: for the first model, and the unified one of least
+        loss if that is another, by label; each has for `fd` and `loss` the share of its training FLOPs at which its
+        final mean is reached, interpolated, as an estimate over seeds; none where a seed does not reach it.
     """
     rows = []
     for label, config in variants.items():
@@ -37,8 +37,12 @@ def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
             spent = lab.cells.spent(cells[0], point)
             curve.append({"tflops": spent["tflops"], "steps": spent["steps"], **summed(figures)})
         rows.append({**row(lab, label, config), "curve": curve})
+    best = min((own for own in rows if own["architecture"] == "unified"), key=lambda own: own["loss"]["mean"])
     for own in rows:
-        own["reach"] = {name: _reach(own["curve"], rows[0]["curve"], name) for name in METRICS}
+        own["reach"] = {
+            other["label"]: {name: _reach(own["curve"], other["curve"], name) for name in METRICS}
+            for other in (rows[0], best) if other is not own
+        }  # fmt: skip
     return compared(rows)
 
 
@@ -78,7 +82,7 @@ def _reach(curve: list[dict[str, Any]], reference: list[dict[str, Any]], name: s
 
 
 def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each model but the first: at which share of the FLOPs it is as good.
+    """A sentence for each model, metric and unified model to beat: at which share of its FLOPs it is as good.
 
     Args:
         rows: From `efficiency`.
@@ -87,13 +91,12 @@ def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         The sentences.
     """
     sentences = []
-    for own in rows[1:]:
-        for name, words in METRICS.items():
-            reach = own["reach"][name]
+    for own in rows:
+        for (other, reached), (name, words) in itertools.product(own["reach"].items(), METRICS.items()):
+            reach = reached[name]
             if reach is None:
                 sentences.append(
-                    f"{own['label']} does not reach the final {words} of {rows[0]['label']} within its FLOPs with "
-                    "every seed."
+                    f"{own['label']} does not reach the final {words} of {other} within its FLOPs with every seed."
                 )
                 continue
             low_high = reach["interval"]
@@ -101,8 +104,8 @@ def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
             if low_high is not None and low_high[0] <= 1 <= low_high[1]:
                 told += ", not told apart from all of them"
             sentences.append(
-                f"{own['label']} reaches the final {words} of {rows[0]['label']} at {reach['mean']:.0%} of its "
-                f"training FLOPs{told}."
+                f"{own['label']} reaches the final {words} of {other} at {reach['mean']:.0%} of its training "
+                f"FLOPs{told}."
             )
     return sentences
 

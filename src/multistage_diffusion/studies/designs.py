@@ -188,8 +188,8 @@ def clusterings(finder: Finder) -> Variants:
 def efficiency(finder: Finder) -> Variants:
     """Table 2 and Fig. 1d: the unified model, the paper's edges and widths, and two choices of our own.
 
-    These are what clustering and allocation choose, and four stages that narrow with the noise. As narrow decoders also
-    buy more steps, narrower unified networks stand beside them.
+    These are what clustering and allocation choose, and four stages that narrow with the noise. As narrow networks buy
+    more steps, narrower unified networks stand beside them, and the allocated decoders on an encoder of their width.
     """
     base = finder.budget.base
     rows = {
@@ -200,7 +200,9 @@ def efficiency(finder: Finder) -> Variants:
     }
     for factor in NARROWER:
         (width,) = widths(base.model, factor)
-        rows[f"unified, width {width}"] = unified(replace(base, model=replace(base.model, width=width)))
+        rows[f"unified, width {width}"] = unified(_of_width(base, width))
+    (narrow,) = widths(base.model, NARROWER[-1])
+    rows[f"multistage, allocated, width {narrow}"] = _of_width(finder.allocated(), narrow)
     return rows
 
 
@@ -233,9 +235,13 @@ def intervals(finder: Finder) -> Variants:
     rows = {"unified": unified(base)}
     for factor in SIZES:
         (width,) = widths(base.model, factor)
-        own = replace(base, model=replace(base.model, width=width))
-        rows[f"separate, width {width}"] = _multistage(own, edges, (width,) * 3, "separate")
+        rows[f"separate, width {width}"] = _multistage(_of_width(base, width), edges, (width,) * 3, "separate")
     return rows
+
+
+def _of_width(run: RunConfig, width: int) -> RunConfig:
+    """The run with another encoder and the same decoders."""
+    return replace(run, model=replace(run.model, width=width))
 
 
 def _multistage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,7 @@ MODEL_STYLE = {
     "multistage, allocated": Style("#0072B2", "^", "-"),
     "multistage, narrowing": Style("#D55E00", "D", "-"),
 }
+GREYS = (Style("#8a8f98", "v", ":"), Style("#8a8f98", "P", "-."))
 OTHERS = (
     Style("#0072B2", "o", "-"), Style("#E69F00", "s", "--"), Style("#009E73", "^", "-."), Style("#CC79A7", "D", ":"),
     Style("#56B4E9", "v", "-"), Style("#D55E00", "P", "--"),
@@ -42,7 +44,7 @@ OTHERS = (
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label: the model's own, or the next of the others.
+    """A style for each label: the model's own, a grey one for unified models, or the next of the others.
 
     Args:
         labels: What is drawn, in order.
@@ -50,8 +52,10 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
     Returns:
         The styles.
     """
-    rest = iter(OTHERS * (1 + len(labels) // len(OTHERS)))
-    return {label: MODEL_STYLE.get(label) or next(rest) for label in dict.fromkeys(labels)}
+    own = {label: MODEL_STYLE[label] for label in dict.fromkeys(labels) if label in MODEL_STYLE}
+    greys = itertools.cycle(GREYS)
+    rest = itertools.cycle([look for look in OTHERS if look.colour not in {taken.colour for taken in own.values()}])
+    return {label: own.get(label) or next(greys if label.startswith("unified") else rest) for label in labels}
 
 
 def new_figure(rows: int, columns: int, wide: float, high: float, **grid: Any) -> tuple[Figure, list[Axes]]:

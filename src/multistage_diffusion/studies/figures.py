@@ -17,6 +17,7 @@ from multistage_diffusion.studies.drawing import (
     styles,
 )
 from multistage_diffusion.studies.estimate import difference, differs
+from multistage_diffusion.studies.sheets import references
 from multistage_diffusion.studies.tables import METRICS
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def draw(document: dict[str, Any]) -> Figure:
 
 
 def efficiency_figure(rows: Rows) -> Figure:
-    """Quality against training FLOPs with bands of a standard error, and where the first model's quality is reached.
+    """Quality against training FLOPs with bands of a standard error, and where the unified models' quality is reached.
 
     Args:
         rows: From `curves.efficiency`.
@@ -62,7 +63,7 @@ def efficiency_figure(rows: Rows) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(2, 2, WIDE, 5.2, height_ratios=(3, 0.3 + 0.32 * len(rows)))
+    figure, axes = new_figure(2, 2, WIDE, 4.2 + 0.24 * len(rows), height_ratios=(3, 0.3 + 0.36 * len(rows)))
     looks = styles([own["label"] for own in rows])
     for axis, metric in zip(axes[:2], METRICS, strict=True):
         for own in rows:
@@ -79,18 +80,25 @@ def efficiency_figure(rows: Rows) -> Figure:
 
 
 def _reaches(axis: Axes, rows: Rows, metric: str, looks: dict[str, Style]) -> None:
-    """Shares of the first model's FLOPs at which the others are as good, with 95% intervals."""
-    others = rows[1:]
+    """Shares of a unified model's FLOPs at which the others are as good, with 95% intervals; the best one's below."""
+    first, *best = references(rows)
+    others, unit = rows[1:], "training FLOPs to its final"
     for place, own in enumerate(others):
-        reach, look = own["reach"][metric], looks[own["label"]]
-        if reach is None:
-            axis.text(1.0, place, "not reached by every seed ", ha="right", va="center", fontsize=8, color=look.colour)
-            continue
-        _dot(axis, reach, place, look, reach["interval"], filled=True)
+        look = looks[own["label"]]
+        for other, shift in ((first, -0.16 if best else 0.0), *((other, 0.2) for other in best)):
+            reach = own["reach"].get(other, {metric: None})[metric]
+            if reach is not None:
+                _dot(axis, reach, place + shift, look, reach["interval"], filled=other == first)
+            elif other in own["reach"]:
+                axis.text(0.98, place + shift, "not reached by every seed", ha="right", va="center", fontsize=7,
+                          color=look.colour)  # fmt: skip
     axis.axvline(1.0, color=SOFT, linewidth=0.8, linestyle="--")
+    words = f"share of {first}'s {unit} {_WORDS[metric]}"
+    if best:
+        words = f"share of the {unit} {_WORDS[metric]}\nof {first} (filled) and {best[0]} (open)"
     axis.set(
         yticks=range(len(others)), yticklabels=[own["label"] for own in others], ylim=(len(others) - 0.5, -0.5),
-        xlabel=f"share of {rows[0]['label']}'s training FLOPs\nto its final {_WORDS[metric]}", xlim=(0, 1.25),
+        xlabel=words, xlim=(0, 1.25),
     )  # fmt: skip
     axis.xaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
     axis.tick_params(axis="y", length=0, labelsize=8)
@@ -261,7 +269,13 @@ def _line(axis: Axes, along: Sequence[float | int], points: Rows, look: Style, l
 
 
 def _dot(
-    axis: Axes, figure: dict[str, Any], place: int, look: Style, interval: Sequence[float] | None, *, filled: bool
+    axis: Axes,
+    figure: dict[str, Any],
+    place: int | float,
+    look: Style,
+    interval: Sequence[float] | None,
+    *,
+    filled: bool,
 ) -> None:
     """A mean on its interval, with its seeds as small ticks."""
     if interval is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,8 @@ from multistage_diffusion.studies.study import STUDIES
 
 CAPTIONS = {
     "efficiency": "Means over seeds, bands of one standard error. Below: the share of the unified model's training "
-    "FLOPs at which each model is as good as the unified one at its end, seed by seed (ticks), with 95% intervals.",
+    "FLOPs at which each model is as good as the unified one at its end (filled), and as the best unified one of the "
+    "table (open), seed by seed (ticks), with 95% intervals.",
     "sampling": "Means over seeds, bands of one standard error; in grey the best that the first model does with any "
     "solver.",
     "intervals": "Means over seeds, bands of one standard error. Above, the network draws on its stage alone and a "
@@ -116,13 +118,28 @@ def versions() -> dict[str, str]:
     """What computed: the package, torch and Python.
 
     Returns:
-        Versions by name.
+        Versions by name; the package's with its commit, where it runs from a git checkout.
     """
     return {
-        "multistage-diffusion": version("multistage-diffusion"),
+        "multistage-diffusion": version("multistage-diffusion") + _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _commit() -> str:
+    """Like `, commit 1a2b3c4d5e6f`, with `+` if files differ from it; nothing for an installed package."""
+    package = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", "-C", package, *words], capture_output=True, text=True, timeout=10, check=True)
+        return run.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a package may be installed into somebody's checkout
+        return f", commit {git('describe', '--always', '--exclude=*', '--abbrev=12', '--dirty=+')}"
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def machine(device: torch.device | str = "cpu") -> str:

@@ -61,7 +61,7 @@ def sheets(document: dict[str, Any]) -> list[Sheet]:
         case "interference":
             return [_interference(rows)]
         case "efficiency":
-            return [_reach(rows), _quality(rows), _models(rows)]
+            return [*(_reach(rows, other) for other in references(rows)), _quality(rows), _models(rows)]
         case _:
             return [_quality(rows), _models(rows)]
 
@@ -101,15 +101,28 @@ def _models(rows: Rows) -> Sheet:
     return Sheet("The models; loss by stage in the common partition", head, tuple(lines), words=3)
 
 
-def _reach(rows: Rows) -> Sheet:
-    """Shares of the first model's FLOPs at which the others are as good."""
-    first = rows[0]["label"]
+def references(rows: Rows) -> list[str]:
+    """The models whose final quality the others are to reach.
+
+    Args:
+        rows: From `curves.efficiency`.
+
+    Returns:
+        Labels, in the order of the rows.
+    """
+    return [own["label"] for own in rows if any(own["label"] in other["reach"] for other in rows)]
+
+
+def _reach(rows: Rows, other: str) -> Sheet:
+    """Shares of a unified model's FLOPs at which the others are as good."""
     head = ("model", "for its Fréchet distance", "95% interval", "for its loss", "95% interval")
     lines = []
-    for own in rows[1:]:
+    for own in rows:
+        if other not in own["reach"]:
+            continue
         line = [Item(own["label"])]
         for metric in ("fd", "loss"):
-            reach = own["reach"][metric]
+            reach = own["reach"][other][metric]
             if reach is None:
                 line += [Item("not reached by every seed"), Item("")]
                 continue
@@ -120,7 +133,7 @@ def _reach(rows: Rows) -> Sheet:
             text = "" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
             line += [Item(f"{reach['mean']:.1%}{error}"), Item(text, told)]
         lines.append(tuple(line))
-    return Sheet(f"Share of the training FLOPs of {first} to its final quality; marked where not 100%", head,
+    return Sheet(f"Share of the training FLOPs of {other} to its final quality; marked where not 100%", head,
                  tuple(lines))  # fmt: skip
 
 
