@@ -58,7 +58,7 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(home, capsys):
     for own in document["models"]:
         assert own["tflops"] > 0 and own["steps"] == 2 and own["parameters"] > 10_000 and not own["done"]
     assert "4 models" in said and "trained" in said
-    _, longer, _ = msd(capsys, "decoders", "--dry-run", "--out", home / "dry", "--tflops", "1e-4")
+    _, longer, _ = msd(capsys, "decoders", "--dry-run", "--out", home / "dry", "--tflops", "1")
     assert all(own["steps"] > 4 for own in longer["models"])
 
 
