@@ -12,7 +12,7 @@ import multistage_diffusion
 SOURCE = Path(multistage_diffusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    ("errors",), ("files", "config", "rng"), ("noise",), ("stages",), ("softmax",), ("analytic",), ("data",),
+    ("errors",), ("files", "config", "rng", "world"), ("noise",), ("stages",), ("softmax",), ("analytic",), ("data",),
     ("models",), ("metrics",), ("loss",), ("sampling",), ("clustering",), ("evaluation",), ("training",), ("interop",),
     ("serving",), ("recipes",), ("studies",), ("cli",), ("__main__",),
 ]  # fmt: skip

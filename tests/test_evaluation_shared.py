@@ -2,60 +2,51 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import ranks
 import tiny
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.evaluation import evaluate, evaluate_images
 from multistage_diffusion.metrics.features import SourceClassifier
 from multistage_diffusion.training.run import train
+from multistage_diffusion.world import ALONE, join
 
 METRICS = ["fd", "kid", "is", "prdc", "loss"]
 FIGURES = ("fd", "kid", "is", "is_std", "loss")
 
 
-def measure(num):
+def measure(num, world=ALONE):
     """Of a model, and of a set of images; in batches of 8."""
     data, features = tiny.images(40), SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
     sampling = SamplingConfig(solver="ddim", steps=2)
     model = evaluate(
-        tiny.denoiser(), data, metrics=METRICS, extractor=lambda: features, num=num, sampling=sampling, batch_size=8
-    )
-    images = evaluate_images(tiny.images(num, seed=1), data, features, METRICS[:-1])
+        tiny.denoiser(), data, metrics=METRICS, extractor=lambda: features, num=num, sampling=sampling, batch_size=8,
+        world=world,
+    )  # fmt: skip
+    images = evaluate_images(tiny.images(num, seed=1), data, features, METRICS[:-1], world=world)
     return model, images
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def measured(rank, num, cache):
+    os.environ["MSD_CACHE"] = str(cache)
+    with join(torch.device("cpu"), 1.0) as world:
+        return list(measure(num, world))
 
 
-def worker(rank, world, port, num, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MSD_CACHE=f"{folder}/cache")
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    Path(folder, f"{rank}.json").write_text(json.dumps(measure(num)))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "num", "tolerance"), [(2, 32, 1e-9), (3, 31, 2e-3)])
-def test_figures_do_not_depend_on_the_number_of_processes(world, num, tolerance, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("size", "num", "tolerance"), [(2, 32, 1e-9), (3, 31, 2e-3)])
+def test_figures_do_not_depend_on_the_number_of_processes(size, num, tolerance, tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "alone"))
-    mp.spawn(worker, args=(world, free_port(), num, str(tmp_path)), nprocs=world)
-    documents = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
-    assert documents[1:] == [[{}, {}]] * (world - 1)
+    documents = ranks.run(measured, tmp_path, num, tmp_path / "cache", size=size)
+    assert documents[1:] == [[{}, {}]] * (size - 1)
     for shared, alone in zip(documents[0], measure(num), strict=True):
         assert shared.keys() == alone.keys() and shared["samples"] == num
+        assert "loss" not in alone or shared["loss"] == alone["loss"]  # the same batches
         for name in set(FIGURES) & alone.keys():  # with batches cut elsewhere a pixel may be rounded the other way
             assert shared[name] == pytest.approx(alone[name], rel=tolerance, abs=1e-6)
         assert shared["prdc"] == pytest.approx(alone["prdc"], abs=0.0 if tolerance < 1e-6 else 0.1)
@@ -66,7 +57,7 @@ def test_torchrun_prints_one_document_with_the_figures_of_one_process(tmp_path):
     train(tiny.run_config(steps=2), tmp_path / "run", data=tiny.images())
     words = ["evaluate", str(tmp_path / "run"), "--metrics", "fd,loss", "--num", "64", "--batch-size", "16", "--json"]
     module = ["multistage_diffusion", *words, "--data", "digits", "--steps", "2", "--device", "cpu"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(ranks.free_port())]
     environment = {**os.environ, "MSD_CACHE": str(tmp_path / "cache")}
     shared, alone = (
         subprocess.run([sys.executable, *start, *module], capture_output=True, text=True, check=True, env=environment)

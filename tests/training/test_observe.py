@@ -19,6 +19,7 @@ from multistage_diffusion.metrics.features import SourceClassifier
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
 from multistage_diffusion.sampling import sample
 from multistage_diffusion.training import observe
+from multistage_diffusion.training import run as runs_of
 from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, list_checkpoints
 from multistage_diffusion.training.guard import StoppedError
 from multistage_diffusion.training.loop import Trainer, build_denoiser
@@ -47,7 +48,7 @@ def lines(run, key):
 def held_out():
     """A few images in place of the source's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observe, "load_data", lambda *words, **named: tiny.images(6, seed=1))
+        patch.setattr(runs_of, "load_parts", lambda config: (tiny.images(), tiny.images(6, seed=1)))
         yield
 
 

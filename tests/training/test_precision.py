@@ -187,7 +187,7 @@ def test_compiled_parts_compute_the_same(backend, tmp_path):
 
 def compiled_among_others(rank, kind):
     from multistage_diffusion.models.unet import MultiDecoderUNet
-    from multistage_diffusion.training.distributed import join
+    from multistage_diffusion.world import join
 
     whole = MultiDecoderUNet.compile_parts
     MultiDecoderUNet.compile_parts = lambda self: whole(self, "aot_eager")

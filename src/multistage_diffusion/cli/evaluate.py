@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.data import Images
     from multistage_diffusion.metrics.features import FeatureExtractor
-    from multistage_diffusion.training.distributed import World
     from multistage_diffusion.training.run import LoadedRun
+    from multistage_diffusion.world import World
 
-_MINUTES = 30.0  # that a process waits for the images of the others
+_MINUTES = 10.0  # that processes wait for one another where they add up what they saw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")
 
     from multistage_diffusion.files import write_json
-    from multistage_diffusion.training.distributed import join, local_device
+    from multistage_diffusion.world import join, local_device
 
     device = local_device(device)
     with join(device, _MINUTES) as world:
@@ -136,7 +136,9 @@ def _measure(
 
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
-        document = evaluate_images(load_data(f"folder:{pictures}", split="all"), real, extractor(), metrics)
+        document = evaluate_images(
+            load_data(f"folder:{pictures}", split="all"), real, extractor(), metrics, world=world
+        )
     else:
         first_stage = load_first_stage(target, device)
         if first_stage is None:
@@ -144,7 +146,7 @@ def _measure(
         document = evaluate(
             loaded.denoiser, real, metrics=metrics, extractor=extractor, num=options.num,
             sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
-            first_stage=first_stage, stage_images=loaded.stage_images,
+            first_stage=first_stage, stage_images=loaded.stage_images, world=world,
         )  # fmt: skip
     if not world.leads:
         return {}

@@ -143,13 +143,17 @@ class FirstStage:
         write_json(path, {**record, "channels": self.channels})
 
 
-def load_examples(config: DataConfig, device: torch.device | str = "cpu", progress: Progress | None = None) -> Examples:
+def load_examples(
+    config: DataConfig, device: torch.device | str = "cpu", progress: Progress | None = None,
+    images: Images | None = None,
+) -> Examples:  # fmt: skip
     """What a configuration trains on: images, or their latents.
 
     Args:
         config: Source, resolution, autoencoder, scale.
         device: Where images are encoded.
         progress: Told how many images are encoded, of how many.
+        images: The training images, where they have been read.
 
     Returns:
         The training images; with `flip`, latents of the mirrored images behind those of the images.
@@ -158,7 +162,8 @@ def load_examples(config: DataConfig, device: torch.device | str = "cpu", progre
         ConfigError: The autoencoder cannot be found or read.
         DataError: The source cannot be read, or the autoencoder cannot encode it.
     """
-    images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.tolerated)
+    if images is None:
+        images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.tolerated)
     if config.tolerated and images.skipped:
         warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
     if config.autoencoder is None:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.arrays import read_npz
 from multistage_diffusion.data.changes import changes_since, remember
 from multistage_diffusion.data.cifar import read_cifar10
@@ -63,9 +64,35 @@ def load_data(
     Raises:
         DataError: Unknown source, missing, damaged or hostile files, no images, or images of different sizes.
     """
-    collection = read_source(source, split, root, Reading(resolution, max_bad))
+    collection = _checked(source, split, root, Reading(resolution, max_bad))
+    return _part(collection, split, resolution)
+
+
+def load_parts(config: DataConfig) -> tuple[Images, Images]:
+    """The images to train on and those held out, of a source that is read once.
+
+    Args:
+        config: Source, root, resolution, and what is done with unreadable pictures.
+
+    Returns:
+        What `load_data` gives for `train` and `test`.
+
+    Raises:
+        DataError: As for `load_data`.
+    """
+    collection = _checked(config.source, "all", config.root, Reading(config.resolution, config.tolerated))
+    return _part(collection, "train", config.resolution), _part(collection, "test", config.resolution)
+
+
+def _checked(source: str, split: Split, root: str | None, reading: Reading) -> Collection:
+    """Read a source, and say which files changed since the last look."""
+    collection = read_source(source, split, root, reading)
     if told := changes_since(_place(source, root), collection):
-        warnings.warn(f"{source}: {told}; msd data {source} takes them as they are", stacklevel=2)
+        warnings.warn(f"{source}: {told}; msd data {source} takes them as they are", stacklevel=3)
+    return collection
+
+
+def _part(collection: Collection, split: Split, resolution: int | None) -> Images:
     images = collection.part(split)
     return images if resolution is None else images.fitted(resolution)
 
@@ -102,8 +129,7 @@ def look(source: str, split: Split, root: str | None, reading: Reading) -> Look:
     collection, place = read_source(source, split, root, reading), _place(source, root)
     changes = changes_since(place, collection)
     remember(place, collection)
-    images = collection.part(split)
-    return Look(images if reading.resolution is None else images.fitted(reading.resolution), changes)
+    return Look(_part(collection, split, reading.resolution), changes)
 
 
 def convert(source: str, folder: Path, root: str | None, reading: Reading) -> None:

@@ -14,6 +14,7 @@ from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.world import ALONE, World
 
 BINS = Stages(tuple(10.0 ** (power / 2) for power in range(-6, 6)))  # two a decade; the same for every process
 
@@ -66,6 +67,7 @@ def held_out_loss(
     max_images: int = 2_000,
     batch_size: int = 256,
     seed: int = 0,
+    world: World = ALONE,
 ) -> HeldOutLoss:
     """Denoising loss with fixed images, noise and noise levels: the same for every model of a process.
 
@@ -77,9 +79,13 @@ def held_out_loss(
         max_images: At most so many images are used, the first ones.
         batch_size: Images at a time; changes nothing.
         seed: Seed of noise and levels.
+        world: The processes that share the batches.
 
     Returns:
-        The losses.
+        The losses, the same in each process.
+
+    Raises:
+        PeerError: Another process failed with its share.
     """
     stages, device = stages or denoiser.stages, denoiser.device
     count = min(len(data), max_images)
@@ -89,13 +95,14 @@ def held_out_loss(
     u = (cell + rng.uniform(seed, "held-out sigma", index, 1)[:, 0]) / total
     sigma = denoiser.process.icdf(u)
     order = sigma.argsort(descending=True)  # neighbours share a stage, so few decoders run on a batch
-    losses = torch.empty(total, dtype=torch.float64)
-    with torch.inference_mode():
-        for rows in order.split(batch_size):
+    losses = torch.zeros(total, dtype=torch.float64)
+    with world.agreed("share of the held-out loss"), torch.inference_mode():
+        for rows in order.split(batch_size)[world.rank :: world.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
             labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
             losses[rows] = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels).double().cpu()
+    world.sum(losses)  # zeros in place of the others' shares, so to the bit
     stage = stages.of(sigma)
     parts = [losses[stage == k] for k in range(len(stages))]
     by_image = losses.reshape(repeats, count).mean(dim=0)

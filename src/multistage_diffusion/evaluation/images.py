@@ -1,4 +1,4 @@
-"""Images from seeds, streamed into the metrics, shared out among processes."""
+"""Images from seeds, streamed into the metrics; what several processes saw of them, put together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import sample_batches
+from multistage_diffusion.world import World
 
 
 def generated(
@@ -104,6 +106,17 @@ def observe(
     return seen
 
 
+def gather(seen: Statistics, world: World) -> None:
+    """Make the statistics of all processes those of one set, in the first process.
+
+    Args:
+        seen: This process's; in the others they are spoilt.
+        world: The processes, which come here at about the same time.
+    """
+    if world.size > 1:
+        seen.combine(lambda part: world.sum(part.clone()), lambda rows: _join(rows, world))
+
+
 def compare(
     extractor: FeatureExtractor, reference: Images, seen: Statistics, metrics: Sequence[str], *, batch_size: int = 500
 ) -> dict[str, Any]:
@@ -146,3 +159,15 @@ def describe(extractor: FeatureExtractor) -> dict[str, Any]:
         "accuracy": extractor.accuracy,
         "digest": extractor.digest,
     }
+
+
+def _join(rows: Tensor, world: World) -> Tensor:
+    """Rows of all processes one after the other, in the first process."""
+    counts = world.gather("rows of features", len(rows))
+    if not world.leads:
+        dist.send(rows, 0)
+        return rows
+    parts = [rows, *(rows.new_empty(count, *rows.shape[1:]) for count in counts[1:])]
+    for rank, part in enumerate(parts[1:], start=1):
+        dist.recv(part, rank)
+    return torch.cat(parts)

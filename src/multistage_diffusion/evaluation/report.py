@@ -16,8 +16,7 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.data.latents import FirstStage
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.evaluation.held_out import held_out_loss
-from multistage_diffusion.evaluation.images import compare, describe, generated, observe
-from multistage_diffusion.evaluation.ranks import gather, place, share
+from multistage_diffusion.evaluation.images import compare, describe, gather, generated, observe
 from multistage_diffusion.metrics import distance, inception
 from multistage_diffusion.metrics.cost import CONVENTION, network_cost
 from multistage_diffusion.metrics.distance import with_limit
@@ -25,6 +24,7 @@ from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.world import ALONE, World
 
 METRICS = (*distance.METRICS, "loss")
 
@@ -42,6 +42,7 @@ def evaluate(
     stages: Stages | None = None,
     first_stage: FirstStage | None = None,
     stage_images: Sequence[int] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Measure a model.
 
@@ -57,6 +58,7 @@ def evaluate(
         stages: Partition for the losses by stage; by default the model's own.
         first_stage: Autoencoder of a model of latents: its images are decoded, and its loss is that of latents.
         stage_images: Images that each stage was trained on, for the training FLOPs.
+        world: The processes that share the work.
 
     Returns:
         One key a metric, and what they were measured with and what it cost. `fd_infinity` is added to `fd` where fewer
@@ -64,6 +66,8 @@ def evaluate(
 
     Raises:
         ConfigError: Unknown metric, or no extractor where one is needed.
+        NumericsError: An image is not finite.
+        PeerError: Another process failed with its share.
     """
     for name in metrics:
         if name not in METRICS:
@@ -73,18 +77,23 @@ def evaluate(
     if wanted:
         if extractor is None:
             raise ConfigError(f"metrics {', '.join(wanted)} need features, and no extractor was given")
-        document |= _drawn(denoiser, reference, wanted, extractor(), num, sampling, seed, batch_size, first_stage)
-    if place()[0] > 0:
-        return {}
+        document |= _drawn(
+            denoiser, reference, wanted, extractor(), num, sampling, seed, batch_size, first_stage, world
+        )
     if "loss" in metrics:
-        held_out = reference if first_stage is None else first_stage.encode(reference)
-        loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed)
+        held_out = reference
+        if first_stage is not None:
+            with world.first("held-out latents"):
+                held_out = first_stage.encode(reference)
+        loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed, world=world)
         document["loss"] = loss.loss
         document["loss_error"] = loss.error
         document["stage_loss"] = list(loss.stage_loss)
         document["sigma_loss"] = [
             {**asdict(part), "high": None if math.isinf(part.high) else part.high} for part in loss.bins
         ]
+    if not world.leads:
+        return {}
     return {
         **document,
         "samples": num if wanted else 0,
@@ -95,7 +104,7 @@ def evaluate(
 
 
 def evaluate_images(
-    images: Images, reference: Images, extractor: FeatureExtractor, metrics: Sequence[str]
+    images: Images, reference: Images, extractor: FeatureExtractor, metrics: Sequence[str], *, world: World = ALONE
 ) -> dict[str, Any]:
     """Measure a set of images, whoever made them.
 
@@ -104,19 +113,21 @@ def evaluate_images(
         reference: Real images of the same shape.
         extractor: Gives the features.
         metrics: Some of `metrics.distance.METRICS`.
+        world: The processes that share the work.
 
     Returns:
-        One key a metric, and what they were measured with.
+        One key a metric, and what they were measured with; the first process has it, and the others nothing.
 
     Raises:
         ConfigError: Unknown metric, or `loss`, which needs a model.
+        PeerError: Another process failed with its share.
     """
     if "loss" in metrics:
         raise ConfigError("the metric loss needs a run: a folder of images has no denoiser")
-    begin, part = time.perf_counter(), share(len(images))
+    begin, part = time.perf_counter(), world.part(len(images))
     batches = (images.floats(rows) for rows in torch.arange(part.start, part.stop).split(500))
-    figures = _figures(extractor, reference, batches, metrics, len(images), part.start)
-    if place()[0] > 0:
+    figures = _figures(extractor, reference, batches, metrics, len(images), world)
+    if not world.leads:
         return {}
     return {
         **figures,
@@ -137,13 +148,14 @@ def _drawn(
     seed: int,
     batch_size: int,
     first_stage: FirstStage | None,
+    world: World,
 ) -> dict[str, Any]:
     """Figures of images that are drawn now, this process's share of them; what they were seen with, and the time."""
-    part, spent = share(num), [0.0]
+    part, spent = world.part(num), [0.0]
     images = generated(
         denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, first_stage=first_stage
     )  # fmt: skip
-    figures = _figures(extractor, reference, _timed(images, spent) if part else (), metrics, num, part.start)
+    figures = _figures(extractor, reference, _timed(images, spent) if part else (), metrics, num, world)
     return {**figures, "features": describe(extractor), "sampling_seconds": round(spent[0], 3)}
 
 
@@ -153,15 +165,15 @@ def _figures(
     images: Iterable[Tensor],
     metrics: Sequence[str],
     num: int,
-    first: int = 0,
+    world: World,
 ) -> dict[str, Any]:
     """Figures of all processes' images, in the first process; the Fréchet distance is FID with Inception's features."""
     metrics = with_limit(metrics, num, extractor.num_features)
-    seen = observe(extractor, images, metrics, first=first)
-    gather(seen)
-    if place()[0] > 0:
-        return {}
-    figures = compare(extractor, reference, seen, metrics)
+    with world.agreed("share of the images"):
+        seen = observe(extractor, images, metrics, first=world.part(num).start)
+    gather(seen, world)
+    with world.agreed("comparison"):
+        figures = compare(extractor, reference, seen, metrics) if world.leads else {}
     if extractor.name == inception.NAME and "fd" in figures:
         figures = {"fid": figures["fd"], **figures}
     return figures

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multistage_diffusion.clustering import Clustering, cluster
 from multistage_diffusion.config import RunConfig, StagesConfig, check, to_dict
-from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import describe, distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
@@ -175,11 +175,7 @@ def run_demo(
     begin = time.perf_counter()
     if config.data.autoencoder is not None:
         raise ConfigError("the demo compares models of images; recipes of latents are trained with msd train")
-    own = config.data
-    data, test = (
-        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.tolerated)
-        for split in ("train", "test")
-    )
+    data, test = load_parts(config.data)
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
     clustering = cluster(
         data.pixels(), make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed,

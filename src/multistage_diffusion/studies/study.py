@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from multistage_diffusion.config import to_dict
-from multistage_diffusion.data import load_data
+from multistage_diffusion.data import load_parts
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stages import Stages
@@ -129,11 +129,7 @@ def open_lab(
     Raises:
         DataError: The source cannot be read.
     """
-    own = budget.base.data
-    data, test = (
-        load_data(own.source, split=split, root=own.root, resolution=own.resolution, max_bad=own.tolerated)
-        for split in ("train", "test")
-    )
+    data, test = load_parts(budget.base.data)
     held: list[Cells] = []
     finder = Finder(folder / "found", data, budget, lambda: held[0], say, guess, keep)
     held.append(Cells(folder / "cells", data, test, Stages(finder.edges()), device=device, say=say))

@@ -22,9 +22,10 @@ from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, Batches
-from multistage_diffusion.training.distributed import ALONE, World, parallelise, whole_tensor
+from multistage_diffusion.training.distributed import local, parallelise, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.precision import LossScale, autocast, require_few
+from multistage_diffusion.world import ALONE, World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -155,8 +156,12 @@ class Trainer:
 
         Returns:
             A denoiser that shares nothing with the trained one.
+
+        Raises:
+            PeerError: Memory did not suffice in another process.
         """
-        copy = build_denoiser(self.config, self.denoiser.shape, self.denoiser.stages).to(self.device)
+        with self.world.agreed("memory for the average"):
+            copy = build_denoiser(self.config, self.denoiser.shape, self.denoiser.stages).to(self.device)
         self.ema.copy_to(copy.network)
         return copy.eval()
 
@@ -217,7 +222,8 @@ class Trainer:
         self.step += 1
         self.stage_images = [total + count for total, count in zip(self.stage_images, whole, strict=True)]
         if self.step % training.log_every == 0:
-            self.world.require_equal(dict(network.named_parameters()), self.step)
+            whole_ones = {name: tensor for name, tensor in network.named_parameters() if local(tensor) is tensor}
+            self.world.require_equal(whole_ones, self.step)
         return StepResult(
             self.step, self.images, loss_read, stage_loss, rate, norm_read,
             clipped=clip is not None and norm_read > clip, overflows=overflows, stop=self._heard(rest),

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
 from multistage_diffusion.config import RunConfig
-from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.data import Images
 from multistage_diffusion.data.latents import Examples, FirstStage, Latents
 from multistage_diffusion.data.pictures import grid, png
-from multistage_diffusion.data.sources import Split
-from multistage_diffusion.errors import ConfigError, NumericsError, suggest
+from multistage_diffusion.errors import ConfigError, NumericsError, PeerError, suggest
 from multistage_diffusion.evaluation import METRICS, evaluate
 from multistage_diffusion.files import write_atomic
 from multistage_diffusion.metrics.extractor import FeatureExtractor
@@ -25,13 +25,29 @@ from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import is_out_of_memory, sample
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.report import SAMPLES, Report
+from multistage_diffusion.world import World
 
 _CELL = 64  # pixels of an image in a grid, at least
 _KEPT = ("stage_loss", "loss_error", "kid_std", "is_std", "fid", "fd_infinity", *METRICS)  # of a report
+_ASK_AFTER = 1.0  # seconds between questions whether another process gave up
 
 
 class _Interrupted(Exception):  # noqa: N818  (no error)
-    """A signal came while something was drawn."""
+    """A signal came while something was drawn, or another process gave up."""
+
+
+def require_metrics(names: Sequence[str]) -> None:
+    """Refuse metrics that do not exist, before anything is read.
+
+    Args:
+        names: What is to be measured.
+
+    Raises:
+        ConfigError: A name is not one of `evaluation.METRICS`.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(f"logging.metrics: no metric {name}{suggest(name, METRICS)}")
 
 
 @final
@@ -42,58 +58,71 @@ class Observer:
         folder: The run directory.
         config: The run.
         data: What it is trained on.
+        images: Training and held-out images of the source; none where nothing is to be measured.
         device: Where the model is.
-        stop: Asked before each call of the network; once true, what was begun is dropped, to be made after a resume.
+        received: Signals that this process has received; grows meanwhile. What was begun is dropped at the next call of
+            the network, to be made after a resume.
 
     Raises:
-        ConfigError: A metric is unknown, or cannot be measured on this source.
-        DataError: The held-out images cannot be read.
+        ConfigError: The features do not exist, or cannot be learned from this source.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, data: Examples, device: torch.device, stop: Callable[[], bool]
-    ) -> None:
-        self._folder, self._config, self._stop, self._left_out = folder, config, stop, 0
+        self, folder: Path, config: RunConfig, data: Examples, images: tuple[Images, Images] | None,
+        device: torch.device, received: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._folder, self._config, self._received, self._left_out = folder, config, received, 0
         self._first_stage: FirstStage | None = None
         self._extractor: FeatureExtractor | None = None
         self._reference: Images | None = None
         match data:
             case Latents():
-                self._first_stage, train = data.stage, None
+                self._first_stage = data.stage
             case _:
-                train = data
-        if config.logging.evaluate_every:
-            self._prepare(train, device)
+                pass
+        if images is not None:
+            self._reference = images[1]
+            if set(config.logging.metrics) - {"loss"}:
+                self._extractor = load_extractor(config.logging.features, *images, device=device)
 
-    def look(self, trainer: Trainer, report: Report) -> None:
+    def look(self, trainer: Trainer, report: Report) -> int | None:
         """Draw and measure what is due after this many steps, unless it is there already; all processes must call.
 
         Args:
             trainer: The training; left as it was.
             report: Takes grids and figures.
+
+        Returns:
+            Number of the signal that asks to stop, heard by any process; none: go on.
         """
         step, logging, world = trainer.step, self._config.logging, trainer.world
         if not (_due(step, logging.grid_every) or _due(step, logging.evaluate_every)):
-            return
+            return None
         path = self._folder / SAMPLES / f"step-{step:08d}.png"
         draw = _due(step, logging.grid_every) and not path.exists()
         measure = _due(step, logging.evaluate_every) and not report.evaluated(step)
-        if world.leads:  # it knows what is there
-            world.tell(f"what is due after {step}", [draw, measure])
-        else:
-            draw, measure = world.ask(f"what is due after {step}")
+        draw, measure = world.gather("due", [draw, measure])[0]  # process 0 knows what is there
         if not (draw or measure):
-            return
-        alone = world.size == 1  # else the others would wait for the share of a process that gives up
-        with self._spared(step, alone), self._interruptible(trainer.averaged(), alone) as denoiser:
+            return None
+        given_up = _GivenUp(world, f"given up after {step}", self._received)
+        with given_up.spared(last=True), given_up.checked(trainer.averaged()) as denoiser:
             if draw and world.leads:
-                with self._spared(step, True):
+                with given_up.spared():
                     self._draw(denoiser, path)
                     report.picture(step, path)
             if measure:
-                figures = self._measure(denoiser)
+                figures = self._measure(denoiser, world)
                 report.evaluation(step, trainer.images, figures)
-        world.lead(f"look after {step}", lambda: None)  # nobody goes on to wait in a collective, which has a time limit
+        signal, reason = given_up.agree()
+        if reason is not None:
+            self._left_out += 1
+            if world.leads:
+                warnings.warn(
+                    f"samples or figures of step {step} are left out ({self._left_out} so far), training goes on: "
+                    f"{reason}",
+                    stacklevel=2,
+                )
+        return signal
 
     def _draw(self, denoiser: Denoiser, path: Path) -> None:
         logging, sampling = self._config.logging, self._config.sampling
@@ -107,71 +136,86 @@ class Observer:
             images = self._first_stage.decode(images)
         write_atomic(path, png(grid(images, scale=max(1, _CELL // images.shape[2]))))
 
-    def _measure(self, denoiser: Denoiser) -> dict[str, Any]:
+    def _measure(self, denoiser: Denoiser, world: World) -> dict[str, Any]:
         logging, extractor = self._config.logging, self._extractor
-        assert self._reference is not None, "prepared before the first step"
+        assert self._reference is not None, "read before the first step"
         document = evaluate(
             denoiser, self._reference, metrics=logging.metrics, num=logging.evaluate_images,
             extractor=None if extractor is None else lambda: extractor, sampling=self._config.sampling,
-            batch_size=logging.sample_batch, first_stage=self._first_stage,
+            batch_size=logging.sample_batch, first_stage=self._first_stage, world=world,
         )  # fmt: skip
         figures = {key: value for key, value in document.items() if key in _KEPT}
         if extractor is not None and document:
             figures |= {"samples": document["samples"], "features": extractor.name}
         return figures
 
-    def _prepare(self, train: Images | None, device: torch.device) -> None:
-        """Read the held-out images and make the features, so that what is wrong with them is known before training."""
-        logging, source = self._config.logging, self._config.data
-        for name in logging.metrics:
-            if name not in METRICS:
-                raise ConfigError(f"logging.metrics: no metric {name}{suggest(name, METRICS)}")
 
-        def load(split: Split) -> Images:
-            return load_data(
-                source.source, split=split, root=source.root, resolution=source.resolution, max_bad=source.tolerated
-            )
+@final
+class _GivenUp:
+    """What is given up, by whichever process and for whatever reason: training is to go on, in all of them alike.
 
-        self._reference = load("test")
-        if set(logging.metrics) - {"loss"}:
-            self._extractor = load_extractor(logging.features, train or load("train"), self._reference, device=device)
+    Args:
+        world: The processes.
+        key: Told by a process that gives up, so that the others need not finish their shares.
+        received: Signals that this process has received.
+    """
+
+    def __init__(self, world: World, key: str, received: Sequence[int]) -> None:
+        self._world, self._key, self._received = world, key, received
+        self._reason: str | None = None
+        self._asked = time.monotonic()
 
     @contextlib.contextmanager
-    def _spared(self, step: int, spare: bool) -> Iterator[None]:
-        """Training is to go on where memory does not suffice, or a model makes no finite image."""
+    def spared(self, *, last: bool = False) -> Iterator[None]:
+        """Where memory may not suffice, or a model makes no finite image; `last`: nothing is done after it."""
         try:
             yield
-        except _Interrupted:
             return
+        except (_Interrupted, PeerError):  # another process says why, or fails altogether
+            pass
         except (NumericsError, MemoryError, RuntimeError) as error:
             known = isinstance(error, NumericsError)
-            if not spare or not (known or is_out_of_memory(error)):
+            if not (known or is_out_of_memory(error)):
                 raise
-            reason = str(error) if known else "memory does not suffice"
-        else:
-            return
+            self._reason = str(error) if known else "memory does not suffice"
         gc.collect()  # only here, as the error held on to what was half made
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._left_out += 1
-        warnings.warn(
-            f"samples or figures of step {step} are left out ({self._left_out} so far), training goes on: {reason}",
-            stacklevel=3,
-        )
+        if last:
+            self._world.tell(self._key)
 
     @contextlib.contextmanager
-    def _interruptible(self, denoiser: Denoiser, alone: bool) -> Iterator[Denoiser]:
-        """A denoiser that is not called once a stop was asked for; several processes agree on that after a step."""
-
-        def check(*_: object) -> None:
-            if alone and self._stop():
-                raise _Interrupted
-
-        handle = denoiser.register_forward_pre_hook(check)
+    def checked(self, denoiser: Denoiser) -> Iterator[Denoiser]:
+        """A denoiser that is not called once a process gave up or was asked to stop."""
+        handle = denoiser.register_forward_pre_hook(lambda *_: self._check())
         try:
             yield denoiser
         finally:
             handle.remove()
+
+    def agree(self) -> tuple[int | None, str | None]:
+        """Wait for all processes; the signal that any of them received, and why any of them gave up."""
+        self._world.gather("looked", meanwhile=self._pass_on)
+        own = [self._received[0] if self._received else None, self._reason]
+        told = self._world.gather("look's end", own)  # all at once, so a signal is heard by all or by none
+        who = "" if self._world.size == 1 else "process {}: "
+        reasons = [who.format(rank) + reason for rank, (_, reason) in enumerate(told) if reason is not None]
+        signals = [number for number, _ in told if number is not None]
+        return (signals or [None])[0], (reasons or [None])[0]
+
+    def _check(self) -> None:
+        if self._received:
+            raise _Interrupted
+        now = time.monotonic()
+        if now - self._asked > _ASK_AFTER:
+            self._asked = now
+            if self._world.told(self._key):
+                raise _Interrupted
+
+    def _pass_on(self) -> None:
+        """A signal that comes while others are still at it."""
+        if self._received and not self._world.told(self._key):
+            self._world.tell(self._key)
 
 
 def _due(step: int, every: int) -> bool:

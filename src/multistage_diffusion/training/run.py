@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from multistage_diffusion.config import EngineConfig, RunConfig, flat, from_dict, to_dict
+from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_json
@@ -29,14 +30,14 @@ from multistage_diffusion.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from multistage_diffusion.training.distributed import World, join, local_device
 from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.loop import StepResult, Trainer, build_denoiser
-from multistage_diffusion.training.observe import Observer
+from multistage_diffusion.training.observe import Observer, require_metrics
 from multistage_diffusion.training.report import Report, Window
 from multistage_diffusion.training.snapshots import FOLDER as SNAPSHOTS
 from multistage_diffusion.training.snapshots import Combination, rebuild, save_snapshot
 from multistage_diffusion.training.trackers import require_installed
+from multistage_diffusion.world import World, join, local_device
 
 # What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
 # for rounding by the engine, which is said. Where the images come from may change: their digest must be the same.
@@ -110,11 +111,11 @@ def train(
     with join(device, config.engine.timeout) as world:
         world.lead("target", lambda: _check_target(folder, config))
         require_installed(config.logging.trackers)
-        if data is None:
-            # Latents are encoded once, for all. What else is read may take each process longer than a step may.
-            with world.first("data") if config.data.autoencoder is not None else contextlib.nullcontext():
-                data = load_examples(config.data, device, on_encode)
-        world.meet("data")
+        if config.logging.evaluate_every:
+            require_metrics(config.logging.metrics)
+        # Latents are encoded once, for all; what else is read, each process reads.
+        with world.first("data") if config.data.autoencoder is not None else world.agreed("data"):
+            data, images = _read(config, data, device, on_encode)
         if stages is None and (folder / "stages.json").is_file():
             stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
         trainer = Trainer(config, data, device, stages, world)
@@ -123,11 +124,13 @@ def train(
             window = _open(folder, trainer, data)
             resumed = trainer.step
             with world.first("observer"):  # what it needs may have to be fetched
-                observer = Observer(folder, config, data, device, stop=lambda: bool(received))
-            world.meet("observer")
+                observer = Observer(folder, config, data, images, device, received)
+            del images  # the observer keeps those that it needs
             with Report(folder, config, resumed, device, world) as report:
-                world.meet("report")  # trackers may take their time to answer
-                observer.look(trainer, report)  # what a signal kept the run from drawing
+                world.gather("report")  # trackers may take their time to answer
+                stop = observer.look(trainer, report)  # what a signal kept the run from drawing
+                if stop is not None:
+                    _stop(stop, True, folder, trainer, window, report, data)
                 for result in trainer.run(config.training.steps, received):
                     window.add(result)
                     if result.step % config.training.log_every == 0:
@@ -135,8 +138,9 @@ def train(
                     if on_step is not None:
                         on_step(result, config.training.steps)
                     saved = _save_what_is_due(folder, trainer, window, report, data)
-                    observer.look(trainer, report)  # after the checkpoint: a kill while it draws costs no step
                     stop = received[0] if world.size == 1 and received else result.stop
+                    if stop is None:  # after the checkpoint, so that a kill while it draws costs no step
+                        stop = observer.look(trainer, report)
                     if stop is not None:
                         _stop(stop, saved, folder, trainer, window, report, data)
             model = trainer.averaged()
@@ -144,6 +148,20 @@ def train(
     flops, seconds = cost.training_flops(trainer.stage_images), time.perf_counter() - started
     loss = window.loss / window.steps if window.steps else window.last
     return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, seconds)
+
+
+def _read(
+    config: RunConfig, data: Examples | None, device: torch.device, on_encode: Callable[[int, int], None] | None
+) -> tuple[Examples, tuple[Images, Images] | None]:
+    """What is trained on, and where something is to be measured the training and held-out images; read once."""
+    images = load_parts(config.data) if config.logging.evaluate_every else None
+    if data is None:
+        data = load_examples(config.data, device, on_encode, None if images is None else images[0])
+    match data:
+        case Images() if images is not None:
+            return data, (data, images[1])
+        case _:
+            return data, images
 
 
 @dataclass(frozen=True)
@@ -326,7 +344,6 @@ def _stop(
     """End the run at a signal, with a checkpoint of this step."""
     if not saved:
         _save(folder, trainer, window, report, data)
-    trainer.world.lead("stop", lambda: None)  # nobody leaves while process 0 writes
     raise StoppedError(number, trainer.step)
 
 
@@ -342,4 +359,4 @@ def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: 
     save_checkpoint(folder / "checkpoints", trainer, state)
     if trainer.world.leads:
         prune(folder / "checkpoints", training.keep, trainer.step, training.keep_every)
-    trainer.world.lead(f"saved {trainer.step}", lambda: None)  # a slow disk is waited for without a limit
+    trainer.world.gather("saved")  # a slow disk is waited for without a limit

@@ -1,4 +1,4 @@
-"""How processes that train together end when one of them fails: it says why, and the others go quietly.
+"""How processes that work together end when one of them fails: it says why, and the others go quietly.
 
 A process that fails exits, so the collectives of the others break off with an error of the transport, which says
 nothing. They find the reason in the store where all met.
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -35,7 +36,33 @@ def require_none(store: Store) -> None:
         PeerError: One has.
     """
     if store.check([_FAILED]):
-        raise _peer_error(store)
+        raise peer_error(json.loads(store.get(_FAILED)))
+
+
+def describe(rank: int, error: BaseException) -> dict[str, Any]:
+    """What other processes learn of an error.
+
+    Args:
+        rank: Number of this process.
+        error: What happened here.
+
+    Returns:
+        What `peer_error` takes.
+    """
+    text = str(error) or type(error).__name__
+    return {"rank": rank, "code": getattr(error, "exit_code", 1), "error": text}
+
+
+def peer_error(failed: dict[str, Any]) -> PeerError:
+    """The error of a process that ends, or gives something up, because of another one's.
+
+    Args:
+        failed: What the other process said.
+
+    Returns:
+        The error.
+    """
+    return PeerError(f"process {failed['rank']} failed: {failed['error']}", int(failed["code"]))
 
 
 def blame(store: Store, rank: int, size: int, error: BaseException) -> BaseException:
@@ -54,6 +81,7 @@ def blame(store: Store, rank: int, size: int, error: BaseException) -> BaseExcep
     try:
         store.set(f"left {rank}", "")
         if isinstance(error, PeerError):
+            _told(store)  # whoever failed speaks first
             return error
         if _is_lost(error) and not _told(store) and (silent := _silent(store, size)):
             error = UserError(
@@ -61,9 +89,8 @@ def blame(store: Store, rank: int, size: int, error: BaseException) -> BaseExcep
                 "machine lost; the same command goes on from the last checkpoint"
             )
         if store.add(_CLAIMS, 1) > 1:
-            return _peer_error(store)
-        code = getattr(error, "exit_code", 1)
-        store.set(_FAILED, json.dumps({"rank": rank, "code": code, "error": str(error)}))
+            return peer_error(json.loads(store.get(_FAILED)))
+        store.set(_FAILED, json.dumps(describe(rank, error)))
         _report(error)
     except dist.DistError:
         return UserError(f"process 0 of {size}, where all met, ended without a word; the same command goes on")
@@ -126,11 +153,6 @@ def _told(store: Store) -> bool:
 def _silent(store: Store, size: int) -> list[int]:
     """Processes that have not left."""
     return [rank for rank in range(size) if not store.check([f"left {rank}"])]
-
-
-def _peer_error(store: Store) -> PeerError:
-    failed = json.loads(store.get(_FAILED))
-    return PeerError(f"process {failed['rank']} failed: {failed['error']}", int(failed["code"]))
 
 
 def _report(error: BaseException) -> None:
