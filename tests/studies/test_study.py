@@ -60,6 +60,8 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(home, capsys):
     assert "4 models" in said and "trained" in said
     _, longer, _ = msd(capsys, "decoders", "--dry-run", "--out", home / "dry", "--tflops", "1")
     assert all(own["steps"] > 4 for own in longer["models"])
+    _, other, said = msd(capsys, "decoders", "--dry-run", "--out", home / "dry", "--process", "edm")
+    assert {own["cell"] for own in other["models"]}.isdisjoint(own["cell"] for own in document["models"])
 
 
 @pytest.fixture(scope="module")

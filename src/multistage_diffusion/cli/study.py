@@ -47,6 +47,8 @@ class Options(Compute):
     budget: Literal["small", "gpu", "paper"] = "small"
     """Network, data size, training FLOPs and generated images: small for two CPU cores, gpu for one GPU, paper for the
     networks and lengths of the paper's CIFAR-10 runs."""
+    process: Literal["vp", "edm", "flow"] | None = None
+    """Noise process of all models; by default the budget's, VP."""
     seeds: int | None = None
     """Runs of each model; by default the budget's 3."""
     tflops: float | None = None
@@ -112,11 +114,13 @@ def chosen(options: Options) -> Budget:
     Raises:
         ConfigError: No such budget, no seed, or no FLOPs.
     """
-    from multistage_diffusion.config import check
+    from multistage_diffusion.config import check, process_config
     from multistage_diffusion.studies.budgets import budget
 
     found = budget(options.budget, options.data)
     found = replace(found, base=replace(found.base, data=replace(found.base.data, root=options.data_root)))
+    if options.process not in (None, found.base.process.kind):
+        found = replace(found, base=replace(found.base, process=process_config(options.process)))
     if options.seeds is not None:
         check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
         found = replace(found, seeds=options.seeds)
@@ -148,6 +152,8 @@ def _words(options: Options) -> list[str]:
     words = ["--data", options.data, "--budget", options.budget]
     if options.data_root is not None:
         words += ["--data-root", options.data_root]
+    if options.process is not None:
+        words += ["--process", options.process]
     if options.seeds is not None:
         words += ["--seeds", str(options.seeds)]
     if options.tflops is not None:

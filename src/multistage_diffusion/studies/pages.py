@@ -98,7 +98,9 @@ def _conditions(documents: list[dict[str, Any]]) -> dict[tuple[tuple[str, str], 
     for document in documents:
         own = document["settings"]
         features, budget = own["features"], own["budget"]
+        process = own["base"]["process"]
         terms = {
+            "process": " with prediction ".join(filter(None, (process["kind"], process.get("prediction")))),
             "data": f"{own['data']}: {own['images']:,} training and {own['held_out']:,} held-out images of "
             f"{' x '.join(map(str, own['shape']))}, digest {own['digest'][:12]}",
             "features": f"{features['name']}, {features['accuracy']:.1%} of the held-out images named right, digest "
