@@ -1,7 +1,8 @@
 """TensorBoard, Weights & Biases, MLflow and trackio behind one door: they may be slow or away, and training goes on.
 
-A thread of its own speaks to them, so that a network that hangs costs no training time, and a report that fails costs a
-warning. A resumed run goes on in the same run of theirs, and does not report again what it has reported before.
+A thread of its own starts each of them and speaks to it, so that a network that hangs costs seconds at the start and no
+training time, and a report that fails costs a warning. A resumed run goes on in the same run of theirs, and does not
+report again what it has reported before.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -29,6 +31,7 @@ from multistage_diffusion.files import read_json, write_json
 
 RECORD = "trackers.json"  # by which names the run goes on in each tracker
 _LONGEST_QUEUE = 1_000  # reports that wait for a tracker; more are dropped
+_START = 20.0  # seconds that a run waits for its trackers before its first step
 _PATIENCE = 60.0  # seconds that a finished run waits for its trackers
 _HASTE = 5.0  # the same for a run that a signal or an error stops
 _MOST_PARAMETERS = 100  # in one request of MLflow
@@ -53,8 +56,9 @@ class About:
     reported: Mapping[str, int]
 
 
+@runtime_checkable
 class Tracker(Protocol):
-    """What each of them can do. The calls come from one thread, and may fail."""
+    """What each of them can do. The calls come from one thread, which made it, and may fail."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show numbers."""
@@ -196,8 +200,65 @@ def require_installed(names: tuple[str, ...]) -> None:
 
 
 @final
+class _Line:
+    """One tracker, and the thread that alone speaks to it, from its start on."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self.name, self.lost, self.up = name, 0, threading.Event()
+        self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reports: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_LONGEST_QUEUE)
+        self._left_out = False
+        self._thread = threading.Thread(target=self._work, args=(start,), name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def put(self, report: Callable[[Tracker], None]) -> None:
+        """Have something reported, in its turn."""
+        if self._left_out:
+            return
+        try:
+            self._reports.put_nowait(report)
+        except queue.Full:
+            self._fail(TimeoutError(f"{_LONGEST_QUEUE} reports wait already"))
+
+    def end(self, failed: bool) -> None:
+        """Nothing more is reported, of a run that failed or not."""
+        self.put(lambda tracker: tracker.close(failed))
+        with contextlib.suppress(queue.Full):
+            self._reports.put(None, timeout=1.0)
+
+    def ended(self, deadline: float) -> bool:
+        """Wait until everything is said; whether it was."""
+        self._thread.join(max(deadline - time.monotonic(), 0.0))
+        return not self._thread.is_alive()
+
+    def _work(self, start: Callable[[], Tracker]) -> None:
+        try:
+            tracker = start()
+        except Exception as error:
+            self._left_out = True
+            self._fail(error)
+            return
+        finally:
+            self.up.set()
+        while (report := self._reports.get()) is not None:
+            try:
+                report(tracker)
+            except Exception as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Remember a failure; said later, by the main thread."""
+        first = (str(error).strip().splitlines() or [""])[0]
+        what = "is left out of this run" if self._left_out else "did not take a report"
+        self.failures.put(f"{self.name} {what}: {type(error).__name__}: {first}"[:300])
+
+
+@final
 class Trackers:
     """The trackers that a run asked for, as a context; a report to them returns at once and never fails.
+
+    They are started side by side, and waited for 20 s at most. What is reported to one that is not up by then waits
+    for it, as long as there are less than a thousand reports.
 
     Args:
         names: Some of tensorboard, wandb, mlflow, trackio; all installed.
@@ -205,12 +266,9 @@ class Trackers:
     """
 
     def __init__(self, names: tuple[str, ...], about: About) -> None:
-        self._open: dict[str, Tracker] = {}
+        self._lines: list[_Line] = []
         self._reported: dict[str, int] = {}
-        self._lost = dict.fromkeys(names, 0)
         self._said: set[str] = set()
-        self._failures: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self._reports: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_LONGEST_QUEUE)
         if not names:
             return
         path = about.folder / RECORD
@@ -219,36 +277,47 @@ class Trackers:
         both = sorted({*before, *about.reported})
         self._reported = {name: max(before.get(name, 0), about.reported.get(name, 0)) for name in both}
         records["reported"] = self._reported
-        for name in names:
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # some greet on stdout, which may be a JSON document
-                    self._open[name] = _KNOWN[name][0](about, records.setdefault(name, {}))
-            except Exception as error:
-                self._fail(name, error)
-        self._warn("is left out of this run")
         write_json(path, records)
-        self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
-        self._thread.start()
+        writing = threading.Lock()
+
+        def start(name: str) -> Tracker:
+            record = dict(records.get(name, {}))
+            try:
+                return _KNOWN[name][0](about, record)
+            finally:
+                with writing:
+                    records[name] = record
+                    write_json(path, records)
+
+        deadline = time.monotonic() + _START
+        with contextlib.redirect_stdout(sys.stderr):  # some greet on stdout, which may be a JSON document
+            self._lines = [_Line(name, partial(start, name)) for name in names]
+            for line in self._lines:
+                if not line.up.wait(max(deadline - time.monotonic(), 0.0)):
+                    warnings.warn(f"{line.name} is not up after {_START:.0f} s; training goes on", stacklevel=2)
+        self._warn()
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Wait a while for what was not sent yet."""
-        if not self._open:
+        if not self._lines:
             return
-        self._put(lambda tracker: tracker.close(failed=kind is not None))
-        with contextlib.suppress(queue.Full):
-            self._reports.put(None, timeout=1.0)
         patience = _PATIENCE if kind is None else _HASTE
+        deadline = time.monotonic() + patience
         with contextlib.redirect_stdout(sys.stderr):  # and some say goodbye there
-            self._thread.join(patience)
-        self._warn("did not take a report")
-        for name, lost in self._lost.items():
-            if lost > 1:
-                warnings.warn(f"{name} did not take {lost} reports in all; metrics.jsonl has them", stacklevel=2)
-        if self._thread.is_alive():
-            warnings.warn(f"the trackers did not take everything within {patience:.0f} s", stacklevel=2)
+            for line in self._lines:
+                line.end(failed=kind is not None)
+            late = [line.name for line in self._lines if not line.ended(deadline)]
+        self._warn()
+        for line in self._lines:
+            if line.lost > 1:
+                warnings.warn(
+                    f"{line.name} did not take {line.lost} reports in all; metrics.jsonl has them", stacklevel=2
+                )
+        if late:
+            warnings.warn(f"{', '.join(late)} did not take everything within {patience:.0f} s", stacklevel=2)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show numbers.
@@ -273,37 +342,19 @@ class Trackers:
             self._put(lambda tracker: tracker.image(step, name, path))
 
     def _put(self, report: Callable[[Tracker], None]) -> None:
-        if not self._open:
-            return
-        self._warn("did not take a report; training goes on")
-        try:
-            self._reports.put_nowait(report)
-        except queue.Full:
-            for name in self._open:
-                self._fail(name, TimeoutError(f"{_LONGEST_QUEUE} reports wait already"))
+        for line in self._lines:
+            line.put(report)
+        self._warn()
 
-    def _work(self) -> None:
-        """The thread: one report after the other to each tracker."""
-        while (report := self._reports.get()) is not None:
-            for name, tracker in self._open.items():
-                try:
-                    report(tracker)
-                except Exception as error:
-                    self._fail(name, error)
-
-    def _fail(self, name: str, error: Exception) -> None:
-        """Remember a failure; said later, by the main thread."""
-        first = (str(error).strip().splitlines() or [""])[0]
-        self._failures.put((name, f"{type(error).__name__}: {first}"[:300]))
-
-    def _warn(self, what: str) -> None:
+    def _warn(self) -> None:
         """One line a tracker, however often it fails."""
-        while not self._failures.empty():
-            name, error = self._failures.get()
-            self._lost[name] += 1
-            if name not in self._said:
-                self._said.add(name)
-                warnings.warn(f"{name} {what}: {error}", stacklevel=3)
+        for line in self._lines:
+            while not line.failures.empty():
+                failure = line.failures.get()
+                line.lost += 1
+                if line.name not in self._said:
+                    self._said.add(line.name)
+                    warnings.warn(failure, stacklevel=3)
 
 
 def flat_numbers(document: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
