@@ -1,6 +1,8 @@
 """Shards: the same images as their source, in memory or not; nothing damaged is read; written whole or not at all."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -117,6 +119,25 @@ def test_every_flipped_bit_of_a_shard_is_noticed_when_its_image_is_read(written)
             read.floats(torch.tensor([row]))
         flip(path, at)
     assert whole.pixels().shape == (40, 3, 8, 8)
+
+
+def test_files_that_are_cut_off_lost_or_fail_after_they_were_opened_are_named(written, monkeypatch):
+    """Files are read, not mapped: what a disk fails to give is an error with a name, where a map would be a signal."""
+    read = load_data(f"shards:{written}", split="all")
+    path = written / "shard-00001.bin"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"shard-00001\.bin: cut off; delete"):
+        read.pixels()
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard-00001\.bin: cannot be read \(No such file"):
+        read.pixels()
+
+    def fail(*words):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(DataError, match=r"shard-00000\.bin: cannot be read \(Input/output error\)"):
+        read.pixels(torch.arange(3))
 
 
 @pytest.mark.parametrize(

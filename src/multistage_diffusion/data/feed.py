@@ -1,7 +1,7 @@
 """Rows as training takes them: from the device's own memory, or, where they do not fit, read ahead from disk.
 
-Threads read ahead, not processes: the work is a copy out of memory-mapped pages and a digest of each row, and neither
-holds the interpreter's lock (benchmarks/bench_feed.py compares the two). A thread cannot be killed or stopped alone; a
+Threads read ahead, not processes: the work is reading files and a digest of each row, and neither holds the
+interpreter's lock (benchmarks/bench_feed.py compares the two). A thread cannot be killed or stopped alone; a
 disk that does not answer is noticed by the time-out.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeAlias, final
 
 import torch
@@ -27,6 +29,7 @@ from multistage_diffusion.errors import DataError
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _AHEAD = 2  # steps whose batches are read ahead
+_PATIENCE = 1.0  # seconds for the threads to finish what they read; a disk that hangs is not waited for
 _MOST = 512  # batches that are read ahead, over all parts of a step
 _Job: TypeAlias = tuple[Future[Tensor], Tensor]  # where the rows go, and which
 
@@ -90,9 +93,13 @@ class Streamed:
         self._read = _reader(data, pin=device.type == "cuda")
         self._coming: dict[bytes, Future[Tensor]] = {}
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        for number in range(workers):
-            threading.Thread(target=_serve, args=(self._jobs, self._read), name=f"reader {number}", daemon=True).start()
-        weakref.finalize(self, _dismiss, self._jobs, workers)
+        threads = [
+            threading.Thread(target=_serve, args=(self._jobs, self._read), name=f"reader {number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in threads:
+            thread.start()
+        weakref.finalize(self, _dismiss, self._jobs, threads)  # at the latest when the program ends
 
     def prefetch(self, index: Int[Tensor, " n"]) -> None:
         """Begin to read.
@@ -193,6 +200,14 @@ def _serve(jobs: SimpleQueue[_Job | None], read: Callable[[Tensor], Tensor]) -> 
                 future.set_exception(error)
 
 
-def _dismiss(jobs: SimpleQueue[_Job | None], workers: int) -> None:
-    for _ in range(workers):
+def _dismiss(jobs: SimpleQueue[_Job | None], threads: list[threading.Thread]) -> None:
+    """Send the threads home, and wait for them: one inside torch when the interpreter ends aborts the process."""
+    with suppress(Empty):
+        while True:
+            jobs.get_nowait()
+    for _ in threads:
         jobs.put(None)
+    deadline = time.monotonic() + _PATIENCE
+    for thread in threads:
+        if thread is not threading.current_thread():  # which may be the one that collects the garbage
+            thread.join(max(0.0, deadline - time.monotonic()))

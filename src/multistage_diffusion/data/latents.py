@@ -1,4 +1,4 @@
-"""Latents of images: encoded once, kept in a cache, read as memory-mapped files; and the way back to images."""
+"""Latents of images: encoded once, kept in a cache of files and read from there; and the way back to images."""
 
 from __future__ import annotations
 

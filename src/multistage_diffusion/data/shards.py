@@ -1,8 +1,10 @@
-"""Rows of one shape in memory-mapped files: written once, then read in any order without being loaded.
+"""Rows of one shape in files: written once, then read in any order without being loaded.
 
 A folder holds `shard-00000.bin`, `shard-00001.bin`, ... (the rows as they are, one behind the other, the same number in
 each file but the last), `digests.bin` (16 bytes of BLAKE2b for each row) and `index.json`. The writer's caller adds the
 manifest with the SHA-256 of every file. Each row is compared with its digest whenever it is read.
+
+Files are read, not mapped: what was read takes no memory afterwards, and a disk that fails is an error, not a signal.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,15 +56,7 @@ class Shards:
         self.folder, self.dtype = folder, dtype
         self._row, self._count, self._per_file = shape, count, per_file
         self._chosen: Tensor | None = None  # the rows meant, in order; all where there are none
-        self._files = [
-            torch.from_file(
-                str(folder / _file(number)), shared=False, size=rows * math.prod(shape), dtype=dtype
-            ).reshape(rows, *shape)
-            for number, rows in enumerate(_rows_of_files(count, per_file))
-        ]  # fmt: skip
-        self._digests = torch.from_file(
-            str(folder / _DIGESTS), shared=False, size=count * _DIGEST_BYTES, dtype=torch.uint8
-        ).reshape(count, _DIGEST_BYTES)
+        self._digests = torch.from_numpy(np.fromfile(folder / _DIGESTS, np.uint8)).reshape(count, _DIGEST_BYTES)
 
     def __len__(self) -> int:
         return self._count if self._chosen is None else len(self._chosen)
@@ -121,7 +116,7 @@ class Shards:
             The rows, in memory.
 
         Raises:
-            DataError: A row differs from its digest, or they are too many for memory.
+            DataError: A row differs from its digest or cannot be read, or they are too many for memory.
         """
         rows = torch.arange(len(self))[index] if isinstance(index, slice) else index
         rows = rows if self._chosen is None else self._chosen[rows]
@@ -131,7 +126,7 @@ class Shards:
         order = rows.argsort()  # as they lie on the disk
         numbers, counts = (rows[order] // self._per_file).unique_consecutive(return_counts=True)
         for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
-            read[places] = self._files[number][rows[places] - number * self._per_file]
+            self._copy(number, rows[places] - number * self._per_file, places, read)
         wrong = (row_digests(read) != self._digests[rows]).any(1).nonzero()[:, 0]
         if len(wrong):
             row = int(rows[wrong[0]])
@@ -140,6 +135,24 @@ class Shards:
                 f"its digest); delete {self.folder} and make it again"
             )
         return read
+
+    def _copy(self, number: int, rows: Tensor, places: Tensor, read: Tensor) -> None:
+        """Read increasing rows of one file into places of a tensor; neighbours in both at once."""
+        path, size = self.folder / _file(number), math.prod(self._row) * self.dtype.itemsize
+        target = read.view(-1).view(torch.uint8).numpy().data
+        apart = ((rows.diff() != 1) | (places.diff() != 1)).nonzero()[:, 0] + 1
+        starts = torch.cat((apart.new_zeros(1), apart))
+        lengths = starts.diff(append=apart.new_tensor([len(rows)]))
+        try:
+            with path.open("rb", buffering=0) as file:
+                for row, place, length in zip(
+                    *(t.tolist() for t in (rows[starts], places[starts], lengths)), strict=True
+                ):
+                    part = target[place * size : (place + length) * size]
+                    if os.preadv(file.fileno(), [part], row * size) != len(part):
+                        raise DataError(f"{path}: cut off; delete {self.folder} and make it again")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def open_shards(folder: Path, beside: Sequence[str] = ()) -> tuple[Shards, dict[str, Any]]:
@@ -294,10 +307,15 @@ class ShardWriter:
         self._digests.clear()
         for number, count in enumerate(_rows_of_files(self._count, self._per_file)):
             path = self._folder / _file(number)
-            grey = torch.from_numpy(np.fromfile(path, np.uint8)).reshape(count, *self._shape)
-            wide = grey.expand(-1, channels, -1, -1).contiguous()
-            self._digests += row_digests(wide).numpy().tobytes()
-            path.write_bytes(wide.numpy().data)
+            wider = path.with_suffix(".wide")
+            with path.open("rb") as narrow, wider.open("wb") as file:
+                for rows in blocks((count, channels, *self._shape[1:])):
+                    content = bytearray(narrow.read(len(rows) * math.prod(self._shape)))
+                    grey = torch.frombuffer(content, dtype=torch.uint8).reshape(-1, *self._shape)
+                    wide = grey.expand(-1, channels, -1, -1).contiguous()
+                    self._digests += row_digests(wide).numpy().tobytes()
+                    file.write(wide.numpy().data)
+            wider.replace(path)
         self._shape = (channels, *self._shape[1:])
         if self._count % self._per_file:
             self._open("ab")
