@@ -5,6 +5,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.clustering import cluster, plots
@@ -85,6 +86,29 @@ def test_bad_input_is_one_line(words, code, message, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert dispatch(["cluster", *words]) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_bad_pictures_are_refused_or_left_out_as_in_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, pixels in enumerate(load_data("digits").pixels(torch.arange(40))[:, 0].numpy()):
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    words = [f"folder:{folder}", "--method", "snr", "--json"]
+    assert dispatch(["cluster", *words]) == 0
+    edges = json.loads(capsys.readouterr().out)["edges"]
+    (folder / "bad.png").write_bytes(b"no")
+    assert dispatch(["cluster", *words]) == 3
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "bad.png: not a picture" in line and line.endswith("leave it out (on-bad-file skip)")
+    assert dispatch(["cluster", *words, "--on-bad-file", "skip"]) == 3
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 41 pictures cannot be read" in line and line.endswith("or raise max-bad (now 0.01)")
+    with pytest.warns(UserWarning, match=r"1 left out, like bad\.png"):
+        assert dispatch(["cluster", *words, "--on-bad-file", "skip", "--max-bad", "0.1"]) == 0
+    assert json.loads(capsys.readouterr().out)["edges"] == edges
+    assert dispatch(["cluster", *words, "--max-bad", "1.5"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: max-bad must be in [0, 1), got 1.5"
 
 
 def test_stages_and_the_intervals_of_their_edges_are_bands():

@@ -168,5 +168,5 @@ def test_two_hundred_hostile_files_are_named_or_read(tmp_path):
     assert len(images) == len(unnamed) + len(KINDS)  # all others decode to pixels
     assert {name for name in unnamed if not name.startswith(("cut", "flip"))} <= {"idat.png"}  # read as far as needed
     assert "1 link to a folder: not followed" in images.skipped
-    with pytest.raises(DataError, match=r"^folder:.*; remove it, or skip bad files$"):
+    with pytest.raises(DataError, match=r"^folder:.*; remove it, or leave it out \(on-bad-file skip\)$"):
         load_data(f"folder:{tmp_path}", resolution=16)

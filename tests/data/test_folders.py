@@ -143,7 +143,7 @@ def test_grey_among_colour_becomes_colour_and_sizes_must_agree(tmp_path, picture
 
 def test_bad_files_are_refused_or_counted(tmp_path, pictures):
     source = write_folder(tmp_path, {**pictures, "cats/bad.png": b"no", "notes.txt": b"", ".hidden": b""})
-    with pytest.raises(DataError, match=r"cats/bad\.png: not a picture of a known kind .*; remove it, or skip"):
+    with pytest.raises(DataError, match=r"cats/bad\.png: not a picture of a known kind .*; remove it, or leave it out"):
         load_data(source)
     images = load_data(source, split="all", max_bad=0.03)
     assert len(images) == 40

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
+from multistage_diffusion.cli import dispatch
+from multistage_diffusion.data import load_data
 from multistage_diffusion.training.autoencoder import AutoencoderConfig, _module
 
 
@@ -17,3 +20,31 @@ def test_nobody_elses_generator_is_touched(monkeypatch):
     assert tiny.bits_equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
     assert seeded == []
+
+
+@pytest.mark.slow
+def test_bad_pictures_are_refused_or_left_out_as_in_training(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, pixels in enumerate(load_data("digits").pixels(torch.arange(40))[:, 0].numpy()):
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    (folder / "bad.png").write_bytes(b"no")
+    words = [
+        f"folder:{folder}",
+        "--steps",
+        "1",
+        "--widths",
+        "8",
+        "8",
+        "--resolution",
+        "8",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert dispatch(["autoencoder", *words]) == 3
+    assert capsys.readouterr().err.splitlines()[-1].endswith("leave it out (on-bad-file skip)")
+    with pytest.warns(UserWarning, match=r"1 left out, like bad\.png"):
+        assert dispatch(["autoencoder", *words, "--on-bad-file", "skip", "--max-bad", "0.1"]) == 0
+    assert (tmp_path / "a" / "config.json").is_file()

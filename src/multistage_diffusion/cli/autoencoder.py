@@ -9,11 +9,11 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.cli.common import Reads, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute):
+class Options(Reads):
     """Train a small AutoencoderKL of diffusers: minutes on a CPU, for the recipe fashion-mnist-latent and its like.
 
     example: msd autoencoder fashion-mnist --out runs/fashion-mnist-autoencoder
@@ -39,8 +39,6 @@ class Options(Compute):
     """Weight of the posterior's divergence from a standard normal distribution."""
     seed: int = 0
     """Seed of weights, order and noise."""
-    data_root: str | None = None
-    """Folder that holds the source's files."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -54,21 +52,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         The command's document.
     """
     begin = time.perf_counter()
+    data = options.data(options.source, options.resolution)
     device = prepare(options)
 
     from rich.progress import Progress
 
-    from multistage_diffusion.data import load_data
+    from multistage_diffusion.data.latents import load_images
     from multistage_diffusion.training.autoencoder import AutoencoderConfig, reconstruction_error, train_autoencoder
 
     config = AutoencoderConfig(
         steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, widths=options.widths,
         latent_channels=options.latent_channels, kl_weight=options.kl_weight, seed=options.seed,
     )  # fmt: skip
-    train, test = (
-        load_data(options.source, split=split, root=options.data_root, resolution=options.resolution)
-        for split in ("train", "test")
-    )
+    train, test = load_images(data), load_images(data, "test")
     losses: list[float] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training the autoencoder", total=config.steps)

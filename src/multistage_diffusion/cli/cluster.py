@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import ProcessKind, check, process_config
+from multistage_diffusion.cli.common import Reads, prepare
+from multistage_diffusion.config import DataConfig, ProcessKind, check, process_config
 from multistage_diffusion.recipes import recipe
 
 if TYPE_CHECKING:
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from multistage_diffusion.clustering import Clustering
-    from multistage_diffusion.data import Images
-    from multistage_diffusion.data.latents import Examples, Latents
+    from multistage_diffusion.data.latents import Examples
     from multistage_diffusion.models.denoiser import Denoiser
     from multistage_diffusion.noise import Process
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute):
+class Options(Reads):
     """Cut the noise levels of a data set into stages, by the exact denoiser of its images or by a baseline.
 
     Example: msd cluster fashion-mnist --process vp --stages 3 --eta 0.0078125 --alpha 0.9 --out stages.json
@@ -75,8 +74,6 @@ class Options(Compute):
     """Draw the similarity with the edges into this file (png, svg or pdf)."""
     strip: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Draw what the optimal denoiser sees of a few images along the noise levels into this file."""
-    data_root: str | None = None
-    """Folder that holds the source's files."""
     resolution: int | None = None
     """Resize the images to this many pixels a side."""
     autoencoder: str | None = None
@@ -108,18 +105,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     latents_only = options.method != "gradient" and options.allocate is None and not options.paper
     check(options.autoencoder is None or latents_only, "autoencoder", "used without gradient, allocate and paper",
           options.autoencoder)  # fmt: skip
+    config = options.data(options.source, options.resolution, options.autoencoder)
     device = prepare(options)
-    from multistage_diffusion.data import load_data
+    from multistage_diffusion.cli.progress import encoding_progress
+    from multistage_diffusion.data.latents import load_examples
 
     rank = _join()
-    data = load_data(options.source, split="train", root=options.data_root, resolution=options.resolution)
+    data = load_examples(config, device, encoding_progress(console))
     check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
-    seen = data if options.autoencoder is None else _latents(data, options.autoencoder, device, console)
-    found = _cluster(options, data, seen, device, console)
+    found = _cluster(options, data, device, console)
     if rank > 0:
         sys.exit(0)  # the first process writes and prints
-    _draw(options, seen, found)
-    allocation = None if options.allocate is None else _allocate(options, data, found, device, console)
+    _draw(options, data, found)
+    allocation = None if options.allocate is None else _allocate(options, config, data, found, device, console)
     if options.out is not None:
         replace(found.stages, found={**found.stages.found, **(allocation or {})}).save(options.out)
     document = {**_document(options, found), **(allocation or {})}
@@ -127,16 +125,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
-def _latents(data: Images, autoencoder: str, device: torch.device, console: Console) -> Latents:
-    """The images as a model of latents sees them."""
-    from multistage_diffusion.cli.progress import encoding_progress
-    from multistage_diffusion.data.autoencoder import load_autoencoder
-    from multistage_diffusion.data.latents import encode
-
-    return encode(data, load_autoencoder(autoencoder, device), progress=encoding_progress(console))
-
-
-def _cluster(options: Options, data: Images, seen: Examples, device: torch.device, console: Console) -> Clustering:
+def _cluster(options: Options, data: Examples, device: torch.device, console: Console) -> Clustering:
     """Call the library, with a progress bar."""
     from rich.progress import Progress
 
@@ -148,7 +137,7 @@ def _cluster(options: Options, data: Images, seen: Examples, device: torch.devic
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
         found = cluster(
-            seen,
+            data,
             process,
             method=options.method,
             stages=options.stages,
@@ -170,10 +159,11 @@ def _cluster(options: Options, data: Images, seen: Examples, device: torch.devic
 
 
 def _allocate(
-    options: Options, data: Images, found: Clustering, device: torch.device, console: Console
+    options: Options, source: DataConfig, data: Examples, found: Clustering, device: torch.device, console: Console
 ) -> dict[str, Any]:
     """Decoder widths under the budget, from proxy runs of a recipe on these stages."""
-    from multistage_diffusion.config import DataConfig, StagesConfig
+    from multistage_diffusion.config import StagesConfig
+    from multistage_diffusion.data import Images
     from multistage_diffusion.studies.proxies import allocate
 
     base = recipe(options.recipe or options.source)
@@ -181,18 +171,17 @@ def _allocate(
         base.process.kind == options.process, "process", f"{base.process.kind}, the recipe's, with allocate",
         options.process,
     )  # fmt: skip
-    source = DataConfig(source=options.source, root=options.data_root, resolution=options.resolution)
     edges = found.stages.edges
     model = replace(base.model, architecture="multistage", decoder_widths=(base.model.width,) * (len(edges) + 1))
     config = replace(base, data=source, stages=StagesConfig(edges=edges), model=model)
-    assert options.allocate is not None
+    assert options.allocate is not None and isinstance(data, Images)  # latents were refused
     return allocate(
         config, data, options.allocate, options.allocate_for, steps=options.proxy_steps, device=device,
         say=console.print,
     )  # fmt: skip
 
 
-def _draw(options: Options, seen: Examples, found: Clustering) -> None:
+def _draw(options: Options, data: Examples, found: Clustering) -> None:
     """The pictures asked for."""
     from multistage_diffusion.clustering import plots
     from multistage_diffusion.clustering.part import take
@@ -200,7 +189,7 @@ def _draw(options: Options, seen: Examples, found: Clustering) -> None:
     if options.plot is not None:
         plots.save(plots.similarity_figure(found), options.plot)
     if options.strip is not None:
-        images, _ = take(seen, options.max_images, options.seed)
+        images, _ = take(data, options.max_images, options.seed)
         figure = plots.strip_figure(images, found.stages, found.process, seed=options.seed)
         plots.save(figure, options.strip)
 
@@ -216,7 +205,7 @@ def _join() -> int:
     return dist.get_rank()
 
 
-def _network(options: Options, data: Images, process: Process, device: torch.device) -> Denoiser:
+def _network(options: Options, data: Examples, process: Process, device: torch.device) -> Denoiser:
     """The trained network whose gradients are compared: a run's, or a small unified one trained for a moment."""
     from multistage_diffusion.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
     from multistage_diffusion.training.loop import Trainer

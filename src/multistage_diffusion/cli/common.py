@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
+from multistage_diffusion.config import DataConfig, check
 from multistage_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,39 @@ class Compute(Common):
     """Device to compute on, like cpu or cuda; auto takes a GPU where there is one."""
     threads: int | None = None
     """CPU threads; results repeat to the bit only with the same number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads(Compute):
+    """Options of the commands that read a source as `msd train` does."""
+
+    data_root: str | None = None
+    """Folder that holds the source's files."""
+    on_bad_file: Literal["error", "skip"] = "error"
+    """What to do with a picture that cannot be read: stop and name it, or leave it out and count it."""
+    max_bad: float = 0.01
+    """With skip, the largest share of pictures that may be left out."""
+
+    def data(self, source: str, resolution: int | None, autoencoder: str | None = None) -> DataConfig:
+        """What `msd train` would be told to read.
+
+        Args:
+            source: The source.
+            resolution: Pixels a side, or None for those it has.
+            autoencoder: Whose latents are wanted, if latents are.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: An option is out of range.
+        """
+        check(0 <= self.max_bad < 1, "max-bad", "in [0, 1)", self.max_bad)
+        check(resolution is None or resolution >= 4, "resolution", "at least 4", resolution)
+        return DataConfig(
+            source=source, root=self.data_root, resolution=resolution, on_bad_file=self.on_bad_file,
+            max_bad=self.max_bad, autoencoder=autoencoder,
+        )  # fmt: skip
 
 
 def prepare(options: Compute) -> torch.device:

@@ -113,10 +113,11 @@ def collect(source: str, entries: Sequence[Entry], reading: Reading, skipped: It
         except PictureError as error:
             bad.append(f"{shown(entry.name)}: {error}")
             if reading.max_bad == 0:
-                raise DataError(f"{source}: {bad[0]}; remove it, or skip bad files") from error
+                raise DataError(f"{source}: {bad[0]}; remove it, or leave it out (on-bad-file skip)") from error
             if len(bad) > reading.max_bad * len(entries):
                 raise DataError(
-                    f"{source}: {len(bad)} of {len(entries)} pictures cannot be read, the first: {bad[0]}"
+                    f"{source}: {len(bad)} of {len(entries)} pictures cannot be read, the first: {bad[0]}; mend or "
+                    f"remove them, or raise max-bad (now {reading.max_bad:g})"
                 ) from error
             continue
         keys.append(content_key(picture))

@@ -21,7 +21,7 @@ from multistage_diffusion.data.autoencoder import Autoencoder, load_autoencoder
 from multistage_diffusion.data.cache import cache_directory
 from multistage_diffusion.data.images import Images
 from multistage_diffusion.data.shards import Shards, ShardWriter, open_shards
-from multistage_diffusion.data.sources import load_data
+from multistage_diffusion.data.sources import Split, load_data
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.files import read_json, whole_directory, write_json
 
@@ -163,13 +163,32 @@ def load_examples(
         DataError: The source cannot be read, or the autoencoder cannot encode it.
     """
     if images is None:
-        images = load_data(config.source, root=config.root, resolution=config.resolution, max_bad=config.tolerated)
-    if config.tolerated and images.skipped:
-        warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
+        images = load_images(config)
     if config.autoencoder is None:
         return images
     autoencoder = load_autoencoder(config.autoencoder, device)
     return encode(images, autoencoder, scale=config.latent_scale, mirrored=config.flip, progress=progress)
+
+
+def load_images(config: DataConfig, split: Split = "train") -> Images:
+    """Images of a configuration's source; of pictures that were left out there is a warning, once.
+
+    Args:
+        config: Source, resolution, what becomes of pictures that cannot be read.
+        split: The part wanted.
+
+    Returns:
+        The images, whether or not the configuration encodes them.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    images = load_data(
+        config.source, split=split, root=config.root, resolution=config.resolution, max_bad=config.tolerated
+    )
+    if config.tolerated and images.skipped and split == "train":
+        warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
+    return images
 
 
 def encode(
