@@ -103,32 +103,6 @@ def test_what_another_engine_made_is_loaded_and_said(tmp_path):
     assert len(log(tmp_path / "run")) == len(log(tmp_path / "whole"))
 
 
-def test_a_run_from_before_the_engine_goes_on(tmp_path):
-    import json
-
-    from multistage_diffusion.files import write_json
-
-    train_until(5, tmp_path / "run", configuration())
-    for name in ("config.json", "checkpoints/step-00000003/config.json"):
-        document = json.loads((tmp_path / "run" / name).read_text())
-        del document["engine"]
-        (tmp_path / "run" / name).write_text(json.dumps(document))
-    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
-    state = json.loads((folder / "state.json").read_text())
-    del state["engine"], state["window"]["clipped"], state["window"]["overflows"]
-    (folder / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    from multistage_diffusion.files import sha256
-
-    for name in manifest["files"]:
-        file = folder / name
-        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_json(folder / "manifest.json", manifest)
-    assert train(configuration(), tmp_path / "run", data=tiny.images()).resumed == 3
-    train(configuration(), tmp_path / "whole", data=tiny.images())
-    assert tiny.bits_equal(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

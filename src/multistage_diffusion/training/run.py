@@ -289,14 +289,13 @@ def _newest(folder: Path, trainer: Trainer, data: Examples) -> tuple[Checkpoint 
         return None, Window()
     state = checkpoint.state()
     try:
-        window = Window(**state["window"])
+        window, digest, changes = Window(**state["window"]), state["data"], _changes(state, trainer)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}/state.json has no window of losses; it is of another version"
-        ) from error
-    if state.get("data") != data.digest:
+        raise CheckpointError(f"{checkpoint.path}/state.json is of another version: it lacks {error}") from error
+    if digest != data.digest:
         raise ConfigError(f"the images of {data.name} are not those that {folder} was trained on; choose another --out")
-    _say_changes(folder, state, trainer)
+    for change in changes:
+        warnings.warn(f"{folder} was trained {change}: equal up to rounding, not to the bit", stacklevel=2)
     if checkpoint.step > trainer.config.training.steps:
         raise ConfigError(
             f"{folder} has {checkpoint.step} steps already; training.steps {trainer.config.training.steps} is less"
@@ -304,21 +303,17 @@ def _newest(folder: Path, trainer: Trainer, data: Examples) -> tuple[Checkpoint 
     return checkpoint, window
 
 
-def _say_changes(folder: Path, state: dict[str, Any], trainer: Trainer) -> None:
-    """Warn, by name, of all that makes a continued run differ from one that was not interrupted, by rounding."""
+def _changes(state: dict[str, Any], trainer: Trainer) -> list[str]:
+    """What makes a continued run differ, by rounding, from one that was not interrupted."""
     changes = []
-    if state.get("threads") != torch.get_num_threads():
-        changes.append(f"with {state.get('threads')} threads and is continued with {torch.get_num_threads()}")
-    if state.get("device") != trainer.device.type:
-        changes.append(f"on {state.get('device')} and is continued on {trainer.device.type}")
-    defaults = _engine(EngineConfig(), World())  # those of a run from before there was a choice
-    ours = _engine(trainer.config.engine, trainer.world)
-    theirs = {**defaults, **state.get("engine", {})}
-    for key, value in ours.items():
-        if theirs[key] != value:
-            changes.append(f"with engine.{key.replace('_', '-')} {theirs[key]} and is continued with {value}")
-    for change in changes:
-        warnings.warn(f"{folder} was trained {change}: equal up to rounding, not to the bit", stacklevel=2)
+    if state["threads"] != torch.get_num_threads():
+        changes.append(f"with {state['threads']} threads and is continued with {torch.get_num_threads()}")
+    if state["device"] != trainer.device.type:
+        changes.append(f"on {state['device']} and is continued on {trainer.device.type}")
+    for key, value in _engine(trainer.config.engine, trainer.world).items():
+        if (theirs := state["engine"][key]) != value:
+            changes.append(f"with engine.{key.replace('_', '-')} {theirs} and is continued with {value}")
+    return changes
 
 
 def _engine(config: EngineConfig, world: World) -> dict[str, Any]:
