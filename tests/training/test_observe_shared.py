@@ -23,6 +23,7 @@ from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import load_run, train
 from multistage_diffusion.training.snapshots import list_snapshots
+from multistage_diffusion.world import failure
 from runs import log, tensors
 
 WATCHED = LoggingConfig(
@@ -84,6 +85,14 @@ def not_finite():
 
 def a_mistake():
     raise RuntimeError("sizes differ")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def impatient():
+    failure._SILENCE = 4.0
 
 
 def terminate():
@@ -203,6 +212,16 @@ def test_another_error_in_one_process_ends_both(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_process_killed_while_it_measures_is_named_and_the_run_goes_on(watched, tmp_path):
+    out = tmp_path / "run"
+    found = ranks.run(life, tmp_path / "life", out, "ddp", [(0, impatient), (1, at, 2, 2, kill)])
+    assert found[1] is None and found[0][2] == 1
+    assert found[0][1].startswith("no word from process 1 of 2: killed")
+    assert [code for _, _, code, _ in ranks.run(life, tmp_path / "again", out)] == [0, 0]
+    assert evaluated(out) == grids(out) == [4, 8]
+    assert tiny.bits_equal(tensors(out), tensors(watched)) and log(out) == log(watched)
+
+
 LONG = replace(WATCHED, evaluate_images=400)  # a process draws its share in 50 calls
 
 
@@ -225,7 +244,7 @@ def test_a_signal_to_one_process_stops_both_there_and_loses_nothing(process, cal
 def test_a_signal_reaches_a_process_that_waits_for_one_that_is_slow(tmp_path):
     """Process 0 draws its grid, for 100 times 1.5 seconds, while process 1 has nothing to do and hears the signal."""
     slow = replace(WATCHED, evaluate_every=0, grid_images=800)
-    faults = [(0, at, 1, 1000, dawdle), (1, alarm, 3)]
+    faults = [(0, at, 1, 1000, dawdle), (1, alarm, 8), (1, impatient)]
     began = time.monotonic()
     found = ranks.run(life, tmp_path / "life", tmp_path / "run", "ddp", faults, slow)
     assert [code for _, _, code, _ in found] == [143, 143]

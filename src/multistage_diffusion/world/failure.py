@@ -1,12 +1,14 @@
 """How processes that work together end when one of them fails: it says why, and the others go quietly.
 
 A process that fails exits, so the collectives of the others break off with an error of the transport, which says
-nothing. They find the reason in the store where all met.
+nothing. They find the reason in the store where all met. Those that wait at the store have no transport that breaks:
+they see that the pulse of a process has stopped, which was killed or hangs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -14,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -24,6 +26,70 @@ from multistage_diffusion.errors import PeerError, UserError
 _FAILED, _CLAIMS = "failed", "failures"  # keys of the store: who failed first and why; how many claim to have been it
 _GRACE = 5.0  # seconds in which processes that lost one another wait for whoever knows why
 _POLL = 0.02
+_BEAT = 1.0  # seconds between beats of a pulse
+_SILENCE = 20.0  # seconds without a beat after which a process is given up
+
+
+@contextlib.contextmanager
+def pulse(store: Store, rank: int) -> Iterator[None]:
+    """Show the other processes that this one lives, however long it computes or waits.
+
+    Args:
+        store: Where the processes met.
+        rank: Number of this process.
+
+    Yields:
+        While it beats, on a thread of its own.
+    """
+    over = threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):  # of a store that went before this process
+            for number in itertools.count():
+                store.set(f"pulse {rank}", str(number))
+                if over.wait(_BEAT):
+                    return
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(_BEAT)
+
+
+@final
+class Pulses:
+    """The pulses of all processes, for one that waits.
+
+    Args:
+        store: Where the processes met.
+        size: Number of processes.
+    """
+
+    def __init__(self, store: Store, size: int) -> None:
+        self._store, self._keys, self._looked = store, [f"pulse {rank}" for rank in range(size)], time.monotonic()
+        self._last: list[bytes] = []
+        self._silence = [0.0] * size
+
+    def require(self) -> None:
+        """Stop waiting when the pulse of a process has stopped.
+
+        Raises:
+            UserError: One has; it is named.
+        """
+        passed = time.monotonic() - self._looked
+        if passed < _BEAT or not self._store.check(self._keys):
+            return
+        self._looked += passed
+        # A beat apart: if all were halted for an hour, the first to go on should not bury the others.
+        passed, beats = min(passed, 2 * _BEAT), [self._store.get(key) for key in self._keys]
+        same = [beat == last for beat, last in zip(beats, self._last or beats, strict=True)]
+        self._silence = [(silence + passed) * still for silence, still in zip(self._silence, same, strict=True)]
+        self._last = beats
+        if silent := [rank for rank, silence in enumerate(self._silence) if silence > _SILENCE]:
+            raise _no_word(silent, len(self._keys))
 
 
 def require_none(store: Store) -> None:
@@ -84,10 +150,7 @@ def blame(store: Store, rank: int, size: int, error: BaseException) -> BaseExcep
             _told(store)  # whoever failed speaks first
             return error
         if _is_lost(error) and not _told(store) and (silent := _silent(store, size)):
-            error = UserError(
-                f"no word from process {', '.join(map(str, silent))} of {size}: killed, out of memory, hanging, or its "
-                "machine lost; the same command goes on from the last checkpoint"
-            )
+            error = _no_word(silent, size)
         if store.add(_CLAIMS, 1) > 1:
             return peer_error(json.loads(store.get(_FAILED)))
         store.set(_FAILED, json.dumps(describe(rank, error)))
@@ -153,6 +216,13 @@ def _told(store: Store) -> bool:
 def _silent(store: Store, size: int) -> list[int]:
     """Processes that have not left."""
     return [rank for rank in range(size) if not store.check([f"left {rank}"])]
+
+
+def _no_word(silent: list[int], size: int) -> UserError:
+    return UserError(
+        f"no word from process {', '.join(map(str, silent))} of {size}: killed, out of memory, hanging, or its machine "
+        "lost; the same command goes on from the last checkpoint"
+    )
 
 
 def _report(error: BaseException) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from multistage_diffusion.errors import ConfigError, NumericsError
-from multistage_diffusion.world.failure import blame, deaf, describe, linger, peer_error, require_none
+from multistage_diffusion.world.failure import Pulses, blame, deaf, describe, linger, peer_error, pulse, require_none
 
 _POLL = 0.02  # seconds between looks at the store
 
@@ -99,10 +99,13 @@ class World:
 
         Raises:
             PeerError: A process failed in the meantime.
+            UserError: A process was killed, or hangs.
         """
         assert self.store is not None, "a process alone has nobody to ask"
+        pulses = Pulses(self.store, self.size)
         while not self.store.check([key]):
             require_none(self.store)
+            pulses.require()
             meanwhile()
             time.sleep(_POLL)
         return json.loads(self.store.get(key))
@@ -304,20 +307,21 @@ def join(device: torch.device, minutes: float) -> Iterator[World]:
         _start(device, timedelta(minutes=minutes))
     store = _store()
     world = World(dist.get_rank(), dist.get_world_size(), store)
-    try:
-        yield world
-        # Nobody goes while another one may still ask. A barrier holds no tensor: gloo's thread would need Python's lock
-        # to let go of one, while this thread, which holds the lock, may wait for that one to end (torch 2.13).
-        dist.barrier()
-    except BaseException as error:
-        with deaf():
-            blamed = blame(store, world.rank, world.size, error)
-            if ours and device.type != "cuda":  # NCCL would wait for those that failed
-                dist.destroy_process_group()  # now the others notice
-            linger(store, world.rank, world.size)
-        if blamed is error:
-            raise
-        raise blamed from error
+    with pulse(store, world.rank):
+        try:
+            yield world
+            # Nobody goes while another one may still ask. A barrier holds no tensor: gloo's thread would need Python's
+            # lock to let go of one, while this thread, which holds it, may wait for that one to end (torch 2.13).
+            dist.barrier()
+        except BaseException as error:
+            with deaf():
+                blamed = blame(store, world.rank, world.size, error)
+                if ours and device.type != "cuda":  # NCCL would wait for those that failed
+                    dist.destroy_process_group()  # now the others notice
+                linger(store, world.rank, world.size)
+            if blamed is error:
+                raise
+            raise blamed from error
     if ours:
         dist.destroy_process_group()
 
