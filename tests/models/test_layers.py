@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny
 from multistage_diffusion.models.layers import Attention, NoiseEmbedding, Resample, ResidualBlock, group_norm
@@ -44,6 +45,16 @@ def test_attention_equals_its_definition(heads):
     weight = torch.einsum("bhci,bhcj->bhij", query, key).mul((8 // heads) ** -0.5).softmax(dim=-1)
     mixed = torch.einsum("bhij,bhcj->bhci", weight, value).reshape(2, 8, 3, 5)
     torch.testing.assert_close(layer(x), (x + layer.out(mixed)) * 0.7, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_is_fused_and_keeps_the_layout(layout):
+    layer = Attention(16, replace(tiny.MODEL, head_channels=8)).to(memory_format=layout)
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=layout).requires_grad_()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where the heads do not lie as the kernel wants them
+        output = layer(x)
+    output.sum().backward()
+    assert output.is_contiguous(memory_format=layout)
 
 
 def test_a_fresh_block_is_its_shortcut():

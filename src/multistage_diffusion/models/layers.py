@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, final
+from typing import Literal, TypeVar, final
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from multistage_diffusion.errors import ConfigError
 
 Maps = Float[Tensor, "batch chan high wide"]
 Direction = Literal["down", "up"]
+_Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
 
 def group_norm(channels: int, config: ModelConfig) -> nn.GroupNorm:
@@ -34,7 +35,22 @@ def group_norm(channels: int, config: ModelConfig) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=config.norm_eps)
 
 
-def initialise(layer: nn.Conv2d | nn.Linear, *, zero: bool = False) -> nn.Module:
+def merge(x: Maps, branch: Maps, scale: float) -> Maps:
+    """A residual branch added to its input, with the variance kept where the scale is sqrt(1/2).
+
+    Args:
+        x: Feature maps.
+        branch: Feature maps of the same shape.
+        scale: What the sum is multiplied by.
+
+    Returns:
+        Feature maps of the same shape.
+    """
+    total = x + branch
+    return total if scale == 1.0 else total.mul_(scale)
+
+
+def initialise(layer: _Layer, *, zero: bool = False) -> _Layer:
     """Xavier-uniform weights, or zeros for a layer that ends a residual branch; biases are zero.
 
     Args:
@@ -193,11 +209,13 @@ class Attention(nn.Module):
         Returns:
             Feature maps of the same shape.
         """
-        batch, channels, high, wide = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, high * wide)
-        query, key, value = qkv.transpose(3, 4).unbind(1)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return (x + self.out(mixed.transpose(2, 3).reshape(batch, channels, high, wide))) * self.scale
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(pixels, self.qkv.weight.flatten(1), self.qkv.bias)
+        # A head's channels side by side in memory: fused attention takes no others, and torch falls back in silence.
+        query, key, value = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        branch = F.linear(mixed, self.out.weight.flatten(1), self.out.bias).transpose(1, 2)
+        return merge(x, branch.unflatten(2, x.shape[2:]), self.scale)
 
 
 @final
@@ -260,7 +278,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(self.dropout(F.silu(self.norm1(h)), number))
         if self.shortcut is not None:
             x = self.shortcut(x)
-        x = (x + h) * self.scale
+        x = merge(x, h, self.scale)
         return x if self.attention is None else self.attention(x)
 
 

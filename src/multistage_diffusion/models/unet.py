@@ -25,6 +25,7 @@ from multistage_diffusion.models.layers import (
     ResidualBlock,
     group_norm,
     initialise,
+    merge,
 )
 
 
@@ -114,7 +115,7 @@ class Encoder(nn.Module):
             if level < len(self.downs):
                 h = self.downs[level](h, embedding, number)
                 if self.pyramid:
-                    h = pyramid = (h + self.pyramid[level](pyramid)) * self.scale
+                    h = pyramid = merge(h, self.pyramid[level](pyramid), self.scale)
                 skips.append(h)
         for block in self.middle:
             h = block(h, embedding, number)
