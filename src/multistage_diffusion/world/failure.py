@@ -80,11 +80,12 @@ class Pulses:
             UserError: One has; it is named.
         """
         passed = time.monotonic() - self._looked
-        if passed < _BEAT or not self._store.check(self._keys):
+        if passed < _BEAT:
             return
         self._looked += passed
         # A beat apart: if all were halted for an hour, the first to go on should not bury the others.
-        passed, beats = min(passed, 2 * _BEAT), [self._store.get(key) for key in self._keys]
+        passed = min(passed, 2 * _BEAT)
+        beats = [self._store.get(key) if self._store.check([key]) else b"" for key in self._keys]
         same = [beat == last for beat, last in zip(beats, self._last or beats, strict=True)]
         self._silence = [(silence + passed) * still for silence, still in zip(self._silence, same, strict=True)]
         self._last = beats

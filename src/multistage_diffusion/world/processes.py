@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from multistage_diffusion.errors import ConfigError, NumericsError
+from multistage_diffusion.errors import ConfigError, NumericsError, PeerError
 from multistage_diffusion.world.failure import Pulses, blame, deaf, describe, linger, peer_error, pulse, require_none
 
 _POLL = 0.02  # seconds between looks at the store
@@ -296,6 +296,7 @@ def join(device: torch.device, minutes: float) -> Iterator[World]:
         All of them; `ALONE` where there is one.
 
     Raises:
+        ConfigError: There are fewer GPUs than processes on this machine.
         PeerError: Another process failed, and has said why.
         UserError: Another process ended without a word.
     """
@@ -330,12 +331,21 @@ def _start(device: torch.device, timeout: timedelta) -> None:
     """Meet at a store keyed by torchrun's restart: the one before may have left its addresses there."""
     from torch.distributed.rendezvous import rendezvous
 
+    if device.type == "cuda":
+        _require_gpus(torch.cuda.device_count())
+        torch.cuda.set_device(device)
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _require_gpus(there: int) -> None:
+    """Refuse two processes on one GPU, which NCCL cannot do; the first process of the machine says so."""
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if wanted > there:
+        text = f"{wanted} processes were started on a machine with {there} GPUs: torchrun --nproc-per-node {there}"
+        raise ConfigError(text) if os.environ.get("LOCAL_RANK", "0") == "0" else PeerError(text, ConfigError.exit_code)
 
 
 def _store() -> Store:
