@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,6 +324,46 @@ def test_an_image_that_is_not_finite_is_said_in_the_stream():
     with serving(denoiser) as server:
         status, _, content = ask(server, body={"num": 1, "steps": 2})
         assert status == 200 and lines(content)[-1].keys() == {"error"}
+
+
+# W6: nothing leaves this machine; see also the tests of the page, of wishes and of paths
+
+
+def can_trace():
+    trace = ["strace", "-qq", "-e", "trace=connect", "-o", os.devnull, "true"]
+    return shutil.which("strace") is not None and subprocess.run(trace, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_trace(), reason="needs strace")
+def test_the_server_connects_to_nobody(tmp_path):
+    tiny.denoiser(process="edm").save_pretrained(tmp_path / "model")
+    words = ["serve", str(tmp_path / "model"), "--port", "0", "--json", "--threads", "1"]
+    log = tmp_path / "calls"
+    process = subprocess.Popen(
+        ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,accept4", "-o", str(log),
+         sys.executable, "-m", "multistage_diffusion", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        started = SimpleNamespace(server_port=json.loads(line)["port"])
+        assert ask(started, "GET", "/", timeout=60)[0] == ask(started, "GET", "/about", timeout=60)[0] == 200
+        status, _, content = ask(started, body={"num": 2, "steps": 3}, timeout=60)
+        assert status == 200 and "image" in lines(content)[-1]
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    calls = log.read_text().splitlines()
+    assert sum("accept4(" in call and "127.0.0.1" in call for call in calls) >= 3  # it was watched
+    connects = [call for call in calls if "connect(" in call and "sa_family=AF_UNIX" not in call]
+    assert [call for call in connects if not re.search(r'inet_addr\("127\.|"::1"', call)] == []
+    assert [call for call in calls if re.search(r"send(to|msg)\(.*sin6?_port", call)] == []  # to an address of its own
 
 
 # W7: the end

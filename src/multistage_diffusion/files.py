@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from multistage_diffusion.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
-MAX_JSON_BYTES = 64 * 1024 * 1024  # a JSON file larger than this is not one of ours
+MAX_JSON_BYTES = 64 * 2**20  # a JSON file larger than this is not one of ours
+MAX_MANIFEST_BYTES = 2**19  # nor a manifest, which holds 4,000 files: JSON takes up to 25 times its size in memory
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
 
 
@@ -66,11 +67,12 @@ def write_json(path: Path, document: Any) -> None:
     write_atomic(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int | None = None) -> Any:
     """Read a JSON document.
 
     Args:
         path: An existing regular file.
+        limit: Largest size in bytes; by default `MAX_JSON_BYTES`.
 
     Returns:
         The document.
@@ -81,8 +83,9 @@ def read_json(path: Path) -> Any:
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a file of this program")
+        limit = limit or MAX_JSON_BYTES
+        if path.stat().st_size > limit:
+            raise ConfigError(f"{path}: larger than {limit} bytes, not a file of this program")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
@@ -222,7 +225,7 @@ def check_directory(path: Path, required: Sequence[str] = (), *, sizes_only: str
         None if all is well, else what is wrong, naming the file.
     """
     try:
-        files = read_json(path / MANIFEST)["files"]
+        files = read_json(path / MANIFEST, MAX_MANIFEST_BYTES)["files"]
         for name in required:
             if name not in files:
                 return f"{path / MANIFEST} does not name {name}"
@@ -263,7 +266,7 @@ def _foreign(path: Path) -> str | None:
     if not path.is_dir():
         return "it is a file"
     try:
-        ours = {MANIFEST, *read_json(path / MANIFEST)["files"]}
+        ours = {MANIFEST, *read_json(path / MANIFEST, MAX_MANIFEST_BYTES)["files"]}
     except (ConfigError, KeyError, TypeError):
         ours = set()
     entries = (entry for entry in path.rglob("*") if not entry.is_dir() or entry.is_symlink())

@@ -25,17 +25,18 @@ from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
-from multistage_diffusion.files import check_directory, read_json
+from multistage_diffusion.files import MAX_MANIFEST_BYTES, check_directory, read_json
 
 INDEX = "index.json"
 _FORMAT = "multistage-diffusion shards 1"
 _DIGESTS, _DIGEST_BYTES = "digests.bin", 16
 _SHARD_BYTES = 256 * 2**20
+_SHARDS = 2_000  # about as many files of rows at most: those of larger sets are larger
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _MAX_ROW_BYTES = 2**30
 _BLOCK = 2**22  # numbers in rows that are gone through block by block
 MAX_BYTES = 16 * 2**30  # more is not read into memory at once
-_MAX_FILES = 100_000
+_MAX_FILES = 100_000  # in an index that is read
 
 Row = tuple[int, int, int]
 
@@ -289,7 +290,7 @@ class ShardWriter:
         channels, height, width = rows.shape[1:]
         self._shape, self._dtype = (channels, height, width), rows.dtype
         row = rows[0].nbytes
-        self._per_file = max(1, _SHARD_BYTES // row)
+        self._per_file = max(1, _SHARD_BYTES // row, -(-self.expected // _SHARDS))
         needed, free = self.expected * (row + _DIGEST_BYTES), shutil.disk_usage(self._folder).free
         if needed > free:
             raise CheckpointError(
@@ -324,7 +325,7 @@ class ShardWriter:
 def _open(folder: Path) -> tuple[Shards, dict[str, Any]]:
     """Open a folder by its index."""
     try:
-        index: Any = read_json(folder / INDEX)
+        index: Any = read_json(folder / INDEX, MAX_MANIFEST_BYTES)
         if index["format"] != _FORMAT:
             raise ValueError(f"format {str(index['format'])[:60]!r} instead of {_FORMAT!r}")
         dtype, count, per_file = _DTYPES[index["dtype"]], index["rows"], index["rows_per_shard"]

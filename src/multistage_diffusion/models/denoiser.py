@@ -22,6 +22,7 @@ from multistage_diffusion.stages import Stages
 
 UNDIVIDED = Stages()
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_MAX_HEADER_BYTES = 2**21  # of a safetensors file: the names and shapes of some 20,000 tensors
 
 
 @final
@@ -221,6 +222,10 @@ def _require_fit(network: nn.Module, path: Path) -> None:
     """Compare the names and shapes in a file's header with those of a network, which may be on the meta device."""
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"cannot read weights {path}: a header of {header} bytes is not that of a network")
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
