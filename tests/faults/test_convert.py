@@ -62,7 +62,7 @@ def test_a_full_disk_ends_a_conversion_with_one_line(lives, pictures, small_disk
     out = small_disk / "shards"
     life = lives.run("data", pictures, "--convert", str(out))
     assert life.wait() == 5
-    assert life.errors[-1].startswith("error: cannot write ") and "(3691200 bytes)" in life.errors[-1]
+    assert life.errors[-1].startswith(f"error: cannot write {out}: 3691200 bytes are needed and ")
     life = lives.run("data", "digits", "--convert", str(out), limit=50_000)
     assert life.wait() == 5
     assert life.errors[-1].startswith(f"error: cannot write {out}: File too large")

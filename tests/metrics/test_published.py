@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,8 +191,10 @@ def test_files_that_are_not_the_published_ones_are_refused(tmp_path, monkeypatch
     other.write_bytes(b"something else")
     with pytest.raises(ConfigError, match=r"other.pth is not weights-inception-.* as published: SHA-256"):
         InceptionV3(other)
-    with pytest.raises(ConfigError, match=r"cannot read .*none.pth: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*none.pth as efficientnet-lite0.*: No such file"):
         EfficientNetLite0(tmp_path / "none.pth")
+    with pytest.raises(ConfigError, match=r"cannot read /dev/zero as .*: not a regular file"):
+        EfficientNetLite0(Path("/dev/zero"))
     path = published(imagenet, {"_fc.weight": torch.zeros(2)}, tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match="of another network: Missing key"):
         EfficientNetLite0(path)

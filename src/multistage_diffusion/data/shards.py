@@ -10,6 +10,7 @@ Files are read, not mapped: what was read takes no memory afterwards, and a disk
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
-from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
+from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.files import MAX_MANIFEST_BYTES, check_directory, read_json
 
 INDEX = "index.json"
@@ -243,8 +244,7 @@ class ShardWriter:
             rows: On the CPU; height, width and type as those before.
 
         Raises:
-            CheckpointError: The disk has no room for what is expected.
-            OSError: The disk is full, or cannot be written.
+            OSError: The disk has no room for what is expected, is full, or cannot be written.
         """
         if self._count == 0:
             self._begin(rows)
@@ -292,11 +292,8 @@ class ShardWriter:
         row = rows[0].nbytes
         self._per_file = max(1, _SHARD_BYTES // row, -(-self.expected // _SHARDS))
         needed, free = self.expected * (row + _DIGEST_BYTES), shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise CheckpointError(
-                f"cannot write {self._folder.parent} ({needed} bytes): {free} bytes are free; free space or choose "
-                "another folder"
-            )
+        if needed > free:  # the folder's owner knows what it will be called
+            raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free")
 
     def _open(self, mode: str) -> None:
         self.close()

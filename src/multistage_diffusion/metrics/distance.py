@@ -97,7 +97,8 @@ def measure(metrics: Sequence[str], real: Statistics, generated: Statistics, *, 
         ("generated", generated.count, 2),
     ):
         if count < least:
-            raise DataError(f"at least 2 {kind} images are needed for a distance, got {count}")
+            mend = "raise num" if kind == "generated" else "take a larger source"
+            raise DataError(f"at least 2 {kind} images are needed for a distance, got {count}; {mend}")
     result: Figures = {}
     for name in metrics:
         match name:
@@ -175,7 +176,10 @@ def _limit(real: Statistics, generated: Statistics, seed: int) -> tuple[float, l
     features, num_features = generated.features, len(generated.total)
     count, least = len(features), 2 * num_features
     if count < 2 * least:
-        raise DataError(f"fd_infinity needs at least {2 * least} generated images, got {count}")
+        raise DataError(
+            f"fd_infinity needs at least {2 * least} generated images (4 for each of {num_features} features), got "
+            f"{count}; raise num, or leave fd_infinity out of metrics"
+        )
     sizes = torch.linspace(max(least, count // 10), count, _EXTRAPOLATED, dtype=torch.float64).long()
     mean, root, distances = real.mean(), _root(real.covariance()), list[float]()
     for i, size in enumerate(sizes.tolist()):
@@ -215,7 +219,7 @@ def _inception_score(generated: Statistics) -> tuple[float, float]:
     Source: Salimans et al. 2016. Every tenth image makes a split; they are one set where there are too few.
     """
     if generated.split_probability.shape[1] == 0:
-        raise ConfigError("the metric is needs features that know classes, and these do not")
+        raise ConfigError("the metric is needs features that know classes, like inception or source; these do not")
     parts = [generated.split_count, generated.split_probability, generated.split_information]
     if generated.count < SPLITS * _SUBSET:
         parts = [part.sum(0, keepdim=True) for part in parts]
@@ -245,7 +249,10 @@ def prdc(
     Source: Kynkaanniemi et al. 2019 (precision, recall); Naeem et al. 2020 (density, coverage).
     """
     if min(len(real), len(generated)) <= neighbours:
-        raise DataError(f"prdc needs more than {neighbours} images of each kind, got {len(real)} and {len(generated)}")
+        raise DataError(
+            f"prdc needs more than {neighbours} images of each kind, got {len(real)} real and {len(generated)} "
+            "generated ones; raise num, or leave prdc out of metrics"
+        )
     radius_real, radius_generated = _radii(real, neighbours), _radii(generated, neighbours)
     inside, recalled, covered = [], [], torch.zeros(len(real), dtype=torch.bool)
     for rows in generated.split(_BLOCK):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.data.cache import cache_directory
+from multistage_diffusion.data.decode import PictureError, read_regular
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import write_atomic
 
@@ -81,9 +82,9 @@ def read_weights(path: Path, published: Published, network: nn.Module) -> None:
         CheckpointError: Its tensors are not those of the network.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        content = read_regular(path, published.size)
+    except PictureError as error:
+        raise ConfigError(f"cannot read {path} as {published.name}: {error}") from error
     _check(content, published, str(path))
     tensors: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     place(tensors, network, str(path))
