@@ -173,12 +173,18 @@ def test_two_processes_report_what_one_does(parallel, tmp_path, monkeypatch):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 
 
+def slowly(*cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 LEFT_OUT = [
     (1, (at, 1, 4, no_memory), "process 1: memory does not suffice"),  # 8, 4, 2, 1 images at once
-    (1, (at, 4, 4, no_memory), "process 1: memory does not suffice"),  # in its share of the loss
-    (0, (at, 3, 6, no_memory), "process 0: memory does not suffice"),
-    (1, (at, 2, 2, not_finite), "process 1: the image of seed 9 is not finite"),
-    (1, (no_memory_for_the_copy,), "process 1: memory does not suffice"),
+    *slowly(
+        (1, (at, 4, 4, no_memory), "process 1: memory does not suffice"),  # in its share of the loss
+        (0, (at, 3, 6, no_memory), "process 0: memory does not suffice"),
+        (1, (at, 2, 2, not_finite), "process 1: the image of seed 9 is not finite"),
+        (1, (no_memory_for_the_copy,), "process 1: memory does not suffice"),
+    ),
 ]
 
 
@@ -195,6 +201,7 @@ def test_what_one_process_cannot_do_is_left_out_by_all_and_said_once(process, fa
     ]
 
 
+@pytest.mark.slow
 def test_memory_for_fewer_images_suffices(watched, tmp_path):
     found = ranks.run(life, tmp_path / "life", tmp_path / "run", "ddp", [(1, at, 1, 1, no_memory)])
     assert [(error, code) for _, error, code, _ in found] == [("", 0)] * 2
@@ -212,6 +219,7 @@ def test_another_error_in_one_process_ends_both(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_measures_is_named_and_the_run_goes_on(watched, tmp_path):
     out = tmp_path / "run"
     found = ranks.run(life, tmp_path / "life", out, "ddp", [(0, impatient), (1, at, 2, 2, kill)])
@@ -225,10 +233,9 @@ def test_a_process_killed_while_it_measures_is_named_and_the_run_goes_on(watched
 LONG = replace(WATCHED, evaluate_images=400)  # a process draws its share in 50 calls
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 3), (0, 53), (1, 1), (1, 51))]
-
-
-@pytest.mark.parametrize(("process", "call"), [(0, 1), (1, 4), *SLOW])  # 2 calls for the grid, 50 for each share
+@pytest.mark.parametrize(
+    ("process", "call"), [(1, 4), *slowly((0, 1), (0, 3), (0, 53), (1, 1), (1, 51))]
+)  # 2 calls for the grid, 50 for each share
 def test_a_signal_to_one_process_stops_both_there_and_loses_nothing(process, call, tmp_path):
     out = tmp_path / "run"
     found = ranks.run(life, tmp_path / "life", out, "ddp", [(process, at, call, call, terminate)], LONG)
@@ -241,6 +248,7 @@ def test_a_signal_to_one_process_stops_both_there_and_loses_nothing(process, cal
     assert evaluated(out) == grids(out) == [4, 8]
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_a_process_that_waits_for_one_that_is_slow(tmp_path):
     """Process 0 draws its grid, for 100 times 1.5 seconds, while process 1 has nothing to do and hears the signal."""
     slow = replace(WATCHED, evaluate_every=0, grid_images=800)

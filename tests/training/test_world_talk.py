@@ -62,12 +62,13 @@ def wait_for_a_silent_one(rank, number):
         return str(error)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_who_waits_for_a_killed_or_halted_process_names_it(number, tmp_path):
     found, _ = ranks.run(wait_for_a_silent_one, tmp_path, number, hangs=[1] if number == signal.SIGSTOP else [])
     assert found.startswith("no word from process 1 of 2: killed")
 
 
+@pytest.mark.slow
 def test_a_process_that_only_takes_long_is_waited_for(tmp_path):
     assert ranks.run(wait_for_a_silent_one, tmp_path, None) == [[0, 1], [0, 1]]
 
