@@ -120,6 +120,14 @@ def test_what_is_drawn_and_tabled_follows_the_document(made):
     assert result.lines[1][3].told in (True, False)
 
 
+def test_a_page_leaves_out_documents_of_another_version(made, tmp_path):
+    document = json.loads((made / "decoders.json").read_text())
+    (tmp_path / "decoders.json").write_text(json.dumps(document))
+    (tmp_path / "stages.json").write_text(json.dumps({"study": "stages", "rows": [{"of": "another version"}]}))
+    page = write_page(tmp_path).read_text()
+    assert STUDIES["decoders"].title in page and STUDIES["stages"].title not in page
+
+
 @pytest.mark.parametrize("low", [0.0123, 0.9, 3.0])
 @pytest.mark.parametrize("times", [1.05, 1.5, 3, 10, 1_000, 1e6])
 def test_ticks_are_round_and_few(low, times):

@@ -16,7 +16,7 @@ from multistage_diffusion.files import read_json, write_atomic, write_json
 from multistage_diffusion.studies.drawing import svg
 from multistage_diffusion.studies.figures import draw
 from multistage_diffusion.studies.sheets import count, digits, sheets
-from multistage_diffusion.studies.study import STUDIES
+from multistage_diffusion.studies.study import FORMAT, STUDIES
 
 CAPTIONS = {
     "efficiency": "Means over seeds, bands of one standard error. Below: the share of the unified model's training "
@@ -63,7 +63,7 @@ def write_page(out: Path) -> Path:
     """Write `report.html` for all studies in a folder.
 
     Args:
-        out: Folder of the documents.
+        out: Folder of the documents; those of another version are left out until their studies are done again.
 
     Returns:
         The page.
@@ -73,7 +73,8 @@ def write_page(out: Path) -> Path:
     """
     import jinja2
 
-    documents = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
+    found = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
+    documents = [document for document in found if document.get("format") == FORMAT]
     source = files("multistage_diffusion.studies").joinpath("study.html.j2").read_text()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -22,6 +22,7 @@ from multistage_diffusion.studies.designs import Finder, Variants
 from multistage_diffusion.studies.tables import Lab
 
 Rows = list[dict[str, Any]]
+FORMAT = 1  # of a study's document: raised when its rows change, so that no page is made from rows of another kind
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] 
         watch: Makes the function that is called after each step of a cell.
 
     Returns:
-        The document: `study`, `title`, `question`, `rows`, `findings`, `settings`, `seconds`.
+        The document: `format`, `study`, `title`, `question`, `rows`, `findings`, `settings`, `seconds`.
 
     Raises:
         NumericsError: A loss is not finite.
@@ -202,7 +203,7 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] 
     rows = study.rows(lab, study.variants(lab.finder))
     trained = {lab.cells.path(one).name: lab.cells.spent(one)["tflops"] for one in study.cells(lab)}
     document = {
-        "study": name, "title": study.title, "question": study.question, "rows": rows,
+        "format": FORMAT, "study": name, "title": study.title, "question": study.question, "rows": rows,
         "findings": study.findings(rows),
         "settings": {
             "base": to_dict(lab.budget.base),
