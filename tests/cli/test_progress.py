@@ -7,7 +7,7 @@ from rich.console import Console
 
 import tiny
 from multistage_diffusion.cli import progress
-from multistage_diffusion.cli.progress import training_progress
+from multistage_diffusion.cli.progress import reading_progress, training_progress
 from multistage_diffusion.training.loop import StepResult
 
 
@@ -52,3 +52,15 @@ def test_the_longest_run_has_a_time_left(monkeypatch):
     with training_progress(Console(file=out, width=200), tiny.run_config().training) as on_step:
         on_step(result(2), 10**12)
     assert "0 images/s" in out.getvalue() and out.getvalue().rstrip().endswith("left")
+
+
+def test_reading_is_told_of_ever_less_often(monkeypatch):
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    on_read = reading_progress(Console(file=out, width=200))
+    for done in range(1000):
+        on_read(done, 1000)
+        now[0] += 0.125  # exact in binary
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "read 40 of 1,000 pictures, 8 a second"
+    assert [line.split()[1] for line in lines] == ["40", "80", "160", "320", "640"]

@@ -32,6 +32,10 @@ def test_a_saved_dataset_equals_a_folder(tmp_path):
     for split in ("train", "test", "all"):
         saved = load_data(f"hf:{tmp_path}/saved", split=split)
         assert saved.digest == load_data(f"folder:{tmp_path}/folder", split=split).digest
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.to_parquet(str(tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet"))
+    assert load_data(f"hf:{tmp_path}/parquet").digest == load_data(f"folder:{tmp_path}/folder").digest
     with pytest.raises(DataError, match="cannot be loaded"):
         load_data(f"hf:{tmp_path}/folder/a/..")
 

@@ -16,6 +16,17 @@ def test_an_unknown_source_names_the_nearest(name, message):
         load_data(name)
 
 
+def test_whoever_names_a_path_alone_is_told_what_to_write(tmp_path):
+    for name, meant in (("photos", "folder"), ("a.zip", "zip"), ("a.npz", "npz"), ("a.tar", "webdataset")):
+        path = tmp_path / name
+        path.mkdir() if meant == "folder" else path.write_bytes(b"")
+        with pytest.raises(DataError, match=f'did you mean "{meant}:{name}"'):
+            load_data(name, root=str(tmp_path))
+    (tmp_path / "photos" / "index.json").write_text("{}")
+    with pytest.raises(DataError, match='did you mean "shards:'):
+        load_data(str(tmp_path / "photos"))
+
+
 def test_digits_split_is_whole_fixed_and_stratified():
     train, test, both = (load_data("digits", split=split) for split in ("train", "test", "all"))
     assert (len(train), len(test), len(both)) == (1297, 500, 1797)

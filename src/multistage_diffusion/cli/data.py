@@ -63,6 +63,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         DataError: The source cannot be found, read or used.
         CheckpointError: A file cannot be written.
     """
+    from multistage_diffusion.cli.progress import reading_progress
     from multistage_diffusion.data.collection import Reading
     from multistage_diffusion.data.sources import convert, look
 
@@ -71,7 +72,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if options.grid is not None and Path(options.grid).suffix.lower() != ".png":
         raise ConfigError(f"--grid must name a .png file, got {options.grid}")
     source, root = options.source, options.data_root
-    reading = Reading(options.resolution, limit if options.on_bad_file == "skip" else 0.0)
+    limit = limit if options.on_bad_file == "skip" else 0.0
+    reading = Reading(options.resolution, limit, progress=reading_progress(console))
     if options.convert is not None:
         convert(source, Path(options.convert), root, reading)
         source, root = f"shards:{options.convert}", None

@@ -1,4 +1,4 @@
-"""Progress of training: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of what takes long: for training a live bar on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from multistage_diffusion.training.loop import StepResult
+
+_PATIENCE = 5.0  # seconds that nobody asks what is going on
 
 
 @contextmanager
@@ -93,3 +95,23 @@ def encoding_progress(console: Console) -> Callable[[int, int], None]:
             console.print(f"encoding images into latents, once: {done}/{total}")
 
     return on_encode
+
+
+def reading_progress(console: Console) -> Callable[[int, int], None]:
+    """Say how far the pictures of a source are read: nothing for a quick one, and ever less often for a long one.
+
+    Args:
+        console: Where to say it.
+
+    Returns:
+        A function of the number of pictures read, and of all.
+    """
+    begin = time.monotonic()
+    due = [begin + _PATIENCE]
+
+    def on_read(done: int, total: int) -> None:
+        if (now := time.monotonic()) >= due[0]:
+            due[0] = now + max(_PATIENCE, now - begin)
+            console.print(f"read {done:,} of {total:,} pictures, {done / (now - begin):.0f} a second")
+
+    return on_read

@@ -47,11 +47,13 @@ class Reading:
         resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
         max_bad: Largest share of the pictures that may be unreadable; 0 refuses the first of them.
         writer: Where the pixels go one by one; by default they are kept in memory.
+        progress: Told before each picture how many are read, of how many.
     """
 
     resolution: int | None = None
     max_bad: float = 0.0
     writer: ShardWriter | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def collect(source: str, entries: Sequence[Entry], reading: Reading, skipped: It
     """
     good, keys, bad, files = list[Entry](), list[int](), list[str](), dict[str, str]()
     pixels = _Pixels(source, reading.writer, len(entries))
-    for entry in entries:
+    for number, entry in enumerate(entries):
+        if reading.progress is not None:
+            reading.progress(number, len(entries))
         try:
             content = entry.read()
             files[entry.name] = hashlib.sha256(content).hexdigest()

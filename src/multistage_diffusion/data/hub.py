@@ -18,7 +18,8 @@ def read_hub(source: str, name: str, reading: Reading) -> Collection:
 
     Args:
         source: The source, as the user wrote it.
-        name: A folder written by `save_to_disk`, or a name on the hub, with `:CONFIGURATION` behind it if it has some.
+        name: A folder written by `save_to_disk` or with Parquet files, as the hub has them; or a name on the hub, with
+            `:CONFIGURATION` behind it if it has some.
         reading: How its pictures are read.
 
     Returns:
@@ -34,7 +35,8 @@ def read_hub(source: str, name: str, reading: Reading) -> Collection:
         raise DataError(f"{source}: needs the datasets library: pip install 'multistage-diffusion[data]'") from error
     try:
         if Path(name).is_dir():
-            loaded: Any = datasets.load_from_disk(name)
+            parquet = next(Path(name).rglob("*.parquet"), None) is not None
+            loaded: Any = datasets.load_dataset(name) if parquet else datasets.load_from_disk(name)
         else:
             path, _, configuration = name.partition(":")
             loaded = datasets.load_dataset(path, configuration or None)

@@ -24,7 +24,7 @@ from multistage_diffusion.data.files import read_folder, read_webdataset, read_z
 from multistage_diffusion.data.hub import read_hub
 from multistage_diffusion.data.idx import read_mnist_like
 from multistage_diffusion.data.images import Images
-from multistage_diffusion.data.shards import ShardWriter
+from multistage_diffusion.data.shards import INDEX, ShardWriter
 from multistage_diffusion.errors import DataError, suggest
 from multistage_diffusion.files import remove_abandoned, whole_directory
 from multistage_diffusion.rng import permutation
@@ -193,7 +193,17 @@ def read_source(source: str, split: Split, root: str | None, reading: Reading) -
         case ("hf", True):
             return read_hub(source, str(path) if path.is_dir() else rest, reading)
         case _:
-            raise DataError(f"no data source {source!r}{suggest(kind, _NAMES)}")
+            raise DataError(f"no data source {source!r}{_meant(source, root) or suggest(kind, _NAMES)}")
+
+
+def _meant(source: str, root: str | None) -> str | None:
+    """A hint for whoever named a file or folder without saying what it is."""
+    path = Path(root or "", source).expanduser()
+    kinds = {".zip": "zip", ".npz": "npz", ".tar": "webdataset"}
+    kind = "folder" if path.is_dir() else kinds.get(path.suffix.lower()) if path.is_file() else None
+    if kind == "folder" and (path / INDEX).is_file():
+        kind = "shards"
+    return None if kind is None or not source else f'; did you mean "{kind}:{source}"?'
 
 
 def _place(source: str, root: str | None) -> str:
