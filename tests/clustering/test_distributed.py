@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import ranks
 from multistage_diffusion.analytic import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import compare_levels, compare_to_ends, draw_grid, draw_random
 from multistage_diffusion.noise import VP
@@ -42,6 +43,21 @@ def test_two_processes_share_the_pairs_and_agree_with_one(tmp_path):
     for rank in range(2):
         for shared, alone in zip(torch.load(tmp_path / f"{rank}.pt"), both(images), strict=True):
             torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+
+
+def command(rank, errors, source):
+    return ranks.command(rank, ["cluster", source, "--samples", "200", "--json"], errors)
+
+
+@pytest.mark.parametrize(("source", "code"), [("digits", 0), ("folder:nowhere", 3)])
+def test_two_processes_print_one_document_or_one_line(source, code, tmp_path):
+    assert ranks.run(command, tmp_path, tmp_path, source) == [code, code]
+    out, err = ranks.printed(tmp_path)
+    errors = [line for line in err if line.startswith("error: ")]
+    if code:
+        assert out == [] and len(errors) == 1 and "nowhere" in errors[0]
+    else:
+        assert errors == [] and len(json.loads("\n".join(out))["edges"]) == 2
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +20,9 @@ if TYPE_CHECKING:
     from multistage_diffusion.data.latents import Examples
     from multistage_diffusion.models.denoiser import Denoiser
     from multistage_diffusion.noise import Process
+
+
+_MINUTES = 30.0  # that processes wait for one another's shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         console: Where the table goes.
 
     Returns:
-        The JSON document.
+        The JSON document; none but the first of several processes has it.
     """
     # What can be refused at once is, before anything is read or trained.
     check(2 <= options.stages <= 8, "stages", "from 2 to 8", options.stages)
@@ -107,15 +108,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
           options.autoencoder)  # fmt: skip
     config = options.data(options.source, options.resolution, options.autoencoder)
     device = prepare(options)
+    import torch
+
     from multistage_diffusion.cli.progress import encoding_progress
     from multistage_diffusion.data.latents import load_examples
+    from multistage_diffusion.world import join
 
-    rank = _join()
-    data = load_examples(config, device, encoding_progress(console))
-    check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
-    found = _cluster(options, data, device, console)
-    if rank > 0:
-        sys.exit(0)  # the first process writes and prints
+    with join(torch.device("cpu"), _MINUTES) as world:  # only small results travel
+        with world.first("data"):  # latents are encoded once
+            data = load_examples(config, device, encoding_progress(console))
+        check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
+        found = _cluster(options, data, device, console)
+    if not world.leads:
+        return {}  # the first process writes and prints
     _draw(options, data, found)
     allocation = None if options.allocate is None else _allocate(options, config, data, found, device, console)
     if options.out is not None:
@@ -192,17 +197,6 @@ def _draw(options: Options, data: Examples, found: Clustering) -> None:
         images, _ = take(data, options.max_images, options.seed)
         figure = plots.strip_figure(images, found.stages, found.process, seed=options.seed)
         plots.save(figure, options.strip)
-
-
-def _join() -> int:
-    """Under `torchrun`, join the other processes, which share the work; the number of this one."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")  # only small results travel
-    return dist.get_rank()
 
 
 def _network(options: Options, data: Examples, process: Process, device: torch.device) -> Denoiser:
