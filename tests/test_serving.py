@@ -245,6 +245,7 @@ def test_idle_and_slow_clients_keep_nobody_waiting(server):
             stack.enter_context(raw(server, f"{POST}Content-Length: 100\r\n\r\n{{"))
         start = time.monotonic()
         assert ask(server, "GET", "/about")[0] == 200 and time.monotonic() - start < 2
+        assert ask(server, body={"num": 1, "steps": 1})[0] == 200  # who has not asked yet has no place
     assert memory() - before < 100e6
 
 

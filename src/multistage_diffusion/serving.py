@@ -193,10 +193,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, length: int) -> None:
         """Read a wish, wait for its turn, draw; one line for whatever is wrong with it."""
         server = self.server
+        try:
+            content = self.rfile.read(length)  # a client that is slow to ask takes nobody's place
+        except OSError:
+            return None
         if not server.places.acquire(blocking=False):
             return self.send_error(429, f"{MAX_WAITING} requests wait already; try again later")
         try:
-            wish = from_dict(Wish, json.loads(self.rfile.read(length)), "request")
+            wish = from_dict(Wish, json.loads(content), "request")
             while not server.drawing.acquire(timeout=0.2):
                 self._stop()
             try:
