@@ -154,6 +154,8 @@ def test_a_server_that_hangs_at_the_start_delays_a_run_for_a_limited_time_and_no
     assert Kept.steps == [2, 4, 6, 8] and Kept.closed
     assert json.loads((tmp_path / "run" / RECORD).read_text())["tensorboard"] == {"id": "kept"}
     wandb.gate.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "tracker mlflow"]:
+        thread.join(10)  # with this test's package
 
 
 def test_one_that_comes_up_late_gets_what_was_reported_before(wandb, tmp_path, monkeypatch):
