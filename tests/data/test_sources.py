@@ -27,6 +27,20 @@ def test_whoever_names_a_path_alone_is_told_what_to_write(tmp_path):
         load_data(str(tmp_path / "photos"))
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "shards", "webdataset", "hf"])
+def test_names_that_no_file_has_are_refused(kind):
+    for name, message in (
+        ("x" * 300, "the name is too long"),
+        ("x/" * 3000, "the name is too long"),
+        ("a\0b", "no file has"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            load_data(f"{kind}:{name}")
+        assert len(str(caught.value)) < 100
+    with pytest.raises(DataError, match="the name is too long"):
+        load_data("mnist", root="x" * 300)
+
+
 def test_digits_split_is_whole_fixed_and_stratified():
     train, test, both = (load_data("digits", split=split) for split in ("train", "test", "all"))
     assert (len(train), len(test), len(both)) == (1297, 500, 1797)

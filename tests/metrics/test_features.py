@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.data import Images, load_data, shards
+from multistage_diffusion.data.collection import Reading
+from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import DataError, NumericsError
+from multistage_diffusion.metrics import features
 from multistage_diffusion.metrics.features import SourceClassifier, source_features
 
 
@@ -99,6 +102,19 @@ def test_training_repeats_to_the_bit_and_leaves_the_generator_alone(tmp_path):
     assert first.accuracy == second.accuracy == 1.0
     other = source_features(two_bars(80, 2), test, cache=tmp_path / "a")
     assert other.digest != first.digest
+
+
+def test_a_set_on_disk_is_never_held_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "_MOST_SAMPLES", 640)
+    convert("digits", tmp_path / "digits", None, Reading())
+    found = []
+    for number, source in enumerate(("digits", f"shards:{tmp_path}/digits")):
+        train, test = (load_data(source, split=split) for split in ("train", "test"))
+        found.append(source_features(train, test, cache=tmp_path / str(number)))
+        monkeypatch.setattr(shards, "MAX_BYTES", 256 * 64)
+    assert found[0].digest == found[1].digest
+    assert found[0].accuracy == found[1].accuracy
 
 
 def test_the_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.arrays import read_npz
 from multistage_diffusion.data.changes import changes_since, remember
 from multistage_diffusion.data.cifar import read_cifar10
-from multistage_diffusion.data.collection import Collection, Reading
+from multistage_diffusion.data.collection import Collection, Reading, shown
 from multistage_diffusion.data.convert import read_shards, write_images
 from multistage_diffusion.data.emoji import read_emoji
 from multistage_diffusion.data.files import read_folder, read_webdataset, read_zip
@@ -173,6 +174,7 @@ def read_source(source: str, split: Split, root: str | None, reading: Reading) -
         raise DataError(f"resolution must lie in 4..4096, got {reading.resolution}")
     kind, _, rest = source.partition(":")
     path = Path(root or "", rest).expanduser()
+    _require_short(path)
     match (kind, bool(rest)):
         case ("digits", False):
             return _digits()
@@ -196,13 +198,24 @@ def read_source(source: str, split: Split, root: str | None, reading: Reading) -
             raise DataError(f"no data source {source!r}{_meant(source, root) or suggest(kind, _NAMES)}")
 
 
+def _require_short(path: Path) -> None:
+    """Refuse a path that no system could open, on which even the question whether it is there fails."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise DataError(f"{str(path)[:60]}...: the name is too long") from error
+    except ValueError as error:
+        raise DataError(f"{shown(str(path))[:60]}: no file has such a name") from error
+
+
 def _meant(source: str, root: str | None) -> str | None:
     """A hint for whoever named a file or folder without saying what it is."""
-    path = Path(root or "", source).expanduser()
+    path = os.path.join(root or "", os.path.expanduser(source))
     kinds = {".zip": "zip", ".npz": "npz", ".tar": "webdataset"}
-    kind = "folder" if path.is_dir() else kinds.get(path.suffix.lower()) if path.is_file() else None
-    if kind == "folder" and (path / INDEX).is_file():
-        kind = "shards"
+    kind = kinds.get(os.path.splitext(path)[1].lower()) if os.path.isfile(path) else None
+    if os.path.isdir(path):
+        kind = "shards" if os.path.isfile(os.path.join(path, INDEX)) else "folder"
     return None if kind is None or not source else f'; did you mean "{kind}:{source}"?'
 
 

@@ -183,14 +183,19 @@ def _train(model: SourceClassifier, train: Images, test: Images) -> SourceClassi
         loss.backward()
         optimizer.step()
         rate.step()
-    seen = model(train.pixels()).features.double()
+    seen = torch.cat([model(train.pixels(rows)).features for rows in _blocks(train)]).double()
     model.center.copy_(seen.mean(0))
     model.spread.copy_(seen.std(0).clamp_min(1e-6))
-    named = model(test.pixels()).logits.argmax(1)
+    named = torch.cat([model(test.pixels(rows)).logits.argmax(1) for rows in _blocks(test)])
     if not bool(model.head.weight.isfinite().all()):
         raise NumericsError(f"training {model.name} diverged")
     model.accuracy = round(float(named.eq(test.labels).double().mean()), 6)
     return model
+
+
+def _blocks(images: Images) -> tuple[Tensor, ...]:
+    """Indices of all images, a forward pass after the other: a set on disk is never held whole."""
+    return torch.arange(len(images)).split(_BLOCK)
 
 
 def _batches(count: int) -> Iterator[Tensor]:
