@@ -15,7 +15,7 @@ def main(folder: str, out: str = "runs/own-images", steps: int = 2_000) -> None:
     print(f"{len(data)} images of {data.shape}; skipped: {len(data.skipped)}")
 
     base = msd.recipe("fashion-mnist")
-    found = msd.cluster(data.floats(), msd.make_process(base.process), source=data.name)
+    found = msd.cluster(data, msd.make_process(base.process))
     print("stages at sigma", found.stages.edges)
 
     config = replace(

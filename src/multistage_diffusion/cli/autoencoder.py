@@ -55,6 +55,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     data = options.data(options.source, options.resolution)
     device = prepare(options)
 
+    import torch
     from rich.progress import Progress
 
     from multistage_diffusion.data.latents import load_images
@@ -74,7 +75,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             bar.update(task, completed=step)
 
         autoencoder = train_autoencoder(train, config, options.out, device=device, on_step=on_step)
-    latents = autoencoder.encode(test.floats()[:1])
+    latents = autoencoder.encode(test.floats(torch.arange(1)))
     document = {
         "out": options.out,
         "source": options.source,

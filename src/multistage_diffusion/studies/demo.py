@@ -177,10 +177,7 @@ def run_demo(
         raise ConfigError("the demo compares models of images; recipes of latents are trained with msd train")
     data, test = load_parts(config.data)
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
-    clustering = cluster(
-        data.pixels(), make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed,
-        source=data.name, digest=data.digest,
-    )  # fmt: skip
+    clustering = cluster(data, make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed)
     edges = clustering.stages.edges
     say(f"stages at sigma {', '.join(f'{edge:.3g}' for edge in edges)} in {clustering.seconds:.1f} s")
     extractor = source_features(data, test)
@@ -196,7 +193,8 @@ def run_demo(
         models[architecture] = _train_and_measure(
             own, out / architecture, data, test, clustering.stages, extractor, options, device, say, step
         )
-    floor = distances(extractor, test, data.floats().split(500), ["fd"])["fd"]
+    batches = (data.floats(rows) for rows in torch.arange(len(data)).split(500))
+    floor = distances(extractor, test, batches, ["fd"])["fd"]
     return DemoResult(
         data.name, clustering, models, data.floats(torch.arange(options.shown)), describe(extractor), floor, len(test),
         options, time.perf_counter() - begin,

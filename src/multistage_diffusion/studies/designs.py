@@ -79,9 +79,8 @@ class Finder:
                 self.cells().fill([trained])
                 denoiser = self.cells().denoiser(trained).requires_grad_()
             found = cluster(
-                self.data.pixels(), make_process(self.budget.base.process), method=method, stages=stages,
+                self.data, make_process(self.budget.base.process), method=method, stages=stages,
                 measure=measure, objective="variance" if measure == "training" else None, denoiser=denoiser,
-                source=self.data.name, digest=self.data.digest,
             )  # fmt: skip
             rounded = [float(f"{edge:.4g}") for edge in found.stages.edges]
             self.say(f"edges by {method} ({stages} stages, {measure}): {', '.join(f'{edge:g}' for edge in rounded)}")
