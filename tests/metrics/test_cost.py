@@ -15,7 +15,7 @@ from multistage_diffusion.stages import Stages
 
 
 def hand_count(model, shape, stage):
-    """2 FLOPs a multiply-accumulate, of convolutions, linear layers and the six products of attention, by hooks."""
+    """2 FLOPs a multiply-accumulate, of convolutions, linear layers and the two products inside attention, by hooks."""
     network, total = MultiDecoderUNet(model, shape), []
 
     def convolution(module, inputs, output):
@@ -23,7 +23,7 @@ def hand_count(model, shape, stage):
 
     def attention(module, inputs, output):
         channels, pixels = output.shape[1], output.shape[2] * output.shape[3]
-        total.append(2 * (2 * pixels * pixels * channels + 4 * channels * channels * pixels))
+        total.append(2 * 2 * pixels * pixels * channels)
 
     for module in network.modules():
         kind = type(module).__name__

@@ -57,6 +57,18 @@ def test_attention_is_fused_and_keeps_the_layout(layout):
     assert output.is_contiguous(memory_format=layout)
 
 
+def test_half_precision_leaves_the_noise_level_as_it_is():
+    embedding, c_noise = NoiseEmbedding(tiny.MODEL), torch.rand(4)
+    block = tiny.randomise(ResidualBlock(8, 8, tiny.MODEL))
+    x, told = torch.randn(4, 8, 4, 4), embedding(c_noise, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(embedding(c_noise, None), told, rtol=0, atol=0)
+        seen = []
+        block.affine.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        assert block(x.bfloat16(), told).dtype == torch.bfloat16
+    assert seen[0].dtype == torch.float32
+
+
 def test_a_fresh_block_is_its_shortcut():
     x, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
     torch.testing.assert_close(ResidualBlock(8, 8, tiny.MODEL)(x, embedding), x * tiny.MODEL.skip_scale)

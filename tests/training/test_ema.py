@@ -40,7 +40,7 @@ def test_it_shares_no_storage_and_leaves_the_module_alone():
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     average = EMA(module, HalfLife(10.0, None))
     assert not {t.data_ptr() for t in average.average.values()} & {p.data_ptr() for p in module.parameters()}
-    average.update(module, 1, 1)
+    average.update(1, 1)
     assert tiny.bits_equal(module.state_dict(), before)
     with torch.no_grad():
         module.weight.add_(1.0)
@@ -53,7 +53,7 @@ def test_half_of_it_is_left_after_a_half_life():
     average = EMA(module, HalfLife(50.0, None))
     nn.init.ones_(module.weight)
     for _ in range(10):
-        average.update(module, 0, 5)
+        average.update(0, 5)
     assert average.average["weight"].item() == pytest.approx(0.5)
 
 
@@ -63,7 +63,7 @@ def test_it_moves_where_half_precision_would_stand_still():
     average = EMA(module, HalfLife(10_000.0, None))
     nn.init.constant_(module.weight, 1.01)
     for _ in range(500):
-        average.update(module, 0, 1)
+        average.update(0, 1)
     assert average.average["weight"].dtype == torch.float32
     moved = average.average["weight"].item() - 1
     assert moved == pytest.approx(

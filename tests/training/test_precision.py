@@ -159,6 +159,23 @@ def test_compiled_parts_compute_the_same(backend, tmp_path):
     torch.testing.assert_close(torch.tensor(mine), torch.tensor(plain), rtol=1e-4, atol=1e-5)
 
 
+def compiled_many(rank, networks):
+    from multistage_diffusion.models.unet import MultiDecoderUNet
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else a decoder is left as it is, with a line in a log
+    kept = [MultiDecoderUNet(replace(tiny.MODEL, dropout=0.3), tiny.SHAPE) for _ in range(networks)]
+    for network in kept:
+        network.compile_parts("eager")
+        for each in (1, 2):
+            network(torch.zeros(3 * each, *tiny.SHAPE), torch.zeros(3 * each), (each,) * 3)
+    return len(kept)
+
+
+@pytest.mark.slow
+def test_no_decoder_of_many_networks_is_left_uncompiled(tmp_path):
+    assert ranks.run(compiled_many, tmp_path, 4, size=1, seconds=600) == [4]
+
+
 def compiled_among_others(rank, kind):
     from multistage_diffusion.models.unet import MultiDecoderUNet
     from multistage_diffusion.world import join

@@ -66,7 +66,7 @@ def test_the_random_start_is_forgotten_at_the_first_update():
     average = EMA(module, Power(0.1))
     with torch.no_grad():
         module.weight.add_(1.0)
-    average.update(module, 4, 4)
+    average.update(4, 4)
     assert torch.equal(average.average["weight"], module.weight)
 
 

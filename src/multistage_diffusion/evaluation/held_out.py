@@ -94,14 +94,16 @@ def held_out_loss(
     cell = rng.permutation(seed, "held-out cells", 0, total)
     u = (cell + rng.uniform(seed, "held-out sigma", index, 1)[:, 0]) / total
     sigma = denoiser.process.icdf(u)
-    order = sigma.argsort(descending=True)  # neighbours share a stage, so few decoders run on a batch
+    order, ours = sigma.argsort(), denoiser.stages.of(sigma)  # neighbours share a stage: few decoders run on a batch
     losses = torch.zeros(total, dtype=torch.float64)
     with world.agreed("share of the held-out loss"), torch.inference_mode():
         for rows in order.split(batch_size)[world.rank :: world.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
             labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
-            losses[rows] = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels).double().cpu()
+            counts = torch.bincount(ours[rows], minlength=len(denoiser.stages)).tolist()
+            found = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels, counts=counts)
+            losses[rows] = found.double().cpu()
     world.sum(losses)  # zeros in place of the others' shares, so to the bit
     stage = stages.of(sigma)
     parts = [losses[stage == k] for k in range(len(stages))]

@@ -254,17 +254,17 @@ def prdc(
             "generated ones; raise num, or leave prdc out of metrics"
         )
     radius_real, radius_generated = _radii(real, neighbours), _radii(generated, neighbours)
-    inside, recalled, covered = [], [], torch.zeros(len(real), dtype=torch.bool)
-    for rows in generated.split(_BLOCK):
-        within = torch.cdist(rows, real) < radius_real
+    inside, recalled, covered = [], torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
+    for rows, radius in zip(generated.split(_BLOCK), radius_generated.split(_BLOCK), strict=True):
+        distance = torch.cdist(rows, real)
+        within = distance < radius_real
         inside.append(within.sum(1))
         covered |= within.any(0)
-    for rows in real.split(_BLOCK):
-        recalled.append((torch.cdist(rows, generated) < radius_generated).any(1))
+        recalled |= (distance < radius[:, None]).any(0)
     balls = torch.cat(inside).double()
     return {
         "precision": float((balls > 0).double().mean()),
-        "recall": float(torch.cat(recalled).double().mean()),
+        "recall": float(recalled.double().mean()),
         "density": float(balls.mean() / neighbours),
         "coverage": float(covered.double().mean()),
     }

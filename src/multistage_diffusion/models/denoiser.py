@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
         """
         if not isinstance(sigma, Tensor):
             return self._at_one_level(x, sigma, labels, augment)
-        stage = self.stages.of(sigma) if counts is None else counts
+        stage = counts if counts is not None else self.stages.of(sigma) if len(self.stages) > 1 else 0
         factors = self.process.preconditioning(sigma)
         c_skip, c_out, c_in = (
             factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Literal, TypeVar, final
 
@@ -20,7 +21,23 @@ Direction = Literal["down", "up"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
 
-def group_norm(channels: int, config: ModelConfig) -> nn.GroupNorm:
+@final
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the precision of its input: under autocast GPUs compute it in float32, and would go on so."""
+
+    def forward(self, input: Maps) -> Maps:
+        """Normalise.
+
+        Args:
+            input: Feature maps.
+
+        Returns:
+            Feature maps of the same shape and precision.
+        """
+        return super().forward(input).to(input.dtype)
+
+
+def group_norm(channels: int, config: ModelConfig) -> GroupNorm:
     """Group norm with at most `config.groups` groups of at least 4 channels each.
 
     Args:
@@ -32,7 +49,7 @@ def group_norm(channels: int, config: ModelConfig) -> nn.GroupNorm:
     """
     most = max(1, min(config.groups, channels // 4))
     groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
-    return nn.GroupNorm(groups, channels, eps=config.norm_eps)
+    return GroupNorm(groups, channels, eps=config.norm_eps)
 
 
 def merge(x: Maps, branch: Maps, scale: float) -> Maps:
@@ -67,6 +84,12 @@ def initialise(layer: _Layer, *, zero: bool = False) -> _Layer:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def _exact(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Without autocast: rounding the noise embedding to half precision is like a wrong noise level."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda", "mps", "xpu") else contextlib.nullcontext()
 
 
 @final
@@ -106,9 +129,13 @@ class NoiseEmbedding(nn.Module):
         ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / max(half - self.shift, 1)
         angle = c_noise.float()[:, None] * torch.exp(-math.log(10_000) * ramp)
         wave = torch.cat((angle.cos(), angle.sin()), dim=1).to(self.first.weight.dtype)
+        with _exact(wave):
+            return self._embed(wave, labels, augment)
+
+    def _embed(self, wave: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         if self.label is not None:
             if labels is None:
-                labels = torch.full_like(c_noise, self.label.num_embeddings - 1, dtype=torch.int64)
+                labels = torch.full_like(wave[:, 0], self.label.num_embeddings - 1, dtype=torch.int64)
             wave = wave + self.label(labels)
         if self.augment is not None and augment is not None:
             wave = wave + self.augment(augment.to(wave.dtype))
@@ -182,7 +209,7 @@ class Dropout(nn.Module):
         places = rng.mix(torch.arange(x[0].numel(), device=x.device) ^ rng.GAMMA).int().view(x.shape[1:])  # compiles
         factor, start = (word | 1).int()[:, None, None, None], (word >> 32).int()[:, None, None, None]
         keep = torch.addcmul(start, places, factor) >= int(self.share * 2**32) - 2**31
-        return torch.where(keep, x / (1.0 - self.share), 0.0)
+        return (x * keep).div_(1.0 - self.share)  # in the layout of x
 
 
 @final
@@ -209,13 +236,11 @@ class Attention(nn.Module):
         Returns:
             Feature maps of the same shape.
         """
-        pixels = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(pixels, self.qkv.weight.flatten(1), self.qkv.bias)
         # A head's channels side by side in memory: fused attention takes no others, and torch falls back in silence.
+        qkv = self.qkv(self.norm(x).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).flatten(1, 2)
         query, key, value = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        branch = F.linear(mixed, self.out.weight.flatten(1), self.out.bias).transpose(1, 2)
-        return merge(x, branch.unflatten(2, x.shape[2:]), self.scale)
+        return merge(x, self.out(mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)), self.scale)
 
 
 @final
@@ -274,7 +299,9 @@ class ResidualBlock(nn.Module):
         h = F.silu(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv0(h) + self.affine(embedding)[:, :, None, None]
+        with _exact(embedding):
+            shift = self.affine(embedding)
+        h = self.conv0(h) + shift.to(h.dtype)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h)), number))
         if self.shortcut is not None:
             x = self.shortcut(x)

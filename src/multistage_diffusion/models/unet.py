@@ -37,14 +37,14 @@ class Features(NamedTuple):
     skips: tuple[Tensor, ...]
     number: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Features:
-        """The features of some consecutive images; views, nothing is copied."""
-        if start == 0 and stop == len(self.bottleneck):
-            return self
-        return Features(
-            self.bottleneck[start:stop], self.embedding[start:stop], tuple(skip[start:stop] for skip in self.skips),
-            _part(self.number, start, stop),
-        )  # fmt: skip
+    def split(self, counts: Sequence[int]) -> list[Features]:
+        """The features of so many consecutive images each; views, whose gradients are put together once."""
+        if max(counts) == sum(counts):
+            return [self] * len(counts)
+        sizes = list(counts)
+        skips = zip(*(skip.split(sizes) for skip in self.skips), strict=True)
+        numbers = [None] * len(sizes) if self.number is None else self.number.split(sizes)
+        return list(map(Features, self.bottleneck.split(sizes), self.embedding.split(sizes), skips, numbers))
 
 
 @final
@@ -212,7 +212,10 @@ class MultiDecoderUNet(nn.Module):
         Args:
             backend: Compiler of torch.
         """
-        for part in (*self.encoders, *self.decoders):
+        parts = (*self.encoders, *self.decoders)
+        # All decoders share one forward function, and torch counts compilations by function, in all networks so far.
+        torch._dynamo.config.recompile_limit += 4 * len(parts)  # pyright: ignore[reportPrivateImportUsage]
+        for part in parts:
             part.compile(backend=backend, dynamic=False)
 
     def encoder(self, stage: int) -> nn.Module:
@@ -269,13 +272,15 @@ class MultiDecoderUNet(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Rows of a stage lie side by side: encode all at once (or per stage, if separate), decode slice by slice."""
         assert len(counts) == len(self.decoders) and sum(counts) == len(x), "counts must cover the batch"
-        shared = self.encoders[0](x, c_noise, labels, augment, number) if len(self.encoders) == 1 else None
+        shared = None
+        if len(self.encoders) == 1:
+            shared = self.encoders[0](x, c_noise, labels, augment, number).split(counts)
         outputs, start = [], 0
         for stage, count in enumerate(counts):
             stop = start + count
             if count > 0:
                 if shared is not None:
-                    features = shared.rows(start, stop)
+                    features = shared[stage]
                 else:
                     own = (_part(values, start, stop) for values in (labels, augment, number))
                     features = self.encoders[stage](x[start:stop], c_noise[start:stop], *own)

@@ -85,26 +85,32 @@ class EMA:
     """Average of a module's parameters.
 
     Args:
-        module: The module whose parameters are averaged; the average starts as a copy of them.
+        module: The module whose parameters are averaged; the average starts as a copy of them. They may change in
+            place only.
         profile: How fast the past is forgotten.
     """
 
     def __init__(self, module: nn.Module, profile: HalfLife | Power) -> None:
         self.profile = profile
+        self._module = module
         self.average = {
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in module.named_parameters()
         }
 
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        """The module's own memory; asked for after the first pass through it, before which FSDP may still move it."""
+        return [local(parameter.detach()) for parameter in self._module.parameters()]
+
     @torch.no_grad()
-    def update(self, module: nn.Module, images: int, batch_size: int) -> None:
+    def update(self, images: int, batch_size: int) -> None:
         """Move the average towards the module's parameters.
 
         Args:
-            module: The trained module.
             images: Images seen, this batch included.
             batch_size: Images of this batch.
         """
-        current = [local(parameter.detach()).float() for parameter in module.parameters()]
+        current = [weights.float() for weights in self._weights]
         averages = [local(average) for average in self.average.values()]
         share = 1.0 - self.profile.decay(images, batch_size)
         torch._foreach_lerp_(averages, current, share)  # pyright: ignore[reportPrivateImportUsage]

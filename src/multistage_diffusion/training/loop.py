@@ -205,7 +205,7 @@ class Trainer:
             require_few(overflows, self.step + 1)
             self.scale.shrink()
         clip = training.clip_norm
-        if clip is not None:
+        if clip is not None and norm_read + 1e-6 > clip:  # as torch has it; below, all factors are 1
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip, norm)
             self.lap("clipping")
         seen = self.images + training.batch_size
@@ -215,7 +215,7 @@ class Trainer:
         self.optimizer.step()
         self.lap("optimiser")
         for average in (self.ema, *self.powers.values()):
-            average.update(network, seen, training.batch_size)
+            average.update(seen, training.batch_size)
         self.lap("averages")
         if self.scale is not None:
             self.scale.keep()
