@@ -56,6 +56,18 @@ def test_it_is_the_preconditioned_network():
     torch.testing.assert_close(denoise(x, sigma), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sigma", [0.7, torch.tensor([0.7, 5.0])])
+@torch.no_grad()
+def test_half_precision_is_the_network_s_alone(sigma):
+    denoiser, x, seen = tiny.denoiser(), batch(2), []
+    exact = denoiser(x, sigma)
+    denoiser.network.encoders[0].stem.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    denoiser.precision = "bf16"
+    half = denoiser(x, sigma)
+    assert seen == [torch.bfloat16] and half.dtype == torch.float32
+    assert 0 < (half - exact).norm() / exact.norm() < 0.05
+
+
 @torch.no_grad()
 def test_a_level_goes_to_its_stage_and_no_other():
     denoise = tiny.denoiser()

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import Solver, Spacing
+from multistage_diffusion.config import Precision, Solver, Spacing
 from multistage_diffusion.errors import ConfigError
 
 RESULT = "samples.json"
@@ -52,6 +52,8 @@ class Options(Compute):
     """Lowest and highest sigma at which there is guidance; by default everywhere."""
     batch_size: int = 256
     """Images drawn at once; changes no image."""
+    precision: Precision = "fp32"
+    """What the network computes in: bf16 is faster on GPUs that have it, and changes images a little."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
     ema_length: float | None = None
@@ -86,6 +88,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.training.run import load_run
 
     loaded = load_run(options.run, weights=options.weights, ema_length=options.ema_length, device=device)
+    loaded.denoiser.precision = options.precision
     first_stage = load_first_stage(options.run, device)
     default = loaded.config.sampling if loaded.config else SamplingConfig()
     solver = options.solver or default.solver
@@ -103,8 +106,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     document = {
         "run": options.run, "weights": options.weights, "ema_length": options.ema_length, "step": loaded.step,
         "images": len(names), "classes": list(options.label), "guidance": options.guidance, "solver": solver,
-        "steps": steps, "nfe": samples.nfe, "stage_calls": list(samples.stage_calls), "seed": options.seed,
-        "seconds": round(samples.seconds, 3),
+        "steps": steps, "precision": options.precision, "nfe": samples.nfe,
+        "stage_calls": list(samples.stage_calls), "seed": options.seed, "seconds": round(samples.seconds, 3),
     }  # fmt: skip
     images = samples.images if first_stage is None else first_stage.decode(samples.images)
     scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None

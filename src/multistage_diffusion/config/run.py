@@ -10,6 +10,7 @@ from multistage_diffusion.config.process import ProcessConfig, VPConfig
 from multistage_diffusion.config.values import Solver, Spacing, check, check_numbers
 
 Architecture = Literal["multistage", "unified", "separate"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -208,7 +209,7 @@ class TrainingConfig:
 class EngineConfig:
     """How steps are computed, on one process or many: memory and speed, not what is learned. May change on resume."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of matrix products and convolutions; weights, optimiser and average stay float32."""
     accumulation: int = 1
     """Parts that each process cuts its share of a batch into, one after the other, to save memory."""

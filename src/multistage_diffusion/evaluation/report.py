@@ -207,6 +207,7 @@ def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[i
     return {
         "solver": sampling.solver,
         "steps": sampling.steps,
+        "precision": denoiser.precision,
         "nfe": len(calls),
         "stage_calls": stage_calls,
         "stage_gmacs": [stage.gmacs for stage in cost.stages],

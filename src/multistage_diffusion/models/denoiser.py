@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from multistage_diffusion.config import ModelConfig, ProcessConfig, from_dict, process_config, to_dict
+from multistage_diffusion.config import ModelConfig, Precision, ProcessConfig, from_dict, process_config, to_dict
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
 from multistage_diffusion.models.unet import MultiDecoderUNet
@@ -37,9 +38,14 @@ class Denoiser(nn.Module):
 
     Raises:
         ConfigError: The number of decoders is not the number of stages, or the shape does not fit.
+
+    Attributes:
+        precision: What the network's matrix products and convolutions compute in, by autocast: "fp32", "bf16" or
+            "fp16". Weights, inputs and estimates are float32 in each of them. It is not saved.
     """
 
     _home: Tensor
+    precision: Precision
 
     def __init__(
         self, model: ModelConfig, process: ProcessConfig | str, shape: tuple[int, int, int], stages: Stages = UNDIVIDED
@@ -55,6 +61,7 @@ class Denoiser(nn.Module):
         self.process = make_process(process_config(process) if isinstance(process, str) else process)
         self.stages = stages
         self.network = MultiDecoderUNet(model, shape)
+        self.precision = "fp32"
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @property
@@ -105,15 +112,22 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in = (
             factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
         )
-        raw = self.network(c_in * x, factors.c_noise.to(x), stage, labels, augment, number)
+        with self._autocast():
+            raw = self.network(c_in * x, factors.c_noise.to(x), stage, labels, augment, number)
         return c_skip * x + c_out * raw.to(x.dtype)
 
     def _at_one_level(self, x: Tensor, sigma: float, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
         factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
         c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=x.dtype)
-        raw = self.network(factors.c_in.item() * x, c_noise, self.stages.of(sigma), labels, augment)
+        with self._autocast():
+            raw = self.network(factors.c_in.item() * x, c_noise, self.stages.of(sigma), labels, augment)
         return factors.c_skip.item() * x + factors.c_out.item() * raw.to(x.dtype)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
 
     def hold(self, stage: int | None) -> None:
         """Keep one stage's decoder (and encoder, if separate) on the device; move the others to the CPU.

@@ -24,7 +24,7 @@ from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, Batches
 from multistage_diffusion.training.distributed import local, parallelise, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
-from multistage_diffusion.training.precision import LossScale, autocast, require_few
+from multistage_diffusion.training.precision import LossScale, require_few
 from multistage_diffusion.world import ALONE, World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -169,6 +169,7 @@ class Trainer:
         """Prepare the network as the engine's options say, before anything refers to its weights."""
         engine, network = self.config.engine, self.denoiser.network
         torch.set_float32_matmul_precision("high" if engine.tf32 else "highest")  # of the process, not of a network
+        self.denoiser.precision = engine.precision
         if engine.channels_last:
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if engine.checkpointing:
@@ -245,8 +246,7 @@ class Trainer:
             number = rng.bits(training.seed, "dropout", batch.index, 1)[:, 0] if dropout else None
             self.lap("batch")
             with self._synchronised(turn + 1 == turns):
-                with autocast(self.config.engine, self.device):
-                    losses = self._model(batch, number)
+                losses = self._model(batch, number)
                 loss = (batch.weight * losses).sum() / training.batch_size
                 self.lap("forward: loss")
                 factor = world.size * (self.scale.value if self.scale is not None else 1.0)  # processes are averaged

@@ -1,13 +1,9 @@
-"""How a step computes: autocast, and the loss scale that keeps small gradients of fp16 from becoming zero."""
+"""The loss scale that keeps small gradients of fp16 from becoming zero."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
-import torch
-
-from multistage_diffusion.config import EngineConfig
 from multistage_diffusion.errors import NumericsError
 
 MOST_OVERFLOWS = 20  # in a row; the scale is then a millionth of what it was
@@ -54,18 +50,3 @@ def require_few(overflows: int, step: int) -> None:
             f"gradients overflowed {overflows} times in a row at step {step} in fp16; the weights were not updated; "
             "train with engine.precision bf16 or fp32, or lower training.learning-rate"
         )
-
-
-def autocast(config: EngineConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Where matrix products and convolutions compute in the precision asked for; weights and losses stay float32.
-
-    Args:
-        config: Gives the precision.
-        device: Where the step computes.
-
-    Returns:
-        A context.
-    """
-    if config.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16" else torch.float16)
