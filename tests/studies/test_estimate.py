@@ -100,10 +100,12 @@ def test_efficiency_findings_know_when_a_share_may_be_all():
     rows = [{"label": "unified", "reach": {}}]
     for name, shares in reach.items():
         rows.append({"label": name, "reach": {"unified": {"fd": figure(*shares), "loss": None}}})
-    said = efficiency_findings(rows)
-    assert "at 55% of its training FLOPs (95% interval 43% to 67%)." in said[0]
-    assert "not told apart from all of them" in said[2] and "not told apart" not in said[0]
-    assert said[1] == "a does not reach the final held-out loss of unified within its FLOPs with every seed."
+    assert efficiency_findings(rows) == [
+        "a reaches the final quality of unified, by Fréchet distance at 55% of its training FLOPs (95% interval 43% to "
+        "67%) and by held-out loss not with every seed.",
+        "b reaches the final quality of unified, by Fréchet distance at 93% of its training FLOPs (95% interval 55% to "
+        "131%), not told apart from all of them, and by held-out loss not with every seed.",
+    ]
 
 
 def test_solvers_are_compared_within_the_same_evaluations():

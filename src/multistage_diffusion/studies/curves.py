@@ -82,7 +82,7 @@ def _reach(curve: list[dict[str, Any]], reference: list[dict[str, Any]], name: s
 
 
 def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each model, metric and unified model to beat: at which share of its FLOPs it is as good.
+    """A sentence for each model and unified model to beat: at which share of its FLOPs it is as good.
 
     Args:
         rows: From `efficiency`.
@@ -90,24 +90,26 @@ def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         The sentences.
     """
-    sentences = []
-    for own in rows:
-        for (other, reached), (name, words) in itertools.product(own["reach"].items(), METRICS.items()):
-            reach = reached[name]
-            if reach is None:
-                sentences.append(
-                    f"{own['label']} does not reach the final {words} of {other} within its FLOPs with every seed."
-                )
-                continue
-            low_high = reach["interval"]
-            told = "" if low_high is None else f" (95% interval {low_high[0]:.0%} to {low_high[1]:.0%})"
-            if low_high is not None and low_high[0] <= 1 <= low_high[1]:
-                told += ", not told apart from all of them"
-            sentences.append(
-                f"{own['label']} reaches the final {words} of {other} at {reach['mean']:.0%} of its training "
-                f"FLOPs{told}."
-            )
-    return sentences
+    return [
+        f"{own['label']} reaches the final quality of {other}, by {_reached(reach)}."
+        for own in rows[1:]
+        for other, reach in own["reach"].items()
+    ]
+
+
+def _reached(reach: dict[str, Any]) -> str:
+    """Like `Fréchet distance at 60% (95% interval 47% to 73%) and by held-out loss not with every seed`."""
+    parts = []
+    for name, words in METRICS.items():
+        if reach[name] is None:
+            parts.append(f"{words} not with every seed")
+            continue
+        interval = reach[name]["interval"]
+        told = "" if interval is None else f" (95% interval {interval[0]:.0%} to {interval[1]:.0%})"
+        if interval is not None and interval[0] <= 1 <= interval[1]:
+            told += ", not told apart from all of them,"
+        parts.append(f"{words} at {reach[name]['mean']:.0%} of its training FLOPs{told}")
+    return " and by ".join(parts).removesuffix(",")
 
 
 def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:

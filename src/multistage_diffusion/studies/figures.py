@@ -63,7 +63,7 @@ def efficiency_figure(rows: Rows) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(2, 2, WIDE, 4.2 + 0.24 * len(rows), height_ratios=(3, 0.3 + 0.36 * len(rows)))
+    figure, axes = new_figure(2, 2, WIDE, 4.6 + 0.24 * len(rows), height_ratios=(3, 0.3 + 0.36 * len(rows)))
     looks = styles([own["label"] for own in rows])
     for axis, metric in zip(axes[:2], METRICS, strict=True):
         for own in rows:
@@ -73,7 +73,8 @@ def efficiency_figure(rows: Rows) -> Figure:
         axis.set(xlabel="training TFLOPs", ylabel=_WORDS[metric], yscale="log", xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(5))
         plain_numbers(axis)
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     for axis, metric in zip(axes[2:], METRICS, strict=True):
         _reaches(axis, rows, metric, looks)
     return figure
