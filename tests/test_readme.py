@@ -50,6 +50,8 @@ def test_commands_run_one_after_the_other(tmp_path):
     environment = {**os.environ, "MSD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"}
     for command in COMMANDS:
         words = shlex.split(command)[1:]
+        if words[0] == "serve":  # until it is stopped: tests/test_serving.py
+            continue
         if words[0] == "train":
             words += ["--training.steps", "30"]
         done = subprocess.run([sys.executable, "-m", "multistage_diffusion", *words], cwd=tmp_path, env=environment,
