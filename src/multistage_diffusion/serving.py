@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hmac
 import json
 import select
@@ -101,7 +102,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(address, _Handler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"cannot listen on {address[0]} port {address[1]}: {error}") from error
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            mend = "; choose another --port, or 0 for a free one" if taken else ""
+            raise ConfigError(f"cannot listen on {address[0]} port {address[1]}: {error}{mend}") from error
         self.hosts = {f"[{host}]:{self.server_port}" if ":" in host else f"{host}:{self.server_port}" for host in LOCAL}
 
     def server_bind(self) -> None:

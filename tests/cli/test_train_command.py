@@ -215,3 +215,12 @@ def test_an_average_of_another_length_is_exported_and_drawn_from(tmp_path, capsy
     found, err = document(["verify", str(out)], capsys, code=5)
     assert [row["valid"] for row in found["snapshots"]] == [True, False, True]
     assert "step-00000002/ema-0.1.safetensors" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("vp", False), ("edm", True)])
+def test_stages_of_another_process_are_said(kind, warned, tmp_path, capsys):
+    file = tmp_path / "stages.json"
+    file.write_text(json.dumps({"edges": [0.7, 5.0], "process": {"kind": kind}}))
+    found, said = document(["train", "digits", "--out", "x", "--dry-run", "--stages", str(file)], capsys)
+    assert found["stages"]["edges"] == [0.7, 5.0]
+    assert ("was found for process edm, and the run's is vp" in " ".join(said.split())) == warned

@@ -116,6 +116,8 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
         f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "
         f"largest difference of its images from ours {done.max_error:.1e}"
     )
+    room = "diffusers" if done.pipeline != "MultistagePipeline" else "multistage_diffusion.interop.pipeline"
+    console.print(f"load it by: from {room} import {done.pipeline}; {done.pipeline}.from_pretrained('{options.out}')")
     return {
         "source": options.source, "out": options.out, "parameters": done.parameters,
         "stages": len(loaded.denoiser.stages), "shape": list(loaded.denoiser.shape), "max_error": done.max_error,

@@ -102,8 +102,23 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             write_json(Path(options.out), document)
         world.lead("the figures", lambda: None)  # the others have no more to do, and wait without a limit
     for key, value in document.items():
-        console.print(f"{key}: {value}")
+        if key == "sigma_loss":
+            value = f"{len(value)} noise levels, in the document of --json and --out"
+        console.print(f"{key}: {_shown(value)}")
     return document
+
+
+def _shown(value: Any) -> str:
+    """For people: four digits, and no quotes."""
+    match value:
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(map(_shown, value))
+        case dict():
+            return ", ".join(f"{key} {_shown(own)}" for key, own in value.items())
+        case _:
+            return str(value)
 
 
 def _measure(

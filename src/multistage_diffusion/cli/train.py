@@ -92,6 +92,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         from multistage_diffusion.stages import Stages
 
         found = Stages.load(Path(options.stages))
+        theirs, ours = found.found.get("process"), config.process.kind
+        if isinstance(theirs, dict) and theirs.get("kind", ours) != ours:
+            console.print(f"warning: {options.stages} was found for process {theirs['kind']}, and the run's is {ours}")
     if options.dry_run:
         document = to_dict(config)
         if not options.json:
