@@ -77,7 +77,7 @@ def row(data: Images, images: Tensor, kind: str, options: dict[str, Any]) -> dic
         found = cluster(images, make_process(process_config(kind)), source=data.name, digest=data.digest, **options)
     except ConfigError as error:
         return {**start, "error": str(error)}
-    record = found.stages.found
+    record = found.stages.provenance
     line = {**start, "edges": found.stages.edges, "edges_t": found.edges_t, "intervals": found.intervals,
             "intervals_t": record["intervals_t"], "shares": found.shares, "elbow": found.elbow,
             "ceiling": found.ceiling, "seconds": found.seconds}  # fmt: skip

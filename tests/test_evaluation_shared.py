@@ -15,28 +15,28 @@ from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.evaluation import evaluate, evaluate_images
 from multistage_diffusion.metrics.features import SourceClassifier
 from multistage_diffusion.training.run import train
-from multistage_diffusion.world import ALONE, join
+from multistage_diffusion.world import SINGLE, join
 
 METRICS = ["fd", "kid", "is", "prdc", "loss"]
 FIGURES = ("fd", "kid", "is", "is_std", "loss")
 
 
-def measure(num, world=ALONE):
+def measure(num, processes=SINGLE):
     """Of a model, and of a set of images; in batches of 8."""
     data, features = tiny.images(40), SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
     sampling = SamplingConfig(solver="ddim", steps=2)
     model = evaluate(
         tiny.denoiser(), data, metrics=METRICS, extractor=lambda: features, num=num, sampling=sampling, batch_size=8,
-        world=world,
+        processes=processes,
     )  # fmt: skip
-    images = evaluate_images(tiny.images(num, seed=1), data, features, METRICS[:-1], world=world)
+    images = evaluate_images(tiny.images(num, seed=1), data, features, METRICS[:-1], processes=processes)
     return model, images
 
 
 def measured(rank, num, cache):
     os.environ["MSD_CACHE"] = str(cache)
-    with join(torch.device("cpu"), 1.0) as world:
-        return list(measure(num, world))
+    with join(torch.device("cpu"), 1.0) as processes:
+        return list(measure(num, processes))
 
 
 @pytest.mark.parametrize(

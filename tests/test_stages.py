@@ -56,7 +56,7 @@ def test_saved_edges_come_back_to_the_bit(edges, tmp_path_factory):
     file = tmp_path_factory.mktemp("stages") / "stages.json"
     Stages(stages.edges, {"method": "by hand", "alpha": 0.9}).save(file)
     assert Stages.load(file) == stages
-    assert Stages.load(file).found == {"method": "by hand", "alpha": 0.9}
+    assert Stages.load(file).provenance == {"method": "by hand", "alpha": 0.9}
 
 
 def test_how_edges_were_found_is_no_part_of_equality():

@@ -39,7 +39,7 @@ class Posterior:
         effective: Effective number of images in the posterior, exp(entropy): 1 when it has collapsed on one.
     """
 
-    denoised: Float[Tensor, "batch chan high wide"]
+    denoised: Float[Tensor, "batch channels height width"]
     effective: Float[Tensor, " batch"]
 
 
@@ -52,7 +52,7 @@ class PairPosterior:
         effective: Effective number of images in each posterior.
     """
 
-    delta: Float[Tensor, "pairs levels chan high wide"]
+    delta: Float[Tensor, "pairs levels channels height width"]
     effective: Float[Tensor, "pairs levels"]
 
 
@@ -86,7 +86,9 @@ class OptimalDenoiser:
 
     def __init__(
         self,
-        images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"] | np.ndarray,
+        images: Float[Tensor, "count channels height width"]
+        | UInt8[Tensor, "count channels height width"]
+        | np.ndarray,
         *,
         labels: Int[Tensor, " count"] | None = None,
         device: torch.device | str | None = None,
@@ -119,11 +121,11 @@ class OptimalDenoiser:
         return len(self._images)
 
     @property
-    def mean(self) -> Float[Tensor, "chan high wide"]:
+    def mean(self) -> Float[Tensor, "channels height width"]:
         """Mean of the images."""
         return self._mean.reshape(self.shape)
 
-    def images(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch chan high wide"]:
+    def images(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch channels height width"]:
         """Some of the images, float32 on the denoiser's device.
 
         Args:
@@ -134,7 +136,7 @@ class OptimalDenoiser:
         """
         return self._raw(index).float().unflatten(1, self.shape)
 
-    def class_mean(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch chan high wide"]:
+    def class_mean(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch channels height width"]:
         """Mean of the images of the same class as each of some images.
 
         Args:
@@ -155,8 +157,8 @@ class OptimalDenoiser:
         return mean[inverse[index.to(self.device)]].unflatten(1, self.shape)
 
     def __call__(
-        self, x: Float[Tensor, "batch chan high wide"], sigma: Sigma, labels: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch chan high wide"]:
+        self, x: Float[Tensor, "batch channels height width"], sigma: Sigma, labels: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch channels height width"]:
         """Posterior mean of the clean image.
 
         Args:
@@ -173,7 +175,7 @@ class OptimalDenoiser:
         return self._direct(x, sigma, labels, False).denoised
 
     def posterior(
-        self, x: Float[Tensor, "batch chan high wide"], sigma: Sigma, labels: Int[Tensor, " batch"] | None = None
+        self, x: Float[Tensor, "batch channels height width"], sigma: Sigma, labels: Int[Tensor, " batch"] | None = None
     ) -> Posterior:
         """Posterior mean and effective number of images.
 
@@ -194,7 +196,7 @@ class OptimalDenoiser:
     def pairs(
         self,
         index: Int[Tensor, " pairs"],
-        noise: Float[Tensor, "pairs chan high wide"],
+        noise: Float[Tensor, "pairs channels height width"],
         sigma: Float[Tensor, "pairs levels"],
         *,
         within_class: bool = False,
@@ -324,7 +326,9 @@ class GaussianDenoiser:
     def __init__(self, mean: float | Float[Tensor, "*image"], std: float | Float[Tensor, "*image"]) -> None:
         self.mean, self.std = torch.as_tensor(mean), torch.as_tensor(std)
 
-    def __call__(self, x: Float[Tensor, "batch chan high wide"], sigma: Sigma) -> Float[Tensor, "batch chan high wide"]:
+    def __call__(
+        self, x: Float[Tensor, "batch channels height width"], sigma: Sigma
+    ) -> Float[Tensor, "batch channels height width"]:
         """Posterior mean: mean + std^2/(std^2 + sigma^2) (x - mean).
 
         Args:
@@ -337,7 +341,7 @@ class GaussianDenoiser:
         mean, variance = self.mean.to(x), self.std.to(x) ** 2
         return mean + variance / (variance + _column(sigma, x) ** 2) * (x - mean)
 
-    def flow(self, x: Float[Tensor, "batch chan high wide"], start: Sigma, end: Sigma) -> Tensor:
+    def flow(self, x: Float[Tensor, "batch channels height width"], start: Sigma, end: Sigma) -> Tensor:
         """Exact solution of the probability-flow ODE dx/dsigma = (x - D(x, sigma))/sigma.
 
         Args:
@@ -364,14 +368,16 @@ class MixtureDenoiser:
 
     def __init__(
         self,
-        means: Float[Tensor, "parts chan high wide"],
+        means: Float[Tensor, "parts channels height width"],
         stds: Float[Tensor, " parts"],
         weights: Float[Tensor, " parts"] | None = None,
     ) -> None:
         self.means, self.stds = means, stds
         self.weights = torch.full_like(stds, 1 / len(stds)) if weights is None else weights
 
-    def __call__(self, x: Float[Tensor, "batch chan high wide"], sigma: Sigma) -> Float[Tensor, "batch chan high wide"]:
+    def __call__(
+        self, x: Float[Tensor, "batch channels height width"], sigma: Sigma
+    ) -> Float[Tensor, "batch channels height width"]:
         """Posterior mean: the components' denoisers, weighted by the components' posterior probabilities.
 
         Args:

@@ -12,8 +12,8 @@ from multistage_diffusion.models.denoiser import Denoiser
 
 def denoising_loss(
     denoiser: Denoiser,
-    images: Float[Tensor, "batch chan high wide"],
-    noise: Float[Tensor, "batch chan high wide"],
+    images: Float[Tensor, "batch channels height width"],
+    noise: Float[Tensor, "batch channels height width"],
     sigma: Float[Tensor, " batch"],
     labels: Int[Tensor, " batch"] | None = None,
     *,

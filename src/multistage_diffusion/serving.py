@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 from torch import Tensor
 
 from multistage_diffusion.config import SamplingConfig, Solver, Spacing, check, from_dict
-from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
 from multistage_diffusion.errors import ConfigError, UserError
 from multistage_diffusion.models.denoiser import Denoiser
@@ -73,7 +73,7 @@ class Server(ThreadingHTTPServer):
 
     Args:
         denoiser: The model.
-        first_stage: Decodes latents.
+        codec: Decodes latents.
         defaults: What the page proposes.
         name: What the page calls the model.
         address: Host and port; port 0 takes a free one.
@@ -86,10 +86,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
     def __init__(
-        self, denoiser: Denoiser, *, first_stage: FirstStage | None = None, defaults: SamplingConfig, name: str,
+        self, denoiser: Denoiser, *, codec: LatentCodec | None = None, defaults: SamplingConfig, name: str,
         address: tuple[str, int] = ("127.0.0.1", 0), token: str | None = None,
     ) -> None:  # fmt: skip
-        self.denoiser, self.first_stage, self.token = denoiser, first_stage, token
+        self.denoiser, self.codec, self.token = denoiser, codec, token
         self.page = files("multistage_diffusion").joinpath("serving.html").read_bytes()
         self.about = json.dumps({
             "name": name, "classes": denoiser.classes, "edges": denoiser.stages.edges, "colours": STAGE_COLOURS,
@@ -249,9 +249,9 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _picture(self, images: Tensor) -> str:
-        first_stage = self.server.first_stage
+        codec = self.server.codec
         shown = images.detach().float().cpu()
-        shown = shown if first_stage is None else first_stage.decode(shown)
+        shown = shown if codec is None else codec.decode(shown)
         return base64.b64encode(png(grid(shown, scale=max(1, 64 // shown.shape[2])))).decode()
 
     def _line(self, document: dict[str, Any]) -> None:

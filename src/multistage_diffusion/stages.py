@@ -23,14 +23,14 @@ class Stages:
 
     Attributes:
         edges: Noise levels sigma, positive and increasing, in the unit of the data (images are in [-1, 1]).
-        found: How the edges were found (method, options, process, data), as saved; not part of equality.
+        provenance: How the edges were found (method, options, process, data), as saved; not part of equality.
 
     Raises:
         ConfigError: The edges are not finite, positive and increasing.
     """
 
     edges: tuple[float, ...] = ()
-    found: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         edges = tuple(float(edge) for edge in self.edges)
@@ -83,7 +83,7 @@ class Stages:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        write_json(path, {**self.found, "edges": list(self.edges)})
+        write_json(path, {**self.provenance, "edges": list(self.edges)})
 
     @classmethod
     def load(cls, path: Path) -> Stages:

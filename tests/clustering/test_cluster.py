@@ -207,10 +207,10 @@ def test_a_part_of_the_images_extrapolates_to_all(digits):
     whole = cluster(digits, VP(), samples=2000)
     part = cluster(digits, VP(), samples=2000, max_images=800)
     direct = cluster(digits[:800], VP(), samples=2000)
-    record = part.stages.found["extrapolation"]
+    record = part.stages.provenance["extrapolation"]
     assert record["sizes"] == [200, 400, 800]
     assert abs(part.edges_t[0] - whole.edges_t[0]) < abs(direct.edges_t[0] - whole.edges_t[0])
-    low, high = part.stages.found["intervals_t"][0]
+    low, high = part.stages.provenance["intervals_t"][0]
     assert low < whole.edges_t[0] < high
 
 

@@ -9,7 +9,7 @@ from multistage_diffusion.clustering import cluster, part
 from multistage_diffusion.data import load_data
 from multistage_diffusion.data.autoencoder import Autoencoder
 from multistage_diffusion.data.collection import Reading
-from multistage_diffusion.data.latents import FirstStage, Latents
+from multistage_diffusion.data.latents import LatentCodec, Latents
 from multistage_diffusion.data.shards import Shards
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import DataError
@@ -65,9 +65,9 @@ def test_only_the_images_chosen_are_read_and_the_edges_are_those_of_memory(optio
     assert sum(rows_read) == rows
     whole = cluster(load_data("digits"), VP(), **options)
     assert found.stages.edges == whole.stages.edges
-    assert found.stages.found["data"]["sha256"] == whole.stages.found["data"]["sha256"] == stored.digest
-    assert found.stages.found["data"]["source"] == f"shards:{on_disk}"
-    assert found.stages.found["data"]["images"] == 1297
+    assert found.stages.provenance["data"]["sha256"] == whole.stages.provenance["data"]["sha256"] == stored.digest
+    assert found.stages.provenance["data"]["source"] == f"shards:{on_disk}"
+    assert found.stages.provenance["data"]["images"] == 1297
     assert cluster(stored.images, VP(), **options).stages.edges == whole.stages.edges
     assert cluster(load_data("digits").pixels(), VP(), **options).stages.edges == whole.stages.edges
 
@@ -83,7 +83,7 @@ def test_latents_are_read_as_a_model_sees_them():
     values = torch.randn(60, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     network = nn.Linear(1, 1)
     network.config = {"in_channels": 1}
-    latents = Latents("made", values, FirstStage(Autoencoder(network, "AutoencoderKL", "made"), 0.5, 1), "0")
+    latents = Latents("made", values, LatentCodec(Autoencoder(network, "AutoencoderKL", "made"), 0.5, 1), "0")
     assert torch.equal(part.read(latents, torch.tensor([3, 1])), values[[3, 1]] / 2)
 
 

@@ -15,7 +15,7 @@ from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import DataConfig, LDMConfig
 from multistage_diffusion.data import load_data
 from multistage_diffusion.data.autoencoder import load_autoencoder
-from multistage_diffusion.data.latents import encode, load_examples, load_first_stage
+from multistage_diffusion.data.latents import encode, load_examples, load_codec
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.training.autoencoder import AutoencoderConfig, reconstruction_error, train_autoencoder
@@ -110,10 +110,10 @@ def latent_run(folder):
 def test_a_run_from_images_to_images(tmp_path, capsys):
     config, out = latent_run(tmp_path), tmp_path / "run"
     train(config, out)
-    loaded, first_stage = load_run(out), load_first_stage(out / "model")
-    assert loaded.denoiser.shape == (2, 4, 4) and first_stage is not None
+    loaded, codec = load_run(out), load_codec(out / "model")
+    assert loaded.denoiser.shape == (2, 4, 4) and codec is not None
     record = json.loads((out / "latents.json").read_text())
-    assert record["scale"] == first_stage.scale and record["channels"] == 1
+    assert record["scale"] == codec.scale and record["channels"] == 1
     words = ["sample", str(out), "--num", "2", "--steps", "2", "--denoise-trace", "--out", str(tmp_path / "images")]
     assert dispatch([*words, "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
@@ -123,7 +123,7 @@ def test_a_run_from_images_to_images(tmp_path, capsys):
             assert picture.size == (8, 8)
     figures = evaluate(
         loaded.denoiser, load_data("digits", split="test"), metrics=["loss"], sampling=config.sampling,
-        first_stage=first_stage,
+        codec=codec,
     )  # fmt: skip
     assert figures["loss"] > 0
     summary = train(replace(config, training=replace(config.training, steps=3)), out)
@@ -144,7 +144,7 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path):
     train(config, out)
     saved(tmp_path / "ae", seed=1)
     with pytest.raises(CheckpointError, match="is another autoencoder than"):
-        load_first_stage(out)
+        load_codec(out)
     with pytest.raises(ConfigError, match="not those that"):
         train(replace(config, training=replace(config.training, steps=3)), out)
 

@@ -99,7 +99,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(architecture, tmp_path):
 def test_the_provenance_of_the_stages_travels_along(tmp_path):
     stages = Stages(tiny.EDGES, {"method": "optimal-denoiser", "alpha": 0.9})
     Denoiser(tiny.MODEL, "vp", tiny.SHAPE, stages).save_pretrained(tmp_path / "model")
-    assert Denoiser.from_pretrained(tmp_path / "model").stages.found == stages.found
+    assert Denoiser.from_pretrained(tmp_path / "model").stages.provenance == stages.provenance
 
 
 @pytest.mark.parametrize("foreign", ["README.md", ".git"])

@@ -22,7 +22,7 @@ import tiny
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import CosineConfig, EDMConfig, FlowConfig, LDMConfig, ModelConfig, VEConfig, VPConfig
 from multistage_diffusion.data.autoencoder import Autoencoder
-from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.interop.export import export
 from multistage_diffusion.interop.pipeline import MultistagePipeline, MultistageUNet
@@ -215,20 +215,20 @@ def test_a_process_without_scheduler_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def first_stage(family=AutoencoderKL):
+def codec(family=AutoencoderKL):
     kind, scale = family.__name__, 0.8
     module = tiny.randomise(
         family(in_channels=1, out_channels=1, latent_channels=3, block_out_channels=(8, 8), norm_num_groups=4,
                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     )  # fmt: skip
-    return FirstStage(Autoencoder(module, kind, "tiny"), scale, 1)
+    return LatentCodec(Autoencoder(module, kind, "tiny"), scale, 1)
 
 
 @pytest.mark.parametrize("family", [AutoencoderKL, VQModel])
 @pytest.mark.parametrize("model", [PLAIN, tiny.MODEL])
 def test_latents_are_decoded(tmp_path, model, family):
     denoiser = tiny.denoiser(model, LDMConfig(prediction="v"), (3, 8, 8))
-    done = export(denoiser, tmp_path / "out", first_stage=first_stage(family))
+    done = export(denoiser, tmp_path / "out", codec=codec(family))
     assert done.pipeline == ("LDMPipeline" if model is PLAIN else "MultistagePipeline") and done.max_error < 1e-4
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["vqvae" if model is PLAIN else "vae"] == ["diffusers", family.__name__]
@@ -245,7 +245,7 @@ def test_a_folder_of_diffusers_comes_back_as_it_was(tmp_path, capsys):
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=1e-3, prediction_type="v_prediction")
     theirs.save_pretrained(tmp_path / "source" / "unet")
     scheduler.save_pretrained(tmp_path / "source" / "scheduler")
-    module = first_stage(VQModel).autoencoder.module
+    module = codec(VQModel).autoencoder.module
     module.save_pretrained(tmp_path / "source" / "vqvae")
     assert dispatch(["convert", str(tmp_path / "source"), str(tmp_path / "ours")]) == 0
     assert dispatch(["convert", str(tmp_path / "source"), str(tmp_path / "ours")]) == 0  # again, over the first

@@ -182,10 +182,10 @@ def compiled_among_others(rank, kind):
 
     whole = MultiDecoderUNet.compile_parts
     MultiDecoderUNet.compile_parts = lambda self: whole(self, "aot_eager")
-    with join(torch.device("cpu"), 5.0) as world:
+    with join(torch.device("cpu"), 5.0) as processes:
         found = []
         for on in (True, False):
-            made = Trainer(configuration(tiny.MODEL, compile=on, parallel=kind), tiny.images(), world=world)
+            made = Trainer(configuration(tiny.MODEL, compile=on, parallel=kind), tiny.images(), processes=processes)
             found.append([(result.loss, result.gradient_norm) for result in made.run(3)])
     return found
 

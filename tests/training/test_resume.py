@@ -98,9 +98,9 @@ def test_stages_keep_their_provenance(tmp_path):
     found = Stages(tiny.EDGES, {"method": "optimal-denoiser"})
     train(tiny.run_config(steps=1), tmp_path / "run", data=tiny.images(), stages=found)
     train(tiny.run_config(steps=2), tmp_path / "run", data=tiny.images())
-    assert Stages.load(tmp_path / "run" / "stages.json").found == found.found
-    assert load_run(tmp_path / "run").denoiser.stages.found == found.found
-    assert load_run(tmp_path / "run" / "model").denoiser.stages.found == found.found
+    assert Stages.load(tmp_path / "run" / "stages.json").provenance == found.provenance
+    assert load_run(tmp_path / "run").denoiser.stages.provenance == found.provenance
+    assert load_run(tmp_path / "run" / "model").denoiser.stages.provenance == found.provenance
 
 
 def contents(folder):

@@ -14,7 +14,7 @@ from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
 from multistage_diffusion.training.distributed import gather
 from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.world import World, join
+from multistage_diffusion.world import ProcessGroup, join
 from runs import tensors
 
 CASES = [("ddp", "mixed", 1), ("ddp", "single-uniform", 2), ("fsdp", "mixed", 2), ("fsdp", "single-uniform", 1)]
@@ -42,9 +42,11 @@ def configuration(batches="mixed", *, dropout=0.3, batch_size=7, **engine):
     return replace(config, engine=EngineConfig(**engine))
 
 
-def trained(config, world=None, steps=6):
+def trained(config, processes=None, steps=6):
     """Six steps from weights random everywhere: fresh ones end in zeros, whose gradients are rounding noise."""
-    trainer = Trainer(config, tiny.images()) if world is None else Trainer(config, tiny.images(), world=world)
+    trainer = (
+        Trainer(config, tiny.images()) if processes is None else Trainer(config, tiny.images(), processes=processes)
+    )
     start = tiny.randomise(Trainer(config, tiny.images()).denoiser.network).state_dict()
     put_all(trainer.denoiser.network.state_dict(), start)
     results = list(trainer.run(steps))
@@ -67,8 +69,8 @@ def put_all(targets, values):
 
 
 def compare(rank, cases):
-    with join(torch.device("cpu"), 1.0) as world:
-        found = [trained(configuration(b, parallel=kind, accumulation=parts), world) for kind, b, parts in cases]
+    with join(torch.device("cpu"), 1.0) as processes:
+        found = [trained(configuration(b, parallel=kind, accumulation=parts), processes) for kind, b, parts in cases]
     return found if rank == 0 else None
 
 
@@ -117,8 +119,8 @@ def test_parts_one_after_the_other_train_as_the_whole_does(batches, alone):
 
 def one_stage_only(rank, kind, steps):
     """A run of single-stage batches, in as many steps as leave a decoder unused."""
-    with join(torch.device("cpu"), 1.0) as world:
-        return trained(configuration("single-uniform", parallel=kind), world, steps)
+    with join(torch.device("cpu"), 1.0) as processes:
+        return trained(configuration("single-uniform", parallel=kind), processes, steps)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -187,7 +189,7 @@ def test_each_image_is_seen_once_in_an_epoch_by_whichever_process(parts):
 
 def test_a_batch_with_fewer_images_than_parts_is_refused():
     with pytest.raises(ConfigError, match=r"batch-size 7 is less than 8, one image for each of 4 processes") as caught:
-        Trainer(configuration(accumulation=2), tiny.images(), world=World(0, 4))
+        Trainer(configuration(accumulation=2), tiny.images(), processes=ProcessGroup(0, 4))
     assert "\n" not in str(caught.value)
 
 

@@ -9,33 +9,33 @@ import torch
 
 import ranks
 from multistage_diffusion.errors import ConfigError, DataError, PeerError, UserError
-from multistage_diffusion.world import ALONE, World, failure, join
+from multistage_diffusion.world import SINGLE, ProcessGroup, failure, join
 from multistage_diffusion.world.processes import _require_gpus
 
 
 def talk(rank):
     """Everything that is said, twice over under the same names: what is said later is not taken for what was before."""
     heard = []
-    with join(torch.device("cpu"), 1.0) as world:
+    with join(torch.device("cpu"), 1.0) as processes:
         for turn in range(2):
-            heard.append(world.gather("numbers", 10 * turn + rank))
+            heard.append(processes.gather("numbers", 10 * turn + rank))
             try:
-                with world.agreed("work"):
+                with processes.agreed("work"):
                     if rank == turn:
                         raise DataError(f"file {turn} is damaged")
             except DataError as error:
                 heard.append(str(error))
             except PeerError as error:
                 heard.append([str(error), error.exit_code])
-            with world.agreed("work"):
+            with processes.agreed("work"):
                 heard.append(turn)
-            with world.first("turns"):
-                heard.append(world.told(f"first {turn}"))
-                world.tell(f"first {turn}")
-            with pytest.raises(PeerError if rank else DataError, match="no network"), world.first("download"):
+            with processes.first("turns"):
+                heard.append(processes.told(f"first {turn}"))
+                processes.tell(f"first {turn}")
+            with pytest.raises(PeerError if rank else DataError, match="no network"), processes.first("download"):
                 raise DataError("no network")
-        with pytest.raises(ConfigError, match="the options of process 1 are not") if rank else ALONE.first(""):
-            world.require_same("the options", f"{rank}")
+        with pytest.raises(ConfigError, match="the options of process 1 are not") if rank else SINGLE.first(""):
+            processes.require_same("the options", f"{rank}")
     return heard
 
 
@@ -50,14 +50,14 @@ def wait_for_a_silent_one(rank, number):
     """Process 1 computes for longer than the silence that is borne, or is killed, or halted."""
     failure._SILENCE = 2.0
     try:
-        with join(torch.device("cpu"), 1.0) as world:
+        with join(torch.device("cpu"), 1.0) as processes:
             if rank == 1 and number is None:
                 end = time.monotonic() + 5
                 while time.monotonic() < end:
                     sum(range(1000))
             elif rank == 1:
                 os.kill(os.getpid(), number)
-            return world.gather("done", rank)
+            return processes.gather("done", rank)
     except UserError as error:
         return str(error)
 
@@ -74,16 +74,16 @@ def test_a_process_that_only_takes_long_is_waited_for(tmp_path):
 
 
 def test_one_process_alone_needs_nobody():
-    assert ALONE.gather("numbers", 3) == [3] and not ALONE.told("numbers")
-    with pytest.raises(DataError), ALONE.agreed("work"):
+    assert SINGLE.gather("numbers", 3) == [3] and not SINGLE.told("numbers")
+    with pytest.raises(DataError), SINGLE.agreed("work"):
         raise DataError("a file is damaged")
-    with ALONE.first("turn"):
-        assert ALONE.leads
+    with SINGLE.first("turn"):
+        assert SINGLE.is_main
 
 
 @pytest.mark.parametrize(("num", "size"), [(10, 1), (10, 3), (2, 3), (0, 2)])
 def test_the_parts_follow_each_other(num, size):
-    parts = [World(rank, size).part(num) for rank in range(size)]
+    parts = [ProcessGroup(rank, size).part(num) for rank in range(size)]
     assert [index for part in parts for index in part] == list(range(num))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -114,17 +114,17 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import load_examples
     from multistage_diffusion.world import join
 
-    with join(torch.device("cpu"), _MINUTES) as world:  # only small results travel
-        with world.first("data"):  # latents are encoded once
+    with join(torch.device("cpu"), _MINUTES) as processes:  # only small results travel
+        with processes.first("data"):  # latents are encoded once
             data = load_examples(config, device, encoding_progress(console))
         check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
         found = _cluster(options, data, device, console)
-    if not world.leads:
+    if not processes.is_main:
         return {}  # the first process writes and prints
     _draw(options, data, found)
     allocation = None if options.allocate is None else _allocate(options, config, data, found, device, console)
     if options.out is not None:
-        replace(found.stages, found={**found.stages.found, **(allocation or {})}).save(options.out)
+        replace(found.stages, provenance={**found.stages.provenance, **(allocation or {})}).save(options.out)
     document = {**_document(options, found), **(allocation or {})}
     _print(document, console)
     return document
@@ -230,7 +230,7 @@ def _network(options: Options, data: Examples, process: Process, device: torch.d
 
 
 def _document(options: Options, found: Clustering) -> dict[str, Any]:
-    record = found.stages.found
+    record = found.stages.provenance
     return {
         "edges": list(found.stages.edges),
         "edges_t": list(found.edges_t),

@@ -94,7 +94,7 @@ def _import(options: Options, console: Console) -> dict[str, Any]:
 
 def _export(options: Options, console: Console) -> dict[str, Any]:
     """To diffusers."""
-    from multistage_diffusion.data.latents import load_first_stage
+    from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.interop.card import Facts, model_card
     from multistage_diffusion.interop.export import export
     from multistage_diffusion.training.run import load_run
@@ -110,7 +110,7 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
         )  # fmt: skip
         return model_card(loaded.denoiser, facts)
 
-    done = export(loaded.denoiser, options.out, first_stage=load_first_stage(options.source), card=card)
+    done = export(loaded.denoiser, options.out, codec=load_codec(options.source), card=card)
     why = f" (no standard one: {done.reason})" if done.reason else ""
     console.print(
         f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "

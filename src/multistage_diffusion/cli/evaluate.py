@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.data import Images
     from multistage_diffusion.metrics.features import FeatureExtractor
     from multistage_diffusion.training.run import LoadedRun
-    from multistage_diffusion.world import World
+    from multistage_diffusion.world import ProcessGroup
 
 _MINUTES = 10.0  # that processes wait for one another where they add up what they saw
 
@@ -96,11 +96,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.world import join, local_device
 
     device = local_device(device)
-    with join(device, _MINUTES) as world:
-        document = _measure(options, names, target, device, world)
-        if world.leads and options.out is not None:
+    with join(device, _MINUTES) as processes:
+        document = _measure(options, names, target, device, processes)
+        if processes.is_main and options.out is not None:
             write_json(Path(options.out), document)
-        world.lead("the figures", lambda: None)  # the others have no more to do, and wait without a limit
+        processes.lead("the figures", lambda: None)  # the others have no more to do, and wait without a limit
     for key, value in document.items():
         if key == "sigma_loss":
             value = f"{len(value)} noise levels, in the document of --json and --out"
@@ -122,11 +122,11 @@ def _shown(value: Any) -> str:
 
 
 def _measure(
-    options: Options, metrics: Sequence[str], target: Path, device: torch.device, world: World
+    options: Options, metrics: Sequence[str], target: Path, device: torch.device, processes: ProcessGroup
 ) -> dict[str, Any]:
     """The document, in the first process."""
     from multistage_diffusion.data import load_data
-    from multistage_diffusion.data.latents import load_first_stage
+    from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.evaluation import evaluate, evaluate_images
     from multistage_diffusion.metrics.extractors import load_extractor
     from multistage_diffusion.training.run import load_run
@@ -148,25 +148,25 @@ def _measure(
     real = test if options.reference == "test" else train
 
     def extractor() -> FeatureExtractor:
-        with world.first("features"):  # a classifier is trained, or weights are downloaded, once
+        with processes.first("features"):  # a classifier is trained, or weights are downloaded, once
             return load_extractor(options.features, train, test, device=device)
 
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
         document = evaluate_images(
-            load_data(f"folder:{pictures}", split="all"), real, extractor(), metrics, world=world
+            load_data(f"folder:{pictures}", split="all"), real, extractor(), metrics, processes=processes
         )
     else:
         loaded.denoiser.precision = options.precision
-        first_stage = load_first_stage(target, device)
-        if first_stage is None:
+        codec = load_codec(target, device)
+        if codec is None:
             _check_shape(loaded, real)
         document = evaluate(
             loaded.denoiser, real, metrics=metrics, extractor=extractor, num=options.num,
             sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
-            first_stage=first_stage, stage_images=loaded.stage_images, world=world,
+            codec=codec, stage_images=loaded.stage_images, processes=processes,
         )  # fmt: skip
-    if not world.leads:
+    if not processes.is_main:
         return {}
     return {"target": str(target), "step": loaded.step if loaded else None, **document}
 

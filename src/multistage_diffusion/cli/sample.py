@@ -81,7 +81,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     from multistage_diffusion.config import SamplingConfig
     from multistage_diffusion.data import to_uint8
-    from multistage_diffusion.data.latents import load_first_stage
+    from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.data.pictures import grid, picture, png, stack
     from multistage_diffusion.files import whole_directory
     from multistage_diffusion.sampling import Trace, sample
@@ -89,7 +89,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     loaded = load_run(options.run, weights=options.weights, ema_length=options.ema_length, device=device)
     loaded.denoiser.precision = options.precision
-    first_stage = load_first_stage(options.run, device)
+    codec = load_codec(options.run, device)
     default = loaded.config.sampling if loaded.config else SamplingConfig()
     solver = options.solver or default.solver
     steps = default.steps if options.steps is None else options.steps
@@ -109,7 +109,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "steps": steps, "precision": options.precision, "nfe": samples.nfe,
         "stage_calls": list(samples.stage_calls), "seed": options.seed, "seconds": round(samples.seconds, 3),
     }  # fmt: skip
-    images = samples.images if first_stage is None else first_stage.decode(samples.images)
+    images = samples.images if codec is None else codec.decode(samples.images)
     scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None
     with whole_directory(out) as folder:
         (folder / "images").mkdir()
@@ -118,7 +118,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         (folder / "grid.png").write_bytes(png(grid(images, scale=scale, columns=columns)))
         if options.denoise_trace:
             frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
-            estimates = trace.denoised if first_stage is None else [first_stage.decode(item) for item in trace.denoised]
+            estimates = trace.denoised if codec is None else [codec.decode(item) for item in trace.denoised]
             strip = grid(
                 stack(estimates), columns=len(frames), scale=scale, gap=3, frames=frames * len(estimates[0])
             )  # fmt: skip

@@ -48,14 +48,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     device = prepare(options)
 
     from multistage_diffusion.config import SamplingConfig
-    from multistage_diffusion.data.latents import load_first_stage
+    from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.serving import LOCAL, Server
     from multistage_diffusion.training.run import load_run
 
     loaded = load_run(options.run, weights=options.weights, device=device)
     token = None if options.host in LOCAL else secrets.token_urlsafe(16)
     server = Server(
-        loaded.denoiser, first_stage=load_first_stage(options.run, device), name=Path(options.run).absolute().name,
+        loaded.denoiser, codec=load_codec(options.run, device), name=Path(options.run).absolute().name,
         defaults=loaded.config.sampling if loaded.config else SamplingConfig(), token=token,
         address=(options.host, options.port),
     )  # fmt: skip

@@ -92,7 +92,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         from multistage_diffusion.stages import Stages
 
         found = Stages.load(Path(options.stages))
-        theirs, ours = found.found.get("process"), config.process.kind
+        theirs, ours = found.provenance.get("process"), config.process.kind
         if isinstance(theirs, dict) and theirs.get("kind", ours) != ours:
             console.print(f"warning: {options.stages} was found for process {theirs['kind']}, and the run's is {ours}")
     if options.dry_run:
@@ -149,8 +149,8 @@ def _profile(config: RunConfig, options: Options, console: Console) -> dict[str,
     from multistage_diffusion.world import join
 
     data = load_examples(config.data, device, encoding_progress(console))
-    with join(device, config.engine.timeout) as world:
-        found = profile(config, data, device=device, steps=options.profile_steps, world=world)
+    with join(device, config.engine.timeout) as processes:
+        found = profile(config, data, device=device, steps=options.profile_steps, processes=processes)
     table = Table("part of a step", box=None)
     for name in ("ms", "share"):
         table.add_column(name, justify="right")

@@ -62,7 +62,7 @@ class Clustering:
         """What `elbow` would reach with a stage for every level."""
         if self.matrices is None:
             return 1.0
-        matrix = self.matrices.similar if self.stages.found["objective"] == "similarity" else self.matrices.gram
+        matrix = self.matrices.similar if self.stages.provenance["objective"] == "similarity" else self.matrices.gram
         return float(matrix.diagonal(dim1=1, dim2=2).mean())
 
     @property

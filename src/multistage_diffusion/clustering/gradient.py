@@ -19,7 +19,7 @@ _BATCH = 64  # images a backward pass
 
 def gradient_affinity(
     denoiser: nn.Module,
-    images: Float[Tensor, "count chan high wide"],
+    images: Float[Tensor, "count channels height width"],
     sigmas: Float[Tensor, " levels"],
     process: Process,
     *,

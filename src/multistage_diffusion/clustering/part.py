@@ -18,7 +18,11 @@ from multistage_diffusion.data.shards import Shards
 from multistage_diffusion.errors import DataError
 
 DataSet: TypeAlias = (
-    Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"] | Shards | Images | Latents
+    Float[Tensor, "count channels height width"]
+    | UInt8[Tensor, "count channels height width"]
+    | Shards
+    | Images
+    | Latents
 )
 
 _WORKING_BYTES = 4  # a number of an image once more, centred, while denoisers are compared
@@ -26,7 +30,7 @@ _WORKING_BYTES = 4  # a number of an image once more, centred, while denoisers a
 
 def take(
     images: DataSet, most: int | None, seed: int, device: torch.device | str | None = None
-) -> tuple[Shaped[Tensor, "some chan high wide"], Int[Tensor, " some"] | None]:
+) -> tuple[Shaped[Tensor, "some channels height width"], Int[Tensor, " some"] | None]:
     """All images, or some in the place of all: the first of a random order, so that a smaller choice is in a larger.
 
     Args:
@@ -47,7 +51,7 @@ def take(
     return read(images, index), index
 
 
-def read(images: DataSet, index: Int[Tensor, " some"] | None = None) -> Shaped[Tensor, "some chan high wide"]:
+def read(images: DataSet, index: Int[Tensor, " some"] | None = None) -> Shaped[Tensor, "some channels height width"]:
     """Some of the images; of a set on disk no others are read.
 
     Args:

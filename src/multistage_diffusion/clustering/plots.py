@@ -65,7 +65,7 @@ def similarity_figure(clustering: Clustering) -> Figure:
             return _curves(clustering)
         if clustering.matrices is not None:
             return _matrix(clustering)
-    method = clustering.stages.found["method"]
+    method = clustering.stages.provenance["method"]
     raise ConfigError(f"the method {method} measures no similarity of denoisers to plot; use optimal-denoiser")
 
 
@@ -100,7 +100,7 @@ def _curves(clustering: Clustering) -> Figure:
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    similarity, options = clustering.similarity, clustering.stages.found["options"]
+    similarity, options = clustering.similarity, clustering.stages.provenance["options"]
     assert similarity is not None
     u, order = similarity.u.flatten().sort()
     bins = min(_BINS, len(u) // 8)
@@ -130,7 +130,7 @@ def _matrix(clustering: Clustering) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    matrices, record = clustering.matrices, clustering.stages.found
+    matrices, record = clustering.matrices, clustering.stages.provenance
     assert matrices is not None
     figure = Figure(figsize=(7.6, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -197,7 +197,7 @@ def _sigma_axis(axes: Axes, clustering: Clustering) -> None:
 
 
 def strip_figure(
-    images: Float[Tensor, "count chan high wide"] | UInt8[Tensor, "count chan high wide"],
+    images: Float[Tensor, "count channels height width"] | UInt8[Tensor, "count channels height width"],
     stages: Stages,
     process: Process,
     *,

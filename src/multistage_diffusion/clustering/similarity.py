@@ -203,8 +203,8 @@ def _parts(
     denoiser: OptimalDenoiser, pairs: Pairs, progress: Progress | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This process's pairs in small groups: their indices, images and noise."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = torch.arange(rank, len(pairs.image), world)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = torch.arange(rank, len(pairs.image), processes)
     done = 0
     for part in mine.split(_PAIRS):
         if len(part):

@@ -87,7 +87,7 @@ def _read_array(source: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _as_pixels(source: str, array: Any) -> UInt8[Tensor, "batch chan high wide"]:
+def _as_pixels(source: str, array: Any) -> UInt8[Tensor, "batch channels height width"]:
     """(N, H, W), (N, H, W, C) or (N, C, H, W) of bytes, or of floats in [-1, 1]."""
     if array.ndim == 3:
         array = array[:, None]
@@ -107,7 +107,7 @@ def _as_pixels(source: str, array: Any) -> UInt8[Tensor, "batch chan high wide"]
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _from_floats(source: str, array: Any) -> UInt8[Tensor, "batch chan high wide"]:
+def _from_floats(source: str, array: Any) -> UInt8[Tensor, "batch channels height width"]:
     """Floats in [-1, 1]; any other range is refused, because a guess would shift every figure."""
     low, high = float(array.min()), float(array.max())
     if not math.isfinite(low + high):

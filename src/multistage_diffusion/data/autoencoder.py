@@ -41,7 +41,9 @@ class Autoencoder:
         self.digest = content.hexdigest()
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "batch chan high wide"]) -> Float[Tensor, "batch latent high2 wide2"]:
+    def encode(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch latent height2 width2"]:
         """Latents of images, on the CPU.
 
         Args:
@@ -65,8 +67,8 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(
-        self, latents: Float[Tensor, "batch latent high2 wide2"], channels: int
-    ) -> Float[Tensor, "batch chan high wide"]:
+        self, latents: Float[Tensor, "batch latent height2 width2"], channels: int
+    ) -> Float[Tensor, "batch channels height width"]:
         """Images from latents, on the CPU.
 
         Args:

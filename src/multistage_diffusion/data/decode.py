@@ -75,7 +75,7 @@ def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         raise PictureError(error.strerror or "cannot be read") from error
 
 
-def decode(content: bytes) -> UInt8[Tensor, "chan high wide"]:
+def decode(content: bytes) -> UInt8[Tensor, "channels height width"]:
     """Pixels of a picture file.
 
     Args:
@@ -114,7 +114,7 @@ def _refuse(image: Image.Image) -> None:
         raise PictureError(f"{'float' if image.mode == 'F' else '32-bit'} pixels have no agreed range: save 8 bits")
 
 
-def _pixels(image: Image.Image) -> UInt8[Tensor, "chan high wide"]:
+def _pixels(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
     """Decode, turn upright, convert."""
     transparent = "transparency" in image.info
     image = ImageOps.exif_transpose(image)

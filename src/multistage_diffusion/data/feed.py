@@ -60,7 +60,7 @@ class Resident:
             index: Images that will be asked for.
         """
 
-    def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n chan high wide"]:
+    def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n channels height width"]:
         """Images as the networks see them.
 
         Args:
@@ -114,7 +114,7 @@ class Streamed:
         while len(self._coming) > _MOST:  # announced and never fetched
             self._coming.pop(next(iter(self._coming))).cancel()
 
-    def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n chan high wide"]:
+    def floats(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n channels height width"]:
         """Images as the networks see them.
 
         Args:

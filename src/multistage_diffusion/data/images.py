@@ -19,7 +19,7 @@ from multistage_diffusion.errors import DataError, NumericsError
 MAX_SET_BYTES = MAX_BYTES  # a set larger than this, at one byte a channel, is not loaded into memory
 _FILTER = Image.Resampling.BILINEAR
 
-Pixels: TypeAlias = UInt8[Tensor, "batch chan high wide"]
+Pixels: TypeAlias = UInt8[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Images:
         content.update(labels)
         return content.hexdigest()
 
-    def pixels(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n chan high wide"]:
+    def pixels(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n channels height width"]:
         """Images as they are stored, in memory.
 
         Args:
@@ -86,7 +86,7 @@ class Images:
         """
         return self.images[slice(None) if index is None else index]
 
-    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n chan high wide"]:
+    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n channels height width"]:
         """Images as the networks see them.
 
         Args:
@@ -97,7 +97,7 @@ class Images:
         """
         return self.seen(self.pixels(index))
 
-    def seen(self, rows: Pixels) -> Float[Tensor, "batch chan high wide"]:
+    def seen(self, rows: Pixels) -> Float[Tensor, "batch channels height width"]:
         """Stored images as the networks see them.
 
         Args:
@@ -165,7 +165,7 @@ def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return x.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
 
 
-def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch chan resolution resolution"]:
+def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch channels resolution resolution"]:
     """Central square of each image, resized by Pillow's antialiased triangle filter (`Resampling.BILINEAR`).
 
     Args:
@@ -188,7 +188,7 @@ def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch chan resolution
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(resized.reshape(len(images), *size, -1), 3, 1)))
 
 
-def content_key(picture: UInt8[Tensor, "chan high wide"]) -> int:
+def content_key(picture: UInt8[Tensor, "channels height width"]) -> int:
     """A number in [0, 2^64) that depends on the pixels alone, equal for grey stored in 1 channel and in 3.
 
     Args:
@@ -212,7 +212,7 @@ def _digests(rows: Pixels | Shards) -> UInt8[Tensor, "rows 16"]:
             return row_digests(rows)
 
 
-def _some(rows: Pixels | Shards, index: Int[Tensor, " n"]) -> UInt8[Tensor, "n chan high wide"] | Shards:
+def _some(rows: Pixels | Shards, index: Int[Tensor, " n"]) -> UInt8[Tensor, "n channels height width"] | Shards:
     """Some of the images: in memory, or still on disk."""
     match rows:
         case Shards():

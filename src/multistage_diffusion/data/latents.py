@@ -36,7 +36,7 @@ class Latents:
     Attributes:
         name: The source of the images.
         images: Latents in the autoencoder's own unit, float32; in memory, or on disk.
-        stage: Autoencoder and scale that they were made with.
+        codec: Autoencoder and scale that they were made with.
         labels: Class of each image, int64, or None where the source has none.
         classes: Names of the classes.
         skipped: What the source holds but the images do not, and why.
@@ -44,8 +44,8 @@ class Latents:
     """
 
     name: str
-    images: Float[Tensor, "batch chan high wide"] | Shards
-    stage: FirstStage
+    images: Float[Tensor, "batch channels height width"] | Shards
+    codec: LatentCodec
     key: str
     labels: Int[Tensor, " labelled"] | None = None
     classes: tuple[str, ...] = ()
@@ -63,9 +63,9 @@ class Latents:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the networks see: images, autoencoder and scale."""
-        return hashlib.sha256(f"{self.key} {self.stage.scale!r}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.key} {self.codec.scale!r}".encode()).hexdigest()
 
-    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n chan high wide"]:
+    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n channels height width"]:
         """Latents as the networks see them.
 
         Args:
@@ -76,7 +76,7 @@ class Latents:
         """
         return self.seen(self.images[slice(None) if index is None else index])
 
-    def seen(self, rows: Float[Tensor, "batch chan high wide"]) -> Float[Tensor, "batch chan high wide"]:
+    def seen(self, rows: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """Stored latents as the networks see them.
 
         Args:
@@ -85,7 +85,7 @@ class Latents:
         Returns:
             The same, scaled.
         """
-        return rows * self.stage.scale
+        return rows * self.codec.scale
 
 
 Examples: TypeAlias = Images | Latents
@@ -93,7 +93,7 @@ Examples: TypeAlias = Images | Latents
 
 @final
 @dataclass(frozen=True, eq=False)
-class FirstStage:
+class LatentCodec:
     """An autoencoder with the scale of its latents: from images to what a model is trained on, and back.
 
     Attributes:
@@ -107,8 +107,8 @@ class FirstStage:
     channels: int
 
     def decode(
-        self, latents: Float[Tensor, "batch latent high2 wide2"], batch_size: int = 64
-    ) -> Float[Tensor, "batch chan high wide"]:
+        self, latents: Float[Tensor, "batch latent height2 width2"], batch_size: int = 64
+    ) -> Float[Tensor, "batch channels height width"]:
         """Images of a model's latents.
 
         Args:
@@ -133,7 +133,7 @@ class FirstStage:
         return encode(images, self.autoencoder, scale=self.scale)
 
     def save(self, path: Path) -> None:
-        """Write the record that `load_first_stage` reads.
+        """Write the record that `load_codec` reads.
 
         Args:
             path: Destination file.
@@ -220,13 +220,13 @@ def encode(
         with whole_directory(folder, replace=True) as temporary:
             _write(images, autoencoder, temporary, mirrored, batch_size, progress)
         values, about = open_shards(folder)
-    stage = FirstStage(autoencoder, scale or 1 / about["deviation"], images.shape[0])
+    codec = LatentCodec(autoencoder, scale or 1 / about["deviation"], images.shape[0])
     labels = images.labels.repeat(2) if mirrored and images.labels is not None else images.labels
-    return Latents(images.name, values, stage, key, labels, images.classes, images.skipped)
+    return Latents(images.name, values, codec, key, labels, images.classes, images.skipped)
 
 
-def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> FirstStage | None:
-    """The first stage of a run.
+def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCodec | None:
+    """The latent codec of a run.
 
     Args:
         run: The run directory, or the folder `model` in it.
@@ -252,7 +252,7 @@ def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> Fir
     autoencoder = load_autoencoder(str(name), device)
     if autoencoder.digest != digest:
         raise CheckpointError(f"{name} is another autoencoder than {folder} was trained with: its weights differ")
-    return FirstStage(autoencoder, float(scale), int(channels))
+    return LatentCodec(autoencoder, float(scale), int(channels))
 
 
 def _write(

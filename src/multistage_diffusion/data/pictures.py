@@ -17,7 +17,7 @@ from multistage_diffusion.data.images import to_uint8
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
-def picture(image: UInt8[Tensor, "chan high wide"]) -> Image.Image:
+def picture(image: UInt8[Tensor, "channels height width"]) -> Image.Image:
     """One image as a Pillow image.
 
     Args:
@@ -32,7 +32,7 @@ def picture(image: UInt8[Tensor, "chan high wide"]) -> Image.Image:
 
 
 def grid(
-    images: Float[Tensor, "num chan high wide"],
+    images: Float[Tensor, "num channels height width"],
     *,
     columns: int | None = None,
     scale: int = 1,

@@ -91,7 +91,7 @@ class Shards:
         some._chosen = index if self._chosen is None else self._chosen[index]
         return some
 
-    def to(self, device: torch.device | str) -> Shaped[Tensor, "rows chan high wide"]:
+    def to(self, device: torch.device | str) -> Shaped[Tensor, "rows channels height width"]:
         """Read all rows into memory.
 
         Args:
@@ -108,7 +108,7 @@ class Shards:
             read[rows[0] : rows[-1] + 1] = self[rows].to(device)
         return read
 
-    def __getitem__(self, index: slice | Int[Tensor, " n"]) -> Shaped[Tensor, "n chan high wide"]:
+    def __getitem__(self, index: slice | Int[Tensor, " n"]) -> Shaped[Tensor, "n channels height width"]:
         """Read rows.
 
         Args:
@@ -237,7 +237,7 @@ class ShardWriter:
         self._dtype = torch.uint8
         self._file: BinaryIO | None = None
 
-    def add(self, rows: Shaped[Tensor, "n chan high wide"]) -> None:
+    def add(self, rows: Shaped[Tensor, "n channels height width"]) -> None:
         """Write rows behind those written before. One channel among three is repeated, whichever comes first.
 
         Args:

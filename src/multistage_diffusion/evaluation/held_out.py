@@ -14,7 +14,7 @@ from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.world import ALONE, World
+from multistage_diffusion.world import SINGLE, ProcessGroup
 
 BINS = Stages(tuple(10.0 ** (power / 2) for power in range(-6, 6)))  # two a decade; the same for every process
 
@@ -67,7 +67,7 @@ def held_out_loss(
     max_images: int = 2_000,
     batch_size: int = 256,
     seed: int = 0,
-    world: World = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> HeldOutLoss:
     """Denoising loss with fixed images, noise and noise levels: the same for every model of a process.
 
@@ -79,7 +79,7 @@ def held_out_loss(
         max_images: At most so many images are used, the first ones.
         batch_size: Images at a time; changes nothing.
         seed: Seed of noise and levels.
-        world: The processes that share the batches.
+        processes: The processes that share the batches.
 
     Returns:
         The losses, the same in each process.
@@ -96,15 +96,15 @@ def held_out_loss(
     sigma = denoiser.process.icdf(u)
     order, ours = sigma.argsort(), denoiser.stages.of(sigma)  # neighbours share a stage: few decoders run on a batch
     losses = torch.zeros(total, dtype=torch.float64)
-    with world.agreed("share of the held-out loss"), torch.inference_mode():
-        for rows in order.split(batch_size)[world.rank :: world.size]:
+    with processes.agreed("share of the held-out loss"), torch.inference_mode():
+        for rows in order.split(batch_size)[processes.rank :: processes.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
             labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
             counts = torch.bincount(ours[rows], minlength=len(denoiser.stages)).tolist()
             found = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels, counts=counts)
             losses[rows] = found.double().cpu()
-    world.sum(losses)  # zeros in place of the others' shares, so to the bit
+    processes.sum(losses)  # zeros in place of the others' shares, so to the bit
     stage = stages.of(sigma)
     parts = [losses[stage == k] for k in range(len(stages))]
     by_image = losses.reshape(repeats, count).mean(dim=0)

@@ -13,13 +13,13 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
-from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.metrics.distance import cautions, check_metrics, keeps_features, measure
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import sample_batches
-from multistage_diffusion.world import World
+from multistage_diffusion.world import ProcessGroup
 
 
 def generated(
@@ -29,8 +29,8 @@ def generated(
     *,
     seed: int = 0,
     batch_size: int = 256,
-    first_stage: FirstStage | None = None,
-) -> Iterator[Float[Tensor, "batch chan high wide"]]:
+    codec: LatentCodec | None = None,
+) -> Iterator[Float[Tensor, "batch channels height width"]]:
     """Images of a model as they would be saved: rounded to 8 bits. A class-conditional model draws all classes alike.
 
     Args:
@@ -39,7 +39,7 @@ def generated(
         sampling: Solver, steps, spacing.
         seed: Seed of the first image.
         batch_size: Images at a time; changes no image.
-        first_stage: Decodes what a model of latents makes.
+        codec: Decodes what a model of latents makes.
 
     Yields:
         Batches in [-1, 1].
@@ -52,13 +52,13 @@ def generated(
         denoiser, num, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing, seed=seed,
         batch_size=batch_size, labels=labels,
     ):  # fmt: skip
-        yield to_uint8(images if first_stage is None else first_stage.decode(images)).float() / 127.5 - 1
+        yield to_uint8(images if codec is None else codec.decode(images)).float() / 127.5 - 1
 
 
 def distances(
     extractor: FeatureExtractor,
     reference: Images,
-    images: Iterable[Float[Tensor, "_ chan high wide"]],
+    images: Iterable[Float[Tensor, "_ channels height width"]],
     metrics: Sequence[str],
     *,
     batch_size: int = 500,
@@ -80,7 +80,7 @@ def distances(
 
 def observe(
     extractor: FeatureExtractor,
-    images: Iterable[Float[Tensor, "_ chan high wide"]],
+    images: Iterable[Float[Tensor, "_ channels height width"]],
     metrics: Sequence[str],
     *,
     first: int = 0,
@@ -106,15 +106,15 @@ def observe(
     return seen
 
 
-def gather(seen: Statistics, world: World) -> None:
+def gather(seen: Statistics, processes: ProcessGroup) -> None:
     """Make the statistics of all processes those of one set, in the first process.
 
     Args:
         seen: This process's; in the others they are spoilt.
-        world: The processes, which come here at about the same time.
+        processes: The processes, which come here at about the same time.
     """
-    if world.size > 1:
-        seen.combine(lambda part: world.sum(part.clone()), lambda rows: _join(rows, world))
+    if processes.size > 1:
+        seen.combine(lambda part: processes.sum(part.clone()), lambda rows: _join(rows, processes))
 
 
 def compare(
@@ -161,10 +161,10 @@ def describe(extractor: FeatureExtractor) -> dict[str, Any]:
     }
 
 
-def _join(rows: Tensor, world: World) -> Tensor:
+def _join(rows: Tensor, processes: ProcessGroup) -> Tensor:
     """Rows of all processes one after the other, in the first process."""
-    counts = world.gather("rows of features", len(rows))
-    if not world.leads:
+    counts = processes.gather("rows of features", len(rows))
+    if not processes.is_main:
         dist.send(rows, 0)
         return rows
     parts = [rows, *(rows.new_empty(count, *rows.shape[1:]) for count in counts[1:])]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images
-from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.evaluation.held_out import held_out_loss
 from multistage_diffusion.evaluation.images import compare, describe, gather, generated, observe
@@ -24,7 +24,7 @@ from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.world import ALONE, World
+from multistage_diffusion.world import SINGLE, ProcessGroup
 
 METRICS = (*distance.METRICS, "loss")
 
@@ -40,9 +40,9 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     stages: Stages | None = None,
-    first_stage: FirstStage | None = None,
+    codec: LatentCodec | None = None,
     stage_images: Sequence[int] | None = None,
-    world: World = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> dict[str, Any]:
     """Measure a model.
 
@@ -56,9 +56,9 @@ def evaluate(
         seed: Seed of the first image, and of the held-out loss.
         batch_size: Images at a time; changes nothing but rounding.
         stages: Partition for the losses by stage; by default the model's own.
-        first_stage: Autoencoder of a model of latents: its images are decoded, and its loss is that of latents.
+        codec: Autoencoder of a model of latents: its images are decoded, and its loss is that of latents.
         stage_images: Images that each stage was trained on, for the training FLOPs.
-        world: The processes that share the work.
+        processes: The processes that share the work.
 
     Returns:
         One key a metric, and what they were measured with and what it cost. `fd_infinity` is added to `fd` where fewer
@@ -77,22 +77,20 @@ def evaluate(
     if wanted:
         if extractor is None:
             raise ConfigError(f"metrics {', '.join(wanted)} need features, and no extractor was given")
-        document |= _drawn(
-            denoiser, reference, wanted, extractor(), num, sampling, seed, batch_size, first_stage, world
-        )
+        document |= _drawn(denoiser, reference, wanted, extractor(), num, sampling, seed, batch_size, codec, processes)
     if "loss" in metrics:
         held_out = reference
-        if first_stage is not None:
-            with world.first("held-out latents"):
-                held_out = first_stage.encode(reference)
-        loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed, world=world)
+        if codec is not None:
+            with processes.first("held-out latents"):
+                held_out = codec.encode(reference)
+        loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed, processes=processes)
         document["loss"] = loss.loss
         document["loss_error"] = loss.error
         document["stage_loss"] = list(loss.stage_loss)
         document["sigma_loss"] = [
             {**asdict(part), "high": None if math.isinf(part.high) else part.high} for part in loss.bins
         ]
-    if not world.leads:
+    if not processes.is_main:
         return {}
     return {
         **document,
@@ -104,7 +102,12 @@ def evaluate(
 
 
 def evaluate_images(
-    images: Images, reference: Images, extractor: FeatureExtractor, metrics: Sequence[str], *, world: World = ALONE
+    images: Images,
+    reference: Images,
+    extractor: FeatureExtractor,
+    metrics: Sequence[str],
+    *,
+    processes: ProcessGroup = SINGLE,
 ) -> dict[str, Any]:
     """Measure a set of images, whoever made them.
 
@@ -113,7 +116,7 @@ def evaluate_images(
         reference: Real images of the same shape.
         extractor: Gives the features.
         metrics: Some of `metrics.distance.METRICS`.
-        world: The processes that share the work.
+        processes: The processes that share the work.
 
     Returns:
         One key a metric, and what they were measured with; the first process has it, and the others nothing.
@@ -124,10 +127,10 @@ def evaluate_images(
     """
     if "loss" in metrics:
         raise ConfigError("the metric loss needs a run: a folder of images has no denoiser")
-    begin, part = time.perf_counter(), world.part(len(images))
+    begin, part = time.perf_counter(), processes.part(len(images))
     batches = (images.floats(rows) for rows in torch.arange(part.start, part.stop).split(500))
-    figures = _figures(extractor, reference, batches, metrics, len(images), world)
-    if not world.leads:
+    figures = _figures(extractor, reference, batches, metrics, len(images), processes)
+    if not processes.is_main:
         return {}
     return {
         **figures,
@@ -147,15 +150,15 @@ def _drawn(
     sampling: SamplingConfig,
     seed: int,
     batch_size: int,
-    first_stage: FirstStage | None,
-    world: World,
+    codec: LatentCodec | None,
+    processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Figures of images that are drawn now, this process's share of them; what they were seen with, and the time."""
-    part, spent = world.part(num), [0.0]
+    part, spent = processes.part(num), [0.0]
     images = generated(
-        denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, first_stage=first_stage
+        denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, codec=codec
     )  # fmt: skip
-    figures = _figures(extractor, reference, _timed(images, spent) if part else (), metrics, num, world)
+    figures = _figures(extractor, reference, _timed(images, spent) if part else (), metrics, num, processes)
     return {**figures, "features": describe(extractor), "sampling_seconds": round(spent[0], 3)}
 
 
@@ -165,15 +168,15 @@ def _figures(
     images: Iterable[Tensor],
     metrics: Sequence[str],
     num: int,
-    world: World,
+    processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Figures of all processes' images, in the first process; the Fréchet distance is FID with Inception's features."""
     metrics = with_limit(metrics, num, extractor.num_features)
-    with world.agreed("share of the images"):
-        seen = observe(extractor, images, metrics, first=world.part(num).start)
-    gather(seen, world)
-    with world.agreed("comparison"):
-        figures = compare(extractor, reference, seen, metrics) if world.leads else {}
+    with processes.agreed("share of the images"):
+        seen = observe(extractor, images, metrics, first=processes.part(num).start)
+    gather(seen, processes)
+    with processes.agreed("comparison"):
+        figures = compare(extractor, reference, seen, metrics) if processes.is_main else {}
     if extractor.name == inception.NAME and "fd" in figures:
         figures = {"fid": figures["fd"], **figures}
     return figures

@@ -18,7 +18,7 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.config import LDMConfig, ProcessConfig
 from multistage_diffusion.data.autoencoder import load_autoencoder
-from multistage_diffusion.data.latents import RECORD, FirstStage
+from multistage_diffusion.data.latents import RECORD, LatentCodec
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.interop.schedulers import process_from_scheduler
@@ -179,7 +179,7 @@ def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> N
         CheckpointError: The folder cannot be written.
     """
     home = next((found for name in ("vqvae", "vae") if (found := Path(source) / name).is_dir()), None)
-    first_stage = None
+    codec = None
     if home is not None:
         autoencoder = load_autoencoder(str(home.absolute()))
         about = autoencoder.module.config
@@ -187,8 +187,8 @@ def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> N
             raise ConfigError(
                 f"{home} makes latents of {about['latent_channels']} channels, but the U-Net has {denoiser.shape[0]}"
             )
-        first_stage = FirstStage(autoencoder, float(about["scaling_factor"]), int(about["out_channels"]))
+        codec = LatentCodec(autoencoder, float(about["scaling_factor"]), int(about["out_channels"]))
     (Path(out) / RECORD).unlink(missing_ok=True)
     denoiser.save_pretrained(out)
-    if first_stage is not None:
-        first_stage.save(Path(out) / RECORD)
+    if codec is not None:
+        codec.save(Path(out) / RECORD)

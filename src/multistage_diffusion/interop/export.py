@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from multistage_diffusion.config import CosineConfig, EDMConfig, FlowConfig, LDMConfig, VPConfig, to_dict
-from multistage_diffusion.data.latents import FirstStage
+from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import whole_directory
 from multistage_diffusion.interop.schedulers import level, scheduler_options
@@ -47,7 +47,7 @@ def export(
     denoiser: Denoiser,
     out: str | Path,
     *,
-    first_stage: FirstStage | None = None,
+    codec: LatentCodec | None = None,
     card: Callable[[str], str] | None = None,
 ) -> Exported:
     """Write a folder that diffusers loads, and compare its images with ours.
@@ -59,7 +59,7 @@ def export(
     Args:
         denoiser: The model.
         out: The folder; replaced if an earlier call wrote it.
-        first_stage: Autoencoder and scale of a model of latents.
+        codec: Autoencoder and scale of a model of latents.
         card: Makes the text of README.md, given the name of the pipeline's class.
 
     Returns:
@@ -80,9 +80,9 @@ def export(
     if reason is None and not isinstance(denoiser.process.config, VPConfig | CosineConfig | LDMConfig):
         reason = f"no standard pipeline draws from a process {denoiser.process.config.kind}"
     vae = None
-    if first_stage is not None:
-        vae = first_stage.autoencoder.module
-        vae.register_to_config(scaling_factor=first_stage.scale)
+    if codec is not None:
+        vae = codec.autoencoder.module
+        vae.register_to_config(scaling_factor=codec.scale)
     pipeline = _standard(denoiser, vae) if reason is None else _multistage(denoiser, vae)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     name = type(pipeline).__name__
@@ -90,7 +90,7 @@ def export(
         pipeline.save_pretrained(folder)
         family: Any = DiffusionPipeline if reason is None else MultistagePipeline
         written = family.from_pretrained(str(folder), low_cpu_mem_usage=False)
-        error = _difference(written, denoiser, first_stage)
+        error = _difference(written, denoiser, codec)
         if not error < _TOLERANCE:
             raise ConfigError(f"the pipeline's images differ from ours by {error}; nothing was written")
         if card is not None:
@@ -154,7 +154,7 @@ def _multistage(denoiser: Denoiser, vae: Any) -> Any:
 
 
 @torch.inference_mode()
-def _difference(pipeline: Any, denoiser: Denoiser, first_stage: FirstStage | None) -> float:
+def _difference(pipeline: Any, denoiser: Denoiser, codec: LatentCodec | None) -> float:
     """Largest difference of a pipeline's images from those of our solver on the same levels, from the same noise."""
     timesteps = pipeline.scheduler.config.get("num_train_timesteps", _STEPS)
     steps = max(number for number in range(1, _STEPS + 1) if timesteps % number == 0)  # DDIM's levels, exactly
@@ -166,7 +166,7 @@ def _difference(pipeline: Any, denoiser: Denoiser, first_stage: FirstStage | Non
     x = torch.randn(shape, generator=seed.manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     solver = dpmpp_2m if "solver_order" in scheduler.config else euler
     ours = solver(denoiser, x / process.scale(sigmas[0]).item(), [*sigmas.tolist(), 0.0])
-    if first_stage is not None:
-        ours = first_stage.autoencoder.decode(ours / first_stage.scale, first_stage.autoencoder.channels)
+    if codec is not None:
+        ours = codec.autoencoder.decode(ours / codec.scale, codec.autoencoder.channels)
     ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     return 2 * float((ours - torch.from_numpy(theirs)).abs().max())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from multistage_diffusion.errors import DataError, NumericsError
 from multistage_diffusion.softmax import full_precision
 
-Batch: TypeAlias = Float[Tensor, "batch chan high wide"]
+Batch: TypeAlias = Float[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FeatureExtractor(nn.Module, ABC):
     def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
         """Features and logits of a few images in [-1, 1], on the device of the weights."""
 
-    def forward(self, images: Batch | UInt8[Tensor, "batch chan high wide"]) -> Features:
+    def forward(self, images: Batch | UInt8[Tensor, "batch channels height width"]) -> Features:
         """Features and logits.
 
         Args:

@@ -81,14 +81,14 @@ class Denoiser(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch chan high wide"],
+        x: Float[Tensor, "batch channels height width"],
         sigma: float | Float[Tensor, " batch"],
         labels: Int[Tensor, " batch"] | None = None,
         *,
         augment: Float[Tensor, "batch numbers"] | None = None,
         counts: Sequence[int] | None = None,
         number: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch chan high wide"]:
+    ) -> Float[Tensor, "batch channels height width"]:
         """Estimate the clean images in x = x0 + sigma eps.
 
         Args:
@@ -154,7 +154,7 @@ class Denoiser(nn.Module):
             "format": "multistage-diffusion denoiser 1",
             "shape": list(self.shape),
             "process": to_dict(self.process.config),
-            "stages": {**self.stages.found, "edges": list(self.stages.edges)},
+            "stages": {**self.stages.provenance, "edges": list(self.stages.edges)},
             "model": to_dict(self.network.config),
         }
         with whole_directory(Path(directory)) as temporary:

@@ -16,7 +16,7 @@ from multistage_diffusion import rng
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.errors import ConfigError
 
-Maps = Float[Tensor, "batch chan high wide"]
+Maps = Float[Tensor, "batch channels height width"]
 Direction = Literal["down", "up"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
@@ -154,7 +154,7 @@ class Resample(nn.Module):
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
         self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
 
-    def forward(self, x: Maps) -> Float[Tensor, "batch chan high2 wide2"]:
+    def forward(self, x: Maps) -> Float[Tensor, "batch channels height2 width2"]:
         """Resample each channel by itself.
 
         Args:
@@ -278,7 +278,7 @@ class ResidualBlock(nn.Module):
 
     def forward(
         self, x: Maps, embedding: Float[Tensor, "batch embed"], number: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch chan2 high2 wide2"]:
+    ) -> Float[Tensor, "batch channels2 height2 width2"]:
         """Transform feature maps.
 
         Args:
@@ -325,7 +325,7 @@ class ConvResample(nn.Module):
 
     def forward(
         self, x: Maps, embedding: Float[Tensor, "batch embed"], number: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch chan high2 wide2"]:
+    ) -> Float[Tensor, "batch channels height2 width2"]:
         """Resample; embedding and number are not used, so that all up and down steps are called alike.
 
         Args:

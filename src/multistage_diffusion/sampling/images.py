@@ -25,7 +25,7 @@ _NO_MEMORY = ("can't allocate memory", "could not create a primitive", "could no
 
 Seeds = Sequence[int] | Int[Tensor, " num"]
 Labels = int | Sequence[int] | Int[Tensor, " num"]
-Batch = tuple[Int[Tensor, " batch"], Float[Tensor, "batch chan high wide"]]
+Batch = tuple[Int[Tensor, " batch"], Float[Tensor, "batch channels height width"]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Samples:
         stage_calls: How many of the `nfe` calls each stage had, stage 0 first.
     """
 
-    images: Float[Tensor, "num chan high wide"]
+    images: Float[Tensor, "num channels height width"]
     seeds: tuple[int, ...]
     nfe: int
     seconds: float

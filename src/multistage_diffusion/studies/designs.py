@@ -84,7 +84,7 @@ class Finder:
             )  # fmt: skip
             rounded = [float(f"{edge:.4g}") for edge in found.stages.edges]
             self.say(f"edges by {method} ({stages} stages, {measure}): {', '.join(f'{edge:g}' for edge in rounded)}")
-            return {"edges": rounded, "edges_t": list(found.edges_t), "intervals": found.stages.found["intervals"]}
+            return {"edges": rounded, "edges_t": list(found.edges_t), "intervals": found.stages.provenance["intervals"]}
 
         def stand_in() -> dict[str, Any]:
             return {"edges": list(self.edges(stages=stages))}

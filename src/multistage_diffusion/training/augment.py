@@ -49,8 +49,8 @@ class _Draw:
 
 
 def augment(
-    images: Float[Tensor, "batch chan high wide"], seed: int, index: Int[Tensor, " batch"], probability: float
-) -> tuple[Float[Tensor, "batch chan high wide"], Float[Tensor, "batch labels"]]:
+    images: Float[Tensor, "batch channels height width"], seed: int, index: Int[Tensor, " batch"], probability: float
+) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch labels"]]:
     """Augment images; a pure function of (seed, index) for each of them.
 
     Args:
@@ -71,10 +71,10 @@ def augment(
 
 
 def warp(
-    images: Float[Tensor, "batch chan high wide"],
+    images: Float[Tensor, "batch channels height width"],
     matrix: Float[Tensor, "batch 2 2"],
     shift: Float[Tensor, "batch 2"],
-) -> Float[Tensor, "batch chan high wide"]:
+) -> Float[Tensor, "batch channels height width"]:
     """Resample images so that the output at p shows the input at matrix (p - shift), p in pixels from the centre.
 
     Args:

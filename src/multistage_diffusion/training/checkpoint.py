@@ -101,8 +101,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
     }
     held = {RAW: trainer.denoiser.network.state_dict(), OPTIMIZER: optimizer}
     held |= {file: average.average for file, average in _averages(trainer).items()}
-    files = {file: gather(tensors, keep=trainer.world.leads) for file, tensors in held.items()}
-    if not trainer.world.leads:
+    files = {file: gather(tensors, keep=trainer.processes.is_main) for file, tensors in held.items()}
+    if not trainer.processes.is_main:
         return Checkpoint(path, trainer.step)
     state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}
     if trainer.scale is not None:
@@ -127,15 +127,15 @@ def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
     Raises:
         CheckpointError: A file is unreadable or belongs to another architecture.
     """
-    world, files, document = trainer.world, None, None
-    if world.leads:
+    processes, files, document = trainer.processes, None, None
+    if processes.is_main:
         assert checkpoint is not None
         files, document = _read(checkpoint, trainer)
-        world.tell("state", document)
+        processes.tell("state", document)
     else:
-        document = world.ask("state")
+        document = processes.ask("state")
     for file in (RAW, *_averages(trainer), OPTIMIZER):
-        tensors = world.share(file, None if files is None else files[file])
+        tensors = processes.share(file, None if files is None else files[file])
         try:
             _put(file, tensors, trainer)
         except (KeyError, ValueError, IndexError) as error:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from multistage_diffusion.models.unet import Encoder, MultiDecoderUNet
-from multistage_diffusion.world import World
+from multistage_diffusion.world import ProcessGroup
 
 
 def parallelise(
-    module: nn.Module, network: MultiDecoderUNet, world: World, device: torch.device, kind: Literal["ddp", "fsdp"], *,
+    module: nn.Module, network: MultiDecoderUNet, processes: ProcessGroup, device: torch.device, kind: Literal["ddp", "fsdp"], *,
     unused: bool,
 ) -> nn.Module:  # fmt: skip
     """Make a module's gradients those of all processes together, averaged.
@@ -24,7 +24,7 @@ def parallelise(
     Args:
         module: What is called in training.
         network: The multi-decoder network in it.
-        world: The processes.
+        processes: The processes.
         device: Where this process trains.
         kind: `ddp`: each process holds all weights; `fsdp`: each holds a share of weights, optimiser state and average.
         unused: Whether a step may use a part of the weights only, the same part on all processes.
@@ -32,10 +32,10 @@ def parallelise(
     Returns:
         What to call in place of `module`.
     """
-    if world.size == 1:
+    if processes.size == 1:
         return module
     if kind == "fsdp":
-        _shard(network, device, world)
+        _shard(network, device, processes)
         return module
     # The network's buffers are constants; torch 2.13 has another name for the switch that says so.
     known = inspect.signature(DistributedDataParallel).parameters
@@ -117,12 +117,12 @@ def put(target: Tensor, values: Tensor) -> None:
     target.copy_(distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None))
 
 
-def _shard(network: MultiDecoderUNet, device: torch.device, world: World) -> None:
+def _shard(network: MultiDecoderUNet, device: torch.device, processes: ProcessGroup) -> None:
     """FSDP2: each level of an encoder and each decoder is gathered when it is used; what remains, with the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = init_device_mesh(device.type, (processes.size,))
     for encoder in network.encoders:
         assert isinstance(encoder, Encoder)
         for level in encoder.levels:

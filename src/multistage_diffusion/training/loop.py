@@ -25,7 +25,7 @@ from multistage_diffusion.training.batches import Batch, Batches
 from multistage_diffusion.training.distributed import local, parallelise, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.precision import LossScale, require_few
-from multistage_diffusion.world import ALONE, World
+from multistage_diffusion.world import SINGLE, ProcessGroup
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -83,7 +83,7 @@ class Trainer:
         data: Training images, or their latents (with the mirrored ones among them, if there is to be a flip).
         device: Where to train.
         found: The partition with its provenance, if there is one.
-        world: The processes that train together; each of them makes its trainer.
+        processes: The processes that train together; each of them makes its trainer.
 
     Raises:
         ConfigError: The configuration does not fit the data, or the batch has fewer images than parts.
@@ -100,14 +100,14 @@ class Trainer:
 
     def __init__(
         self, config: RunConfig, data: Examples, device: torch.device | str = "cpu", found: Stages | None = None,
-        world: World = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:  # fmt: skip
-        self.config, self.device, self.world = config, torch.device(device), world
+        self.config, self.device, self.processes = config, torch.device(device), processes
         training, engine = config.training, config.engine
-        if training.batch_size < world.size * engine.accumulation:
+        if training.batch_size < processes.size * engine.accumulation:
             raise ConfigError(
-                f"training.batch-size {training.batch_size} is less than {world.size * engine.accumulation}, one image "
-                f"for each of {world.size} processes and engine.accumulation {engine.accumulation}"
+                f"training.batch-size {training.batch_size} is less than {processes.size * engine.accumulation}, one image "
+                f"for each of {processes.size} processes and engine.accumulation {engine.accumulation}"
             )
         self.denoiser = build_denoiser(config, data.shape, found).to(self.device).train()
         self.batches = Batches(
@@ -160,7 +160,7 @@ class Trainer:
         Raises:
             PeerError: Memory did not suffice in another process.
         """
-        with self.world.agreed("memory for the average"):
+        with self.processes.agreed("memory for the average"):
             copy = build_denoiser(self.config, self.denoiser.shape, self.denoiser.stages).to(self.device)
         self.ema.copy_to(copy.network)
         return copy.eval()
@@ -177,7 +177,7 @@ class Trainer:
         if engine.compile:
             network.compile_parts()
         return parallelise(
-            _Losses(self.denoiser), network, self.world, self.device, engine.parallel,
+            _Losses(self.denoiser), network, self.processes, self.device, engine.parallel,
             unused=self.config.training.batches != "mixed" and len(self.denoiser.stages) > 1,
         )  # fmt: skip
 
@@ -224,7 +224,7 @@ class Trainer:
         self.stage_images = [total + count for total, count in zip(self.stage_images, whole, strict=True)]
         if self.step % training.log_every == 0:
             whole_ones = {name: tensor for name, tensor in network.named_parameters() if local(tensor) is tensor}
-            self.world.require_equal(whole_ones, self.step)
+            self.processes.require_equal(whole_ones, self.step)
         return StepResult(
             self.step, self.images, loss_read, stage_loss, rate, norm_read,
             clipped=clip is not None and norm_read > clip, overflows=overflows, stop=self._heard(rest),
@@ -237,11 +237,11 @@ class Trainer:
             The loss, the mean loss of each stage in the batch, and for several processes the signals that they heard;
             and how many images of each stage there are.
         """
-        world, training, turns = self.world, self.config.training, self.config.engine.accumulation
+        processes, training, turns = self.processes, self.config.training, self.config.engine.accumulation
         self.optimizer.zero_grad(set_to_none=True)
         figures, whole = torch.empty(0), ()
         for turn in range(turns):
-            batch = self.batches(self.step, turn * world.size + world.rank, turns * world.size)
+            batch = self.batches(self.step, turn * processes.size + processes.rank, turns * processes.size)
             dropout = self.config.model.dropout > 0
             number = rng.bits(training.seed, "dropout", batch.index, 1)[:, 0] if dropout else None
             self.lap("batch")
@@ -249,15 +249,17 @@ class Trainer:
                 losses = self._model(batch, number)
                 loss = (batch.weight * losses).sum() / training.batch_size
                 self.lap("forward: loss")
-                factor = world.size * (self.scale.value if self.scale is not None else 1.0)  # processes are averaged
+                factor = processes.size * (
+                    self.scale.value if self.scale is not None else 1.0
+                )  # processes are averaged
                 (loss if factor == 1.0 else loss * factor).backward()
                 self.lap("backward")
             rows = zip(losses.detach().split(batch.counts), batch.whole, batch.real, strict=True)
             means = [part.sum() / count if real else part.new_zeros(()) for part, count, real in rows if count]
             summands = torch.stack([loss.detach(), *means])
             figures, whole = (figures + summands, whole) if turn else (summands, batch.whole)
-        if world.size > 1:
-            figures = world.sum(torch.cat((figures, self._flags[1 + _SIGNALS.index(asked[0]) if asked else 0])))
+        if processes.size > 1:
+            figures = processes.sum(torch.cat((figures, self._flags[1 + _SIGNALS.index(asked[0]) if asked else 0])))
         return figures, whole
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[object]:
@@ -268,7 +270,7 @@ class Trainer:
 
     def _heard(self, rest: Sequence[float]) -> int | None:
         """The signal that any of several processes heard; all know at the same step."""
-        if self.world.size == 1:
+        if self.processes.size == 1:
             return None
         return next((int(number) for number, heard in zip(_SIGNALS, rest[-2:], strict=True) if heard), None)
 

@@ -14,7 +14,7 @@ import torch
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images
-from multistage_diffusion.data.latents import Examples, FirstStage, Latents
+from multistage_diffusion.data.latents import Examples, LatentCodec, Latents
 from multistage_diffusion.data.pictures import grid, png
 from multistage_diffusion.errors import ConfigError, NumericsError, PeerError, suggest
 from multistage_diffusion.evaluation import METRICS, evaluate
@@ -25,7 +25,7 @@ from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import is_out_of_memory, sample
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.report import SAMPLES, Report
-from multistage_diffusion.world import World
+from multistage_diffusion.world import ProcessGroup
 
 _CELL = 64  # pixels of an image in a grid, at least
 _KEPT = ("stage_loss", "loss_error", "kid_std", "is_std", "fid", "fd_infinity", *METRICS)  # of a report
@@ -72,12 +72,12 @@ class Observer:
         device: torch.device, received: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._folder, self._config, self._received, self._left_out = folder, config, received, 0
-        self._first_stage: FirstStage | None = None
+        self._codec: LatentCodec | None = None
         self._extractor: FeatureExtractor | None = None
         self._reference: Images | None = None
         match data:
             case Latents():
-                self._first_stage = data.stage
+                self._codec = data.codec
             case _:
                 pass
         if images is not None:
@@ -95,28 +95,28 @@ class Observer:
         Returns:
             Number of the signal that asks to stop, heard by any process; none: go on.
         """
-        step, logging, world = trainer.step, self._config.logging, trainer.world
+        step, logging, processes = trainer.step, self._config.logging, trainer.processes
         if not (_due(step, logging.grid_every) or _due(step, logging.evaluate_every)):
             return None
         path = self._folder / SAMPLES / f"step-{step:08d}.png"
         draw = _due(step, logging.grid_every) and not path.exists()
         measure = _due(step, logging.evaluate_every) and not report.evaluated(step)
-        draw, measure = world.gather("due", [draw, measure])[0]  # process 0 knows what is there
+        draw, measure = processes.gather("due", [draw, measure])[0]  # process 0 knows what is there
         if not (draw or measure):
             return None
-        given_up = _GivenUp(world, f"given up after {step}", self._received)
+        given_up = _GivenUp(processes, f"given up after {step}", self._received)
         with given_up.spared(last=True), given_up.checked(trainer.averaged()) as denoiser:
-            if draw and world.leads:
+            if draw and processes.is_main:
                 with given_up.spared():
                     self._draw(denoiser, path)
                     report.picture(step, path)
             if measure:
-                figures = self._measure(denoiser, world)
+                figures = self._measure(denoiser, processes)
                 report.evaluation(step, trainer.images, figures)
         signal, reason = given_up.agree()
         if reason is not None:
             self._left_out += 1
-            if world.leads:
+            if processes.is_main:
                 warnings.warn(
                     f"samples or figures of step {step} are left out ({self._left_out} so far), training goes on: "
                     f"{reason}",
@@ -132,17 +132,17 @@ class Observer:
             denoiser, logging.grid_images, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing,
             labels=labels, batch_size=logging.sample_batch,
         ).images  # fmt: skip
-        if self._first_stage is not None:
-            images = self._first_stage.decode(images)
+        if self._codec is not None:
+            images = self._codec.decode(images)
         write_atomic(path, png(grid(images, scale=max(1, _CELL // images.shape[2]))))
 
-    def _measure(self, denoiser: Denoiser, world: World) -> dict[str, Any]:
+    def _measure(self, denoiser: Denoiser, processes: ProcessGroup) -> dict[str, Any]:
         logging, extractor = self._config.logging, self._extractor
         assert self._reference is not None, "read before the first step"
         document = evaluate(
             denoiser, self._reference, metrics=logging.metrics, num=logging.evaluate_images,
             extractor=None if extractor is None else lambda: extractor, sampling=self._config.sampling,
-            batch_size=logging.sample_batch, first_stage=self._first_stage, world=world,
+            batch_size=logging.sample_batch, codec=self._codec, processes=processes,
         )  # fmt: skip
         figures = {key: value for key, value in document.items() if key in _KEPT}
         if extractor is not None and document:
@@ -155,13 +155,13 @@ class _GivenUp:
     """What is given up, by whichever process and for whatever reason: training is to go on, in all of them alike.
 
     Args:
-        world: The processes.
+        processes: The processes.
         key: Told by a process that gives up, so that the others need not finish their shares.
         received: Signals that this process has received.
     """
 
-    def __init__(self, world: World, key: str, received: Sequence[int]) -> None:
-        self._world, self._key, self._received = world, key, received
+    def __init__(self, processes: ProcessGroup, key: str, received: Sequence[int]) -> None:
+        self._processes, self._key, self._received = processes, key, received
         self._reason: str | None = None
         self._asked = time.monotonic()
 
@@ -182,7 +182,7 @@ class _GivenUp:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if last:
-            self._world.tell(self._key)
+            self._processes.tell(self._key)
 
     @contextlib.contextmanager
     def checked(self, denoiser: Denoiser) -> Iterator[Denoiser]:
@@ -195,10 +195,10 @@ class _GivenUp:
 
     def agree(self) -> tuple[int | None, str | None]:
         """Wait for all processes; the signal that any of them received, and why any of them gave up."""
-        self._world.gather("looked", meanwhile=self._pass_on)
+        self._processes.gather("looked", meanwhile=self._pass_on)
         own = [self._received[0] if self._received else None, self._reason]
-        told = self._world.gather("look's end", own)  # all at once, so a signal is heard by all or by none
-        who = "" if self._world.size == 1 else "process {}: "
+        told = self._processes.gather("look's end", own)  # all at once, so a signal is heard by all or by none
+        who = "" if self._processes.size == 1 else "process {}: "
         reasons = [who.format(rank) + reason for rank, (_, reason) in enumerate(told) if reason is not None]
         signals = [number for number, _ in told if number is not None]
         return (signals or [None])[0], (reasons or [None])[0]
@@ -209,13 +209,13 @@ class _GivenUp:
         now = time.monotonic()
         if now - self._asked > _ASK_AFTER:
             self._asked = now
-            if self._world.told(self._key):
+            if self._processes.told(self._key):
                 raise _Interrupted
 
     def _pass_on(self) -> None:
         """A signal that comes while others are still at it."""
-        if self._received and not self._world.told(self._key):
-            self._world.tell(self._key)
+        if self._received and not self._processes.told(self._key):
+            self._processes.tell(self._key)
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,7 +20,7 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.world import ALONE, World
+from multistage_diffusion.world import SINGLE, ProcessGroup
 
 _PASSES = ("batch", "forward", "backward")  # then what follows them, as it came
 _BACKWARD, _FIRST_BACKWARD = "backward", "backward: loss"
@@ -51,7 +51,12 @@ class StepProfile:
 
 
 def profile(
-    config: RunConfig, data: Examples, *, device: torch.device | str = "cpu", steps: int = 20, world: World = ALONE
+    config: RunConfig,
+    data: Examples,
+    *,
+    device: torch.device | str = "cpu",
+    steps: int = 20,
+    processes: ProcessGroup = SINGLE,
 ) -> StepProfile:
     """Train for a few steps, and time them; nothing is written.
 
@@ -60,7 +65,7 @@ def profile(
         data: Its images or latents.
         device: Where to train.
         steps: Steps to measure unwatched, and as many watched.
-        world: The processes that train together; each of them profiles itself.
+        processes: The processes that train together; each of them profiles itself.
 
     Returns:
         The profile of this process.
@@ -68,7 +73,7 @@ def profile(
     Raises:
         ConfigError: The configuration does not fit the data.
     """
-    trainer = Trainer(config, data, device, world=world)
+    trainer = Trainer(config, data, device, processes=processes)
     clock = _Clock(trainer.device)
     _run(trainer, _WARM_UP)
     clock.wait()
@@ -77,7 +82,7 @@ def profile(
     clock.wait()
     seconds = (time.perf_counter() - begin) / steps
     spent = [now - before for now, before in zip(trainer.stage_images, seen, strict=True)]
-    flops = network_cost(config.model, data.shape).training_flops(spent) / world.size / steps
+    flops = network_cost(config.model, data.shape).training_flops(spent) / processes.size / steps
     _listen(trainer, clock)
     _run(trainer, 1)  # one more, as the first timed call of each part is slower
     clock.start()

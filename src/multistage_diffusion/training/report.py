@@ -19,7 +19,7 @@ from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.files import remove_leftovers, write_atomic
 from multistage_diffusion.training.loop import StepResult
 from multistage_diffusion.training.trackers import About, Trackers, flat_numbers
-from multistage_diffusion.world import ALONE, World
+from multistage_diffusion.world import SINGLE, ProcessGroup
 
 METRICS, SAMPLES = "metrics.jsonl", "samples"
 _EVALUATION = "evaluation"
@@ -79,22 +79,24 @@ class Report:
         config: The run.
         step: Steps taken before. What a killed run reported beyond them is dropped: it will be reported again.
         device: Whose memory is reported.
-        world: The processes that train together; only process 0 reports.
+        processes: The processes that train together; only process 0 reports.
 
     Raises:
         CheckpointError: metrics.jsonl cannot be written.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, step: int, device: torch.device, world: World = ALONE) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, step: int, device: torch.device, processes: ProcessGroup = SINGLE
+    ) -> None:
         self.folder, self._config, self._device = folder, config, device
         self._clock = (time.perf_counter(), step)
         self._began = time.perf_counter()
         self._evaluated: set[int] = set()
         self._file: int | None = None
-        reported = self._continue(step) if world.leads else {}
+        reported = self._continue(step) if processes.is_main else {}
         name = config.logging.name or folder.absolute().name
         about = About(folder, config.logging.project, name, to_dict(config), reported)
-        self._trackers = Trackers(config.logging.trackers if world.leads else (), about)
+        self._trackers = Trackers(config.logging.trackers if processes.is_main else (), about)
 
     def _continue(self, step: int) -> dict[str, int]:
         """Open metrics.jsonl without the lines beyond a step.

@@ -37,7 +37,7 @@ from multistage_diffusion.training.report import Report, Window
 from multistage_diffusion.training.snapshots import FOLDER as SNAPSHOTS
 from multistage_diffusion.training.snapshots import Combination, rebuild, save_snapshot
 from multistage_diffusion.training.trackers import require_installed
-from multistage_diffusion.world import World, join, local_device
+from multistage_diffusion.world import ProcessGroup, join, local_device
 
 # What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
 # for rounding by the engine, which is said. Where the images come from may change: their digest must be the same.
@@ -108,26 +108,26 @@ def train(
         PeerError: Another process of the run failed, and says why.
     """
     started, folder, device = time.perf_counter(), Path(out), local_device(device)
-    with join(device, config.engine.timeout) as world:
-        world.lead("target", lambda: _check_target(folder, config))
+    with join(device, config.engine.timeout) as processes:
+        processes.lead("target", lambda: _check_target(folder, config))
         require_installed(config.logging.trackers)
         if config.logging.evaluate_every:
             require_metrics(config.logging.metrics)
         # Latents are encoded once, for all; what else is read, each process reads.
-        with world.first("data") if config.data.autoencoder is not None else world.agreed("data"):
+        with processes.first("data") if config.data.autoencoder is not None else processes.agreed("data"):
             data, images = _read(config, data, device, on_encode)
         if stages is None and (folder / "stages.json").is_file():
             stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
-        trainer = Trainer(config, data, device, stages, world)
+        trainer = Trainer(config, data, device, stages, processes)
         cost = network_cost(config.model, data.shape)
-        with lock(folder) if world.leads else contextlib.nullcontext(), signals() as received:
+        with lock(folder) if processes.is_main else contextlib.nullcontext(), signals() as received:
             window = _open(folder, trainer, data)
             resumed = trainer.step
-            with world.first("observer"):  # what it needs may have to be fetched
+            with processes.first("observer"):  # what it needs may have to be fetched
                 observer = Observer(folder, config, data, images, device, received)
             del images  # the observer keeps those that it needs
-            with Report(folder, config, resumed, device, world) as report:
-                world.gather("report")  # trackers may take their time to answer
+            with Report(folder, config, resumed, device, processes) as report:
+                processes.gather("report")  # trackers may take their time to answer
                 stop = observer.look(trainer, report)  # what a signal kept the run from drawing
                 if stop is not None:
                     _stop(stop, True, folder, trainer, window, report, data)
@@ -138,13 +138,13 @@ def train(
                     if on_step is not None:
                         on_step(result, config.training.steps)
                     saved = _save_what_is_due(folder, trainer, window, report, data)
-                    stop = received[0] if world.size == 1 and received else result.stop
+                    stop = received[0] if processes.size == 1 and received else result.stop
                     if stop is None:  # after the checkpoint, so that a kill while it draws costs no step
                         stop = observer.look(trainer, report)
                     if stop is not None:
                         _stop(stop, saved, folder, trainer, window, report, data)
             model = trainer.averaged()
-            world.lead("model", lambda: model.save_pretrained(folder / "model"))
+            processes.lead("model", lambda: model.save_pretrained(folder / "model"))
     flops, seconds = cost.training_flops(trainer.stage_images), time.perf_counter() - started
     loss = window.loss / window.steps if window.steps else window.last
     return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, seconds)
@@ -254,10 +254,10 @@ def _check_target(folder: Path, config: RunConfig) -> None:
 
 def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
     """Say what the run is, in a directory that this process holds, and go on from its newest checkpoint."""
-    world, checkpoint, window = trainer.world, None, Window()
-    world.require_same("the options", repr(trainer.config))
-    world.require_same("the images", data.digest)
-    if world.leads:
+    processes, checkpoint, window = trainer.processes, None, Window()
+    processes.require_same("the options", repr(trainer.config))
+    processes.require_same("the images", data.digest)
+    if processes.is_main:
         _check_target(folder, trainer.config)  # again: another process may have trained here while the data was read
         for place in (folder, folder / "checkpoints", folder / SNAPSHOTS):
             remove_leftovers(place)
@@ -266,13 +266,13 @@ def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
         trainer.denoiser.stages.save(folder / "stages.json")
         match data:
             case Latents():
-                data.stage.save(folder / RECORD)
+                data.codec.save(folder / RECORD)
             case _:
                 pass
-        world.tell("window", None if checkpoint is None else vars(window))
+        processes.tell("window", None if checkpoint is None else vars(window))
         if checkpoint is None:
             return window
-    elif (told := world.ask("window")) is None:
+    elif (told := processes.ask("window")) is None:
         return window
     else:
         window = Window(**told)
@@ -310,15 +310,15 @@ def _changes(state: dict[str, Any], trainer: Trainer) -> list[str]:
         changes.append(f"with {state['threads']} threads and is continued with {torch.get_num_threads()}")
     if state["device"] != trainer.device.type:
         changes.append(f"on {state['device']} and is continued on {trainer.device.type}")
-    for key, value in _engine(trainer.config.engine, trainer.world).items():
+    for key, value in _engine(trainer.config.engine, trainer.processes).items():
         if (theirs := state["engine"][key]) != value:
             changes.append(f"with engine.{key.replace('_', '-')} {theirs} and is continued with {value}")
     return changes
 
 
-def _engine(config: EngineConfig, world: World) -> dict[str, Any]:
+def _engine(config: EngineConfig, processes: ProcessGroup) -> dict[str, Any]:
     """What decides about rounding."""
-    return {key: value for key, value in to_dict(config).items() if key not in _UNSAID} | {"processes": world.size}
+    return {key: value for key, value in to_dict(config).items() if key not in _UNSAID} | {"processes": processes.size}
 
 
 def _save_what_is_due(folder: Path, trainer: Trainer, window: Window, report: Report, data: Examples) -> bool:
@@ -348,10 +348,10 @@ def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: 
     training = trainer.config.training
     state = {
         "window": vars(window), "data": data.digest, "threads": torch.get_num_threads(), "device": trainer.device.type,
-        "engine": _engine(trainer.config.engine, trainer.world), "shape": list(data.shape),
+        "engine": _engine(trainer.config.engine, trainer.processes), "shape": list(data.shape),
         "skipped": {"count": len(data.skipped), "first": list(data.skipped[:_SKIPPED])},
     }  # fmt: skip
     save_checkpoint(folder / "checkpoints", trainer, state)
-    if trainer.world.leads:
+    if trainer.processes.is_main:
         prune(folder / "checkpoints", training.keep, trainer.step, training.keep_every)
-    trainer.world.gather("saved")  # a slow disk is waited for without a limit
+    trainer.processes.gather("saved")  # a slow disk is waited for without a limit

@@ -85,7 +85,7 @@ def save_snapshot(run: Path, trainer: Trainer) -> None:
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; older snapshots are untouched.
     """
-    leads = trainer.world.leads
+    leads = trainer.processes.is_main
     averages = {file_name(length): gather(power.average, keep=leads) for length, power in trainer.powers.items()}
     if not leads:
         return

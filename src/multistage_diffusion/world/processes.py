@@ -1,6 +1,6 @@
 """The processes that `torchrun` started, thin over `torch.distributed`.
 
-One process alone is `ALONE`, and nothing of this file costs it anything. What the processes tell one another goes
+One process alone is `SINGLE`, and nothing of this file costs it anything. What the processes tell one another goes
 through the store that they met at: waiting there has no limit and ends when another process fails, while a collective
 breaks off after the group's timeout, so that it is left to what all processes reach at about the same time.
 """
@@ -34,7 +34,7 @@ def _nothing() -> None:
 
 @final
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """The processes that work together, seen from one of them.
 
     All of them call the methods alike and in the same order, but for `tell` and `ask`.
@@ -51,7 +51,7 @@ class World:
     _times: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
 
@@ -163,7 +163,7 @@ class World:
             PeerError: A process failed in the meantime.
         """
         with self.agreed(what):
-            if self.leads:
+            if self.is_main:
                 action()
 
     @contextlib.contextmanager
@@ -250,7 +250,7 @@ class World:
         Raises:
             PeerError: A process failed in the meantime.
         """
-        if self.leads:
+        if self.is_main:
             shared = dict(tensors or {})
             self.tell(key, [(name, list(tensor.shape)) for name, tensor in shared.items()])
         else:
@@ -266,7 +266,7 @@ class World:
         return f"{what} {self._times[what]}"
 
 
-ALONE = World()
+SINGLE = ProcessGroup()
 
 
 def local_device(device: torch.device | str) -> torch.device:
@@ -285,7 +285,7 @@ def local_device(device: torch.device | str) -> torch.device:
 
 
 @contextlib.contextmanager
-def join(device: torch.device, minutes: float) -> Iterator[World]:
+def join(device: torch.device, minutes: float) -> Iterator[ProcessGroup]:
     """Meet the other processes that `torchrun` started, and end together.
 
     Args:
@@ -293,7 +293,7 @@ def join(device: torch.device, minutes: float) -> Iterator[World]:
         minutes: How long a collective waits for the others.
 
     Yields:
-        All of them; `ALONE` where there is one.
+        All of them; `SINGLE` where there is one.
 
     Raises:
         ConfigError: There are fewer GPUs than processes on this machine.
@@ -302,24 +302,24 @@ def join(device: torch.device, minutes: float) -> Iterator[World]:
     """
     ours = not dist.is_initialized()
     if ours and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE
         return
     if ours:
         _start(device, timedelta(minutes=minutes))
     store = _store()
-    world = World(dist.get_rank(), dist.get_world_size(), store)
-    with pulse(store, world.rank):
+    processes = ProcessGroup(dist.get_rank(), dist.get_world_size(), store)
+    with pulse(store, processes.rank):
         try:
-            yield world
+            yield processes
             # Nobody goes while another one may still ask. A barrier holds no tensor: gloo's thread would need Python's
             # lock to let go of one, while this thread, which holds it, may wait for that one to end (torch 2.13).
             dist.barrier()
         except BaseException as error:
             with deaf():
-                blamed = blame(store, world.rank, world.size, error)
+                blamed = blame(store, processes.rank, processes.size, error)
                 if ours and device.type != "cuda":  # NCCL would wait for those that failed
                     dist.destroy_process_group()  # now the others notice
-                linger(store, world.rank, world.size)
+                linger(store, processes.rank, processes.size)
             if blamed is error:
                 raise
             raise blamed from error
