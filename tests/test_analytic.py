@@ -171,7 +171,7 @@ def test_low_and_high_noise_may_share_a_column(digits):
 BACKENDS = """
 import torch
 from multistage_diffusion.analytic import OptimalDenoiser
-from multistage_diffusion.softmax import full_precision
+from multistage_diffusion.devices import full_precision
 
 images = torch.rand(20, 1, 4, 4) * 2 - 1
 expected = OptimalDenoiser(images)(images, 0.3)

@@ -12,10 +12,27 @@ import multistage_diffusion
 SOURCE = Path(multistage_diffusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    ("errors",), ("files", "config", "rng", "world"), ("noise",), ("stages",), ("softmax",), ("analytic",), ("data",),
-    ("models",), ("metrics",), ("loss",), ("sampling",), ("clustering",), ("evaluation",), ("training",), ("interop",),
-    ("serving",), ("recipes",), ("studies",), ("cli",), ("__main__",),
-]  # fmt: skip
+    ("errors",),
+    ("files", "config", "rng", "world", "devices"),
+    ("noise",),
+    ("stages",),
+    ("softmax",),
+    ("analytic",),
+    ("data",),
+    ("models",),
+    ("metrics",),
+    ("loss",),
+    ("sampling",),
+    ("clustering",),
+    ("evaluation",),
+    ("training",),
+    ("interop",),
+    ("serving",),
+    ("recipes",),
+    ("studies",),
+    ("cli",),
+    ("__main__",),
+]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 QUICK = ["config", "recipes", "models.presets", "cli", "cli.train", "cli.common", "errors", "files"]
 MAX_FILE, MAX_FUNCTION = 400, 70

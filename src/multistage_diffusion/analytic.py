@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from multistage_diffusion.devices import full_precision
 from multistage_diffusion.errors import ConfigError, DataError
-from multistage_diffusion.softmax import Dense, Exact, Query, full_precision
+from multistage_diffusion.softmax import Dense, Exact, Query
 
 _ROUNDING = 16 * 2.0**-24  # bound on the rounding of a float32 logit, relative to |y|^2/sigma^2
 _RERANK = 4e-3  # rounding of a logit, in nats, from which on candidates are redone in float64

@@ -7,10 +7,7 @@ the distances and inner products. Without, the anchor is x itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,42 +131,3 @@ class Exact:
     def effective(self) -> Tensor:
         """Effective number of images."""
         return _effective(self._total, self._moment, self.sigma.shape)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in true float32, whatever the training code around has chosen.
-
-    Args:
-        device: Where they are computed; autocast is off there, too.
-
-    Yields:
-        Nothing; precision is as before when the block is left.
-    """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # chosen backend by backend, a state that the one setting for all cannot tell
-        with _backends_in_full(), torch.autocast(device.type, enabled=False):
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _backends_in_full() -> Iterator[None]:
-    """Each backend's own precision of matrix products at IEEE float32 (torch 2.9 and later)."""
-    mkldnn: Any = torch.backends.mkldnn  # a module whose attributes torch makes as it runs
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

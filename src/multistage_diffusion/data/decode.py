@@ -16,8 +16,6 @@ Only PNG, JPEG, GIF, WebP, BMP and TIFF are tried, so that no other decoder of P
 from __future__ import annotations
 
 import io
-import os
-import stat
 import warnings
 from pathlib import Path
 
@@ -26,6 +24,8 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from multistage_diffusion import files
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
@@ -63,14 +63,7 @@ def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         PictureError: Missing, not a regular file, or too large.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise PictureError("not a regular file")
-            if status.st_size > limit:
-                raise PictureError(f"{status.st_size} bytes, more than the {limit} allowed")
-            return file.read(limit)
+        return files.read_regular(path, limit)
     except OSError as error:
         raise PictureError(error.strerror or "cannot be read") from error
 

@@ -15,8 +15,8 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from multistage_diffusion.devices import full_precision
 from multistage_diffusion.errors import DataError, NumericsError
-from multistage_diffusion.softmax import full_precision
 
 Batch: TypeAlias = Float[Tensor, "batch channels height width"]
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.data.cache import cache_directory
-from multistage_diffusion.data.decode import PictureError, read_regular
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.files import write_atomic
+from multistage_diffusion.files import read_regular, write_atomic
 
 _TIMEOUT = 30  # seconds without a byte
 
@@ -83,8 +82,8 @@ def read_weights(path: Path, published: Published, network: nn.Module) -> None:
     """
     try:
         content = read_regular(path, published.size)
-    except PictureError as error:
-        raise ConfigError(f"cannot read {path} as {published.name}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} as {published.name}: {error.strerror}") from error
     _check(content, published, str(path))
     tensors: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     place(tensors, network, str(path))
