@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.analytic import OptimalDenoiser
 from multistage_diffusion.clustering import cluster
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.data import load_data
 from multistage_diffusion.noise import VP
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from multistage_diffusion.analytic import GaussianDenoiser, MixtureDenoiser, OptimalDenoiser
+from multistage_diffusion.analytic import GaussianDenoiser, MixtureDenoiser
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.errors import ConfigError, DataError
 
 LEVELS = (0.002, 0.02, 0.1, 0.3, 0.6, 1.0, 2.0, 5.0, 20.0, 80.0)
@@ -170,7 +171,7 @@ def test_low_and_high_noise_may_share_a_column(digits):
 
 BACKENDS = """
 import torch
-from multistage_diffusion.analytic import OptimalDenoiser
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.devices import full_precision
 
 images = torch.rand(20, 1, 4, 4) * 2 - 1

@@ -16,7 +16,6 @@ ORDER = [
     ("files", "config", "rng", "world", "devices"),
     ("noise",),
     ("stages",),
-    ("softmax",),
     ("analytic",),
     ("data",),
     ("models",),

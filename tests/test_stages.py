@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.stages import Stages
 
+SHORT = (torch.float32, torch.bfloat16, torch.float16)
 levels = st.floats(1e-6, 1e6)
 partitions = st.lists(levels, max_size=6, unique=True).map(lambda edges: tuple(sorted(edges)))
 
@@ -27,11 +28,40 @@ def test_each_level_lies_in_exactly_its_stage(edges, sigma):
 def test_a_tensor_and_its_numbers_agree(edges, sigmas):
     stages = Stages(edges)
     sigmas += list(stages.edges)
-    found = stages.of(torch.tensor(sigmas, dtype=torch.float64))
-    assert found.dtype == torch.int64
-    assert found.tolist() == [stages.of(sigma) for sigma in sigmas]
-    single = torch.tensor(sigmas, dtype=torch.float32)
-    assert stages.of(single).tolist() == [stages.of(float(sigma)) for sigma in single]
+    indices = stages.of(torch.tensor(sigmas, dtype=torch.float64))
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == [stages.of(sigma) for sigma in sigmas]
+
+
+@given(edges=partitions, sigmas=st.lists(levels, max_size=8), dtype=st.sampled_from(SHORT))
+def test_a_short_tensor_and_its_numbers_agree_wherever_the_type_tells_them_from_an_edge(edges, sigmas, dtype):
+    """Only a number that the type rounds to an edge that it is not may change its stage, and then to that edge's."""
+    stages, rounded = Stages(edges), torch.tensor(edges, dtype=dtype).tolist()
+    for sigma in (*sigmas, *stages.edges):
+        single = torch.tensor(sigma, dtype=dtype)
+        if single.item() not in rounded:
+            assert stages.of(single).item() == stages.of(sigma)
+        else:
+            assert stages.of(single).item() == rounded.index(single.item())
+
+
+@given(
+    edges=st.lists(levels, min_size=1, max_size=6, unique_by=lambda edge: float(torch.tensor(edge))), up=st.booleans()
+)
+def test_a_float32_tensor_made_from_an_edge_is_that_edge(edges, up):
+    """Also beside it, as far as float32 tells the two apart: the next number up is in the stage above."""
+    stages = Stages(tuple(sorted(edges)))
+    for index, edge in enumerate(stages.edges):
+        single = torch.tensor(edge)
+        assert single.dtype == torch.float32
+        assert stages.of(single).item() == stages.of(edge) == index
+        assert stages.of(single[None, None]).tolist() == [[index]]
+        beside = torch.nextafter(single, torch.tensor(math.inf if up else 0.0))
+        assert stages.of(beside).item() == index + up or beside.item() in torch.tensor(stages.edges).tolist()
+
+
+def test_whole_numbers_are_not_rounded_edges():
+    assert Stages((0.6, 5.71)).of(torch.tensor([0, 1, 5, 6])).tolist() == [0, 1, 1, 2]
 
 
 @given(edges=partitions)
@@ -61,6 +91,7 @@ def test_saved_edges_come_back_to_the_bit(edges, tmp_path_factory):
 
 def test_how_edges_were_found_is_no_part_of_equality():
     assert Stages((1.0,), {"method": "a"}) == Stages((1.0,), {"method": "b"}) != Stages((2.0,))
+    assert repr(Stages((1.0, 2.5), {"method": "a"})) == "Stages(edges=(1.0, 2.5))"
 
 
 @pytest.mark.parametrize(

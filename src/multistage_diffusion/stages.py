@@ -30,7 +30,7 @@ class Stages:
     """
 
     edges: tuple[float, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         edges = tuple(float(edge) for edge in self.edges)
@@ -47,21 +47,17 @@ class Stages:
     @overload
     def of(self, sigma: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]: ...
     def of(self, sigma: float | Tensor) -> int | Tensor:
-        """Stage of each noise level; all routing goes through here.
+        """Stage of each noise level: an int of the host for a float, an int64 tensor for a tensor.
 
-        Args:
-            sigma: Noise levels, in the unit of the data. A float is looked up on the host, without a device.
-
-        Returns:
-            Indices in [0, len(self)), int64 on the device of `sigma`, or an int for a float. An edge belongs to the
-            stage below it.
+        An edge belongs to the stage below it. A tensor is compared with the edges as its own type rounds them, so a
+        float32 tensor that was made from an edge lies where the edge itself does.
         """
         if not isinstance(sigma, Tensor):
             return bisect.bisect_left(self.edges, sigma)
-        edges = torch.tensor(self.edges, dtype=torch.float64)
-        if sigma.device.type == "mps":  # no float64 there
-            return torch.bucketize(sigma.cpu().double(), edges).to(sigma.device)
-        return torch.bucketize(sigma.double(), edges.to(sigma.device))
+        # Rounding is monotone: sigma <= edge as Python numbers implies round(sigma) <= round(edge), but round(sigma)
+        # may lie just above the edge itself: 5.71 is 5.71000003815 in float32. So both sides have to be rounded alike.
+        exact = sigma.dtype if sigma.is_floating_point() else torch.float64
+        return torch.bucketize(sigma, torch.tensor(self.edges, dtype=exact).to(sigma.device))
 
     def bounds(self, stage: int) -> tuple[float, float]:
         """The interval (low, high] of a stage's noise levels.

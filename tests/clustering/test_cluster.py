@@ -6,12 +6,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from multistage_diffusion.analytic import GaussianDenoiser, OptimalDenoiser
+from multistage_diffusion.analytic import GaussianDenoiser
 from multistage_diffusion.clustering import cluster
 from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.optimal import extrapolated
 from multistage_diffusion.clustering.options import Options
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import (
     Similarity,
     bootstrap_weights,

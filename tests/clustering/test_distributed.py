@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import ranks
-from multistage_diffusion.analytic import OptimalDenoiser
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import compare_levels, compare_to_ends, draw_grid, draw_random
 from multistage_diffusion.noise import VP
 

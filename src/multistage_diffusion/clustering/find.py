@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from multistage_diffusion import rng
-from multistage_diffusion.analytic import as_floats
 from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.optimal import Found, algorithm_1, dynamic_programme
 from multistage_diffusion.clustering.options import Options
 from multistage_diffusion.clustering.part import DataSet, described, read, take
 from multistage_diffusion.clustering.partition import affinity_cost, distance_cost, partition, size_limits
+from multistage_diffusion.clustering.posterior import as_floats
 from multistage_diffusion.clustering.similarity import Progress, Similarities, Similarity
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.errors import ConfigError, DataError

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multistage_diffusion.analytic import OptimalDenoiser, as_floats
 from multistage_diffusion.clustering.options import Options
 from multistage_diffusion.clustering.partition import MAX_STAGES, block_cost, partition
+from multistage_diffusion.clustering.posterior import OptimalDenoiser, as_floats
 from multistage_diffusion.clustering.similarity import (
     Progress,
     Similarities,

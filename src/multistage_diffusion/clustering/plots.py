@@ -12,9 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.analytic import OptimalDenoiser
 from multistage_diffusion.clustering.find import Clustering
 from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import running_mean
 from multistage_diffusion.data.pictures import STAGE_COLOURS
 from multistage_diffusion.errors import CheckpointError, ConfigError

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.analytic import OptimalDenoiser
 from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
 
