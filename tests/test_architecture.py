@@ -25,6 +25,7 @@ ORDER = [
     ("clustering",),
     ("evaluation",),
     ("training",),
+    ("allocation",),
     ("interop",),
     ("serving",),
     ("recipes",),

@@ -167,9 +167,9 @@ def _allocate(
     options: Options, source: DataConfig, data: Examples, found: Clustering, device: torch.device, console: Console
 ) -> dict[str, Any]:
     """Decoder widths under the budget, from proxy runs of a recipe on these stages."""
+    from multistage_diffusion.allocation import allocate
     from multistage_diffusion.config import StagesConfig
     from multistage_diffusion.data import Images
-    from multistage_diffusion.studies.proxies import allocate
 
     base = recipe(options.recipe or options.source)
     check(
@@ -180,10 +180,16 @@ def _allocate(
     model = replace(base.model, architecture="multistage", decoder_widths=(base.model.width,) * (len(edges) + 1))
     config = replace(base, data=source, stages=StagesConfig(edges=edges), model=model)
     assert options.allocate is not None and isinstance(data, Images)  # latents were refused
-    return allocate(
-        config, data, options.allocate, options.allocate_for, steps=options.proxy_steps, device=device,
+    choice = allocate(
+        config,
+        data,
+        options.allocate,
+        options.allocate_for,
+        steps=options.proxy_steps,
+        device=device,
         say=console.print,
-    )  # fmt: skip
+    )
+    return choice.to_dict()
 
 
 def _draw(options: Options, data: Examples, found: Clustering) -> None:

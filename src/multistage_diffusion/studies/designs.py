@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from multistage_diffusion.allocation import allocate, proxy_widths
 from multistage_diffusion.clustering import cluster
 from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
 from multistage_diffusion.config.run import Architecture
@@ -16,7 +17,6 @@ from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.noise import make_process
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
 from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
-from multistage_diffusion.studies.proxies import allocate, proxy_widths
 
 METHODS = {"timestep": "uniform in timestep", "snr": "log-SNR", "gradient": "gradient affinity",
            "optimal-denoiser": "optimal denoiser"}  # fmt: skip
@@ -103,10 +103,16 @@ class Finder:
 
         def find() -> dict[str, Any]:
             self.say("decoder widths by proxy runs")
-            return allocate(
-                base, self.data, self.budget.tflops / 1e3, "training", steps=self.budget.proxy_steps,
-                device=self.cells().device, say=self.say,
-            )  # fmt: skip
+            choice = allocate(
+                base,
+                self.data,
+                self.budget.tflops / 1e3,
+                "training",
+                steps=self.budget.proxy_steps,
+                device=self.cells().device,
+                say=self.say,
+            )
+            return choice.to_dict()
 
         def stand_in() -> dict[str, Any]:
             return {"decoder_widths": list(base.model.decoder_widths)}

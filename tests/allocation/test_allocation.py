@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multistage_diffusion.clustering.allocation import (
+from multistage_diffusion.allocation import proxies
+from multistage_diffusion.allocation.laws import (
     Law,
     Measurement,
     allocate_sampling,
@@ -20,7 +21,6 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.recipes import recipe
-from multistage_diffusion.studies import proxies
 
 LAWS = (
     Law(0.05, 3.0, 1.0, 40.0, 0.5, 0.25, 0.0),
@@ -38,20 +38,17 @@ def loss(widths, images):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_a_law_is_recovered_from_its_own_values(law):
-    points = [
-        Measurement(w, n, (law.loss(w, float(n)),))
-        for w in (4, 8, 16) for n in (1_000, 4_000, 16_000)
-    ]  # fmt: skip
-    found = fit_law(points, 0)
-    assert found.error < 1e-6
+    points = [Measurement(w, n, (law.loss(w, float(n)),)) for w in (4, 8, 16) for n in (1_000, 4_000, 16_000)]
+    fitted = fit_law(points, 0)
+    assert fitted.error < 1e-6
     for width, images in ((6, 2_000), (32, 100_000)):
-        assert found.loss(width, float(images)) == pytest.approx(law.loss(width, float(images)), rel=1e-3)
+        assert fitted.loss(width, float(images)) == pytest.approx(law.loss(width, float(images)), rel=1e-3)
 
 
 def test_parts_of_a_law_are_never_negative():
     noisy = [Measurement(w, n, (0.5 + 0.01 * w,)) for w in (4, 8, 16) for n in (100, 200)]  # wider is worse
-    found = fit_law(noisy, 0)
-    assert min(found.floor, found.width_scale, found.image_scale) >= 0
+    law = fit_law(noisy, 0)
+    assert min(law.floor, law.capacity_scale, law.image_scale) >= 0
 
 
 def test_a_law_needs_two_widths_and_two_lengths():
@@ -62,31 +59,32 @@ def test_a_law_needs_two_widths_and_two_lengths():
 @given(budget=st.floats(5e3, 1e7))
 @settings(max_examples=30, deadline=None)
 def test_training_widths_equal_exhaustive_search(budget):
-    found = allocate_training(LAWS, SHARES, WIDTHS, FLOPS, budget)
+    result = allocate_training(LAWS, SHARES, WIDTHS, FLOPS, budget)
 
     def cost(widths):
         pairs = zip(SHARES, widths, strict=True)
         return sum(share * FLOPS[0][WIDTHS.index(width)] for share, width in pairs)
 
     best = min(itertools.product(WIDTHS, repeat=3), key=lambda widths: loss(widths, budget / cost(widths)))
-    assert found.loss == pytest.approx(loss(best, budget / cost(best)), rel=1e-12)
-    assert found.images * found.flops == pytest.approx(budget)
+    assert result.loss == pytest.approx(loss(best, budget / cost(best)), rel=1e-12)
+    assert result.images * result.flops == pytest.approx(budget)
 
 
 def test_sampling_widths_equal_exhaustive_search():
     calls = (10, 5, 5)
     for budget in (25.0, 60.0, 150.0, 300.0):
-        found = allocate_sampling(LAWS, SHARES, WIDTHS, FLOPS, calls, budget, 10_000.0)
+        result = allocate_sampling(LAWS, SHARES, WIDTHS, FLOPS, calls, budget, 10_000.0)
         allowed = [
-            widths for widths in itertools.product(WIDTHS, repeat=3)
+            widths
+            for widths in itertools.product(WIDTHS, repeat=3)
             if sum(n * FLOPS[0][WIDTHS.index(width)] for n, width in zip(calls, widths, strict=True)) <= budget
-        ]  # fmt: skip
-        assert found.loss == pytest.approx(min(loss(widths, 10_000.0) for widths in allowed), rel=1e-12)
-        assert found.flops <= budget
+        ]
+        assert result.loss == pytest.approx(min(loss(widths, 10_000.0) for widths in allowed), rel=1e-12)
+        assert result.flops <= budget
 
 
 def test_capacity_goes_where_it_helps():
-    widths = allocate_training(LAWS, SHARES, WIDTHS, FLOPS, 1e6).widths
+    widths = allocate_training(LAWS, SHARES, WIDTHS, FLOPS, 1e6).capacities
     assert widths[0] > widths[1] > widths[2]
 
 
@@ -106,8 +104,9 @@ def measured(monkeypatch):
         given.update(data=data, test=test, widths=widths)
         return [
             Measurement(w, n, tuple(law.loss(w, float(n)) for law in LAWS))
-            for w in widths for n in (1_000, 2_000, 4_000)
-        ]  # fmt: skip
+            for w in widths
+            for n in (1_000, 2_000, 4_000)
+        ]
 
     def flops(config, shape, candidates, stages, read):
         return [[1e9 * width**2 for width in replace(config.model, decoder_widths=candidates).decoder_widths]] * stages
@@ -155,9 +154,9 @@ def test_no_recipe_is_too_wide_to_choose_widths_for(measured, name, shape):
 @given(width=st.integers(2, 1_000).map(lambda number: 4 * number), head=st.sampled_from([None, 16, 32]))
 def test_candidates_fit_into_one_network(width, head):
     model = replace(recipe("digits").model, width=width, head_channels=head)
-    found = proxies.candidate_widths(model)
-    assert width in found and max(found) <= 1.5 * width
-    replace(model, decoder_widths=found)  # which refuses more than 64
+    result = proxies.candidate_widths(model)
+    assert width in result and max(result) <= 1.5 * width
+    replace(model, decoder_widths=result)  # which refuses more than 64
 
 
 @pytest.mark.parametrize("purpose", ["training", "sampling"])
