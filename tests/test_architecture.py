@@ -13,7 +13,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     ("errors",),
-    ("files", "config", "rng", "world", "devices"),
+    ("files", "config", "rng", "process_group", "devices"),
     ("noise",),
     ("stages",),
     ("analytic",),

@@ -14,8 +14,8 @@ import tiny
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.evaluation import evaluate, evaluate_images
 from multistage_diffusion.metrics.features import SourceClassifier
+from multistage_diffusion.process_group import SINGLE, join
 from multistage_diffusion.training.run import train
-from multistage_diffusion.world import SINGLE, join
 
 METRICS = ["fd", "kid", "is", "prdc", "loss"]
 FIGURES = ("fd", "kid", "is", "is_std", "loss")

@@ -15,7 +15,7 @@ from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import DataConfig, LDMConfig
 from multistage_diffusion.data import load_data
 from multistage_diffusion.data.autoencoder import load_autoencoder
-from multistage_diffusion.data.latents import encode, load_examples, load_codec
+from multistage_diffusion.data.latents import encode, load_codec, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.training.autoencoder import AutoencoderConfig, reconstruction_error, train_autoencoder

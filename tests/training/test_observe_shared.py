@@ -13,6 +13,7 @@ import torch
 
 import ranks
 import tiny
+from multistage_diffusion import process_group
 from multistage_diffusion.config import EngineConfig, LoggingConfig, SamplingConfig
 from multistage_diffusion.errors import NumericsError, UserError
 from multistage_diffusion.metrics.features import SourceClassifier
@@ -23,7 +24,6 @@ from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import load_run, train
 from multistage_diffusion.training.snapshots import list_snapshots
-from multistage_diffusion.world import failure
 from runs import log, tensors
 
 WATCHED = LoggingConfig(
@@ -92,7 +92,7 @@ def kill():
 
 
 def impatient():
-    failure._SILENCE = 4.0
+    process_group._SILENCE = 4.0
 
 
 def terminate():

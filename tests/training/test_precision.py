@@ -178,7 +178,7 @@ def test_no_decoder_of_many_networks_is_left_uncompiled(tmp_path):
 
 def compiled_among_others(rank, kind):
     from multistage_diffusion.models.unet import MultiDecoderUNet
-    from multistage_diffusion.world import join
+    from multistage_diffusion.process_group import join
 
     whole = MultiDecoderUNet.compile_parts
     MultiDecoderUNet.compile_parts = lambda self: whole(self, "aot_eager")

@@ -112,10 +112,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     from multistage_diffusion.cli.progress import encoding_progress
     from multistage_diffusion.data.latents import load_examples
-    from multistage_diffusion.world import join
+    from multistage_diffusion.process_group import join
 
     with join(torch.device("cpu"), _MINUTES) as processes:  # only small results travel
-        with processes.first("data"):  # latents are encoded once
+        with processes.local_main_first():  # latents are encoded once
             data = load_examples(config, device, encoding_progress(console))
         check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
         found = _cluster(options, data, device, console)

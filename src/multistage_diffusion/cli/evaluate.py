@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.data import Images
     from multistage_diffusion.metrics.features import FeatureExtractor
+    from multistage_diffusion.process_group import ProcessGroup
     from multistage_diffusion.training.run import LoadedRun
-    from multistage_diffusion.world import ProcessGroup
 
 _MINUTES = 10.0  # that processes wait for one another where they add up what they saw
 
@@ -93,14 +93,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")
 
     from multistage_diffusion.files import write_json
-    from multistage_diffusion.world import join, local_device
+    from multistage_diffusion.process_group import join, local_device
 
     device = local_device(device)
     with join(device, _MINUTES) as processes:
         document = _measure(options, names, target, device, processes)
         if processes.is_main and options.out is not None:
             write_json(Path(options.out), document)
-        processes.lead("the figures", lambda: None)  # the others have no more to do, and wait without a limit
     for key, value in document.items():
         if key == "sigma_loss":
             value = f"{len(value)} noise levels, in the document of --json and --out"
@@ -148,7 +147,7 @@ def _measure(
     real = test if options.reference == "test" else train
 
     def extractor() -> FeatureExtractor:
-        with processes.first("features"):  # a classifier is trained, or weights are downloaded, once
+        with processes.local_main_first():  # a classifier is trained, or weights are downloaded, once
             return load_extractor(options.features, train, test, device=device)
 
     if loaded is None:

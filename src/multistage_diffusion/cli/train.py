@@ -145,8 +145,8 @@ def _profile(config: RunConfig, options: Options, console: Console) -> dict[str,
 
     from multistage_diffusion.cli.progress import encoding_progress
     from multistage_diffusion.data.latents import load_examples
+    from multistage_diffusion.process_group import join
     from multistage_diffusion.training.profile import profile
-    from multistage_diffusion.world import join
 
     data = load_examples(config.data, device, encoding_progress(console))
     with join(device, config.engine.timeout) as processes:

@@ -13,8 +13,8 @@ from multistage_diffusion import rng
 from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.world import SINGLE, ProcessGroup
 
 BINS = Stages(tuple(10.0 ** (power / 2) for power in range(-6, 6)))  # two a decade; the same for every process
 
@@ -96,7 +96,7 @@ def held_out_loss(
     sigma = denoiser.process.icdf(u)
     order, ours = sigma.argsort(), denoiser.stages.of(sigma)  # neighbours share a stage: few decoders run on a batch
     losses = torch.zeros(total, dtype=torch.float64)
-    with processes.agreed("share of the held-out loss"), torch.inference_mode():
+    with processes.all_or_none(), torch.inference_mode():
         for rows in order.split(batch_size)[processes.rank :: processes.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
@@ -104,7 +104,7 @@ def held_out_loss(
             counts = torch.bincount(ours[rows], minlength=len(denoiser.stages)).tolist()
             found = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels, counts=counts)
             losses[rows] = found.double().cpu()
-    processes.sum(losses)  # zeros in place of the others' shares, so to the bit
+    processes.all_reduce(losses)  # zeros in place of the others' shares, so to the bit
     stage = stages.of(sigma)
     parts = [losses[stage == k] for k in range(len(stages))]
     by_image = losses.reshape(repeats, count).mean(dim=0)

@@ -18,8 +18,8 @@ from multistage_diffusion.metrics.distance import cautions, check_metrics, keeps
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.process_group import ProcessGroup
 from multistage_diffusion.sampling import sample_batches
-from multistage_diffusion.world import ProcessGroup
 
 
 def generated(
@@ -114,7 +114,7 @@ def gather(seen: Statistics, processes: ProcessGroup) -> None:
         processes: The processes, which come here at about the same time.
     """
     if processes.size > 1:
-        seen.combine(lambda part: processes.sum(part.clone()), lambda rows: _join(rows, processes))
+        seen.combine(lambda part: processes.all_reduce(part.clone()), lambda rows: _join(rows, processes))
 
 
 def compare(
@@ -163,7 +163,7 @@ def describe(extractor: FeatureExtractor) -> dict[str, Any]:
 
 def _join(rows: Tensor, processes: ProcessGroup) -> Tensor:
     """Rows of all processes one after the other, in the first process."""
-    counts = processes.gather("rows of features", len(rows))
+    counts = processes.gather_objects(len(rows))
     if not processes.is_main:
         dist.send(rows, 0)
         return rows

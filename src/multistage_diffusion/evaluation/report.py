@@ -22,9 +22,9 @@ from multistage_diffusion.metrics.cost import CONVENTION, network_cost
 from multistage_diffusion.metrics.distance import with_limit
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.world import SINGLE, ProcessGroup
 
 METRICS = (*distance.METRICS, "loss")
 
@@ -81,7 +81,7 @@ def evaluate(
     if "loss" in metrics:
         held_out = reference
         if codec is not None:
-            with processes.first("held-out latents"):
+            with processes.local_main_first():
                 held_out = codec.encode(reference)
         loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed, processes=processes)
         document["loss"] = loss.loss
@@ -127,7 +127,7 @@ def evaluate_images(
     """
     if "loss" in metrics:
         raise ConfigError("the metric loss needs a run: a folder of images has no denoiser")
-    begin, part = time.perf_counter(), processes.part(len(images))
+    begin, part = time.perf_counter(), processes.shard(len(images))
     batches = (images.floats(rows) for rows in torch.arange(part.start, part.stop).split(500))
     figures = _figures(extractor, reference, batches, metrics, len(images), processes)
     if not processes.is_main:
@@ -154,7 +154,7 @@ def _drawn(
     processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Figures of images that are drawn now, this process's share of them; what they were seen with, and the time."""
-    part, spent = processes.part(num), [0.0]
+    part, spent = processes.shard(num), [0.0]
     images = generated(
         denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, codec=codec
     )  # fmt: skip
@@ -172,10 +172,10 @@ def _figures(
 ) -> dict[str, Any]:
     """Figures of all processes' images, in the first process; the Fréchet distance is FID with Inception's features."""
     metrics = with_limit(metrics, num, extractor.num_features)
-    with processes.agreed("share of the images"):
-        seen = observe(extractor, images, metrics, first=processes.part(num).start)
+    with processes.all_or_none():
+        seen = observe(extractor, images, metrics, first=processes.shard(num).start)
     gather(seen, processes)
-    with processes.agreed("comparison"):
+    with processes.all_or_none():
         figures = compare(extractor, reference, seen, metrics) if processes.is_main else {}
     if extractor.name == inception.NAME and "fd" in figures:
         figures = {"fid": figures["fd"], **figures}

@@ -131,11 +131,9 @@ def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
     if processes.is_main:
         assert checkpoint is not None
         files, document = _read(checkpoint, trainer)
-        processes.tell("state", document)
-    else:
-        document = processes.ask("state")
+    document = processes.broadcast(document)
     for file in (RAW, *_averages(trainer), OPTIMIZER):
-        tensors = processes.share(file, None if files is None else files[file])
+        tensors = processes.broadcast_tensors(None if files is None else files[file])
         try:
             _put(file, tensors, trainer)
         except (KeyError, ValueError, IndexError) as error:

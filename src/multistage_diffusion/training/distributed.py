@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from multistage_diffusion.errors import NumericsError
 from multistage_diffusion.models.unet import Encoder, MultiDecoderUNet
-from multistage_diffusion.world import ProcessGroup
+from multistage_diffusion.process_group import ProcessGroup
 
 
 def parallelise(
@@ -115,6 +117,31 @@ def put(target: Tensor, values: Tensor) -> None:
     assert isinstance(target, DTensor)
     values = values.to(target.device)
     target.copy_(distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None))
+
+
+def require_same_weights(processes: ProcessGroup, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Compare what all processes hold alike, bit by bit.
+
+    Args:
+        processes: The processes.
+        tensors: float32 tensors by name, whole.
+        step: Steps taken, for the message.
+
+    Raises:
+        NumericsError: A tensor differs between processes.
+    """
+    if processes.size == 1 or not tensors:
+        return
+    sums = torch.stack([tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors.values()])
+    extremes = torch.cat((sums, -sums))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    high, low = extremes.chunk(2)
+    for name, differs in zip(tensors, (high != -low).tolist(), strict=True):
+        if differs:
+            raise NumericsError(
+                f"weight {name} differs between the processes after step {step}; the same command goes on from the "
+                "last checkpoint, which holds the weights of process 0"
+            )
 
 
 def _shard(network: MultiDecoderUNet, device: torch.device, processes: ProcessGroup) -> None:

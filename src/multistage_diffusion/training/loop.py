@@ -20,12 +20,12 @@ from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, Batches
-from multistage_diffusion.training.distributed import local, parallelise, whole_tensor
+from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.precision import LossScale, require_few
-from multistage_diffusion.world import SINGLE, ProcessGroup
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -160,7 +160,7 @@ class Trainer:
         Raises:
             PeerError: Memory did not suffice in another process.
         """
-        with self.processes.agreed("memory for the average"):
+        with self.processes.all_or_none():
             copy = build_denoiser(self.config, self.denoiser.shape, self.denoiser.stages).to(self.device)
         self.ema.copy_to(copy.network)
         return copy.eval()
@@ -224,7 +224,7 @@ class Trainer:
         self.stage_images = [total + count for total, count in zip(self.stage_images, whole, strict=True)]
         if self.step % training.log_every == 0:
             whole_ones = {name: tensor for name, tensor in network.named_parameters() if local(tensor) is tensor}
-            self.processes.require_equal(whole_ones, self.step)
+            require_same_weights(self.processes, whole_ones, self.step)
         return StepResult(
             self.step, self.images, loss_read, stage_loss, rate, norm_read,
             clipped=clip is not None and norm_read > clip, overflows=overflows, stop=self._heard(rest),
@@ -259,7 +259,8 @@ class Trainer:
             summands = torch.stack([loss.detach(), *means])
             figures, whole = (figures + summands, whole) if turn else (summands, batch.whole)
         if processes.size > 1:
-            figures = processes.sum(torch.cat((figures, self._flags[1 + _SIGNALS.index(asked[0]) if asked else 0])))
+            flags = self._flags[1 + _SIGNALS.index(asked[0]) if asked else 0]
+            figures = processes.all_reduce(torch.cat((figures, flags)))
         return figures, whole
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[object]:

@@ -22,10 +22,10 @@ from multistage_diffusion.files import write_atomic
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.process_group import ProcessGroup
 from multistage_diffusion.sampling import is_out_of_memory, sample
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.report import SAMPLES, Report
-from multistage_diffusion.world import ProcessGroup
 
 _CELL = 64  # pixels of an image in a grid, at least
 _KEPT = ("stage_loss", "loss_error", "kid_std", "is_std", "fid", "fd_infinity", *METRICS)  # of a report
@@ -101,7 +101,7 @@ class Observer:
         path = self._folder / SAMPLES / f"step-{step:08d}.png"
         draw = _due(step, logging.grid_every) and not path.exists()
         measure = _due(step, logging.evaluate_every) and not report.evaluated(step)
-        draw, measure = processes.gather("due", [draw, measure])[0]  # process 0 knows what is there
+        draw, measure = processes.broadcast([draw, measure])  # process 0 knows what is there
         if not (draw or measure):
             return None
         given_up = _GivenUp(processes, f"given up after {step}", self._received)
@@ -182,7 +182,7 @@ class _GivenUp:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if last:
-            self._processes.tell(self._key)
+            self._processes.set_flag(self._key)
 
     @contextlib.contextmanager
     def checked(self, denoiser: Denoiser) -> Iterator[Denoiser]:
@@ -195,9 +195,9 @@ class _GivenUp:
 
     def agree(self) -> tuple[int | None, str | None]:
         """Wait for all processes; the signal that any of them received, and why any of them gave up."""
-        self._processes.gather("looked", meanwhile=self._pass_on)
+        self._processes.barrier(self._pass_on)
         own = [self._received[0] if self._received else None, self._reason]
-        told = self._processes.gather("look's end", own)  # all at once, so a signal is heard by all or by none
+        told = self._processes.gather_objects(own)  # all at once, so a signal is heard by all or by none
         who = "" if self._processes.size == 1 else "process {}: "
         reasons = [who.format(rank) + reason for rank, (_, reason) in enumerate(told) if reason is not None]
         signals = [number for number, _ in told if number is not None]
@@ -209,13 +209,13 @@ class _GivenUp:
         now = time.monotonic()
         if now - self._asked > _ASK_AFTER:
             self._asked = now
-            if self._processes.told(self._key):
+            if self._processes.flag_is_set(self._key):
                 raise _Interrupted
 
     def _pass_on(self) -> None:
         """A signal that comes while others are still at it."""
-        if self._received and not self._processes.told(self._key):
-            self._processes.tell(self._key)
+        if self._received and not self._processes.flag_is_set(self._key):
+            self._processes.set_flag(self._key)
 
 
 def _due(step: int, every: int) -> bool:

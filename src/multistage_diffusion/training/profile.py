@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.metrics.cost import network_cost
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.world import SINGLE, ProcessGroup
 
 _PASSES = ("batch", "forward", "backward")  # then what follows them, as it came
 _BACKWARD, _FIRST_BACKWARD = "backward", "backward: loss"

@@ -19,6 +19,7 @@ from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_json
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
+from multistage_diffusion.process_group import ProcessGroup, join, local_device
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import (
     EMA_WEIGHTS,
@@ -37,7 +38,6 @@ from multistage_diffusion.training.report import Report, Window
 from multistage_diffusion.training.snapshots import FOLDER as SNAPSHOTS
 from multistage_diffusion.training.snapshots import Combination, rebuild, save_snapshot
 from multistage_diffusion.training.trackers import require_installed
-from multistage_diffusion.world import ProcessGroup, join, local_device
 
 # What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
 # for rounding by the engine, which is said. Where the images come from may change: their digest must be the same.
@@ -109,12 +109,12 @@ def train(
     """
     started, folder, device = time.perf_counter(), Path(out), local_device(device)
     with join(device, config.engine.timeout) as processes:
-        processes.lead("target", lambda: _check_target(folder, config))
+        processes.on_main(lambda: _check_target(folder, config))
         require_installed(config.logging.trackers)
         if config.logging.evaluate_every:
             require_metrics(config.logging.metrics)
         # Latents are encoded once, for all; what else is read, each process reads.
-        with processes.first("data") if config.data.autoencoder is not None else processes.agreed("data"):
+        with processes.local_main_first() if config.data.autoencoder is not None else processes.all_or_none():
             data, images = _read(config, data, device, on_encode)
         if stages is None and (folder / "stages.json").is_file():
             stages = Stages.load(folder / "stages.json")  # how they were found, from the call that knew
@@ -123,11 +123,11 @@ def train(
         with lock(folder) if processes.is_main else contextlib.nullcontext(), signals() as received:
             window = _open(folder, trainer, data)
             resumed = trainer.step
-            with processes.first("observer"):  # what it needs may have to be fetched
+            with processes.local_main_first():  # what it needs may have to be fetched
                 observer = Observer(folder, config, data, images, device, received)
             del images  # the observer keeps those that it needs
             with Report(folder, config, resumed, device, processes) as report:
-                processes.gather("report")  # trackers may take their time to answer
+                processes.barrier()  # trackers may take their time to answer
                 stop = observer.look(trainer, report)  # what a signal kept the run from drawing
                 if stop is not None:
                     _stop(stop, True, folder, trainer, window, report, data)
@@ -144,7 +144,7 @@ def train(
                     if stop is not None:
                         _stop(stop, saved, folder, trainer, window, report, data)
             model = trainer.averaged()
-            processes.lead("model", lambda: model.save_pretrained(folder / "model"))
+            processes.on_main(lambda: model.save_pretrained(folder / "model"))
     flops, seconds = cost.training_flops(trainer.stage_images), time.perf_counter() - started
     loss = window.loss / window.steps if window.steps else window.last
     return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, seconds)
@@ -269,13 +269,10 @@ def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
                 data.codec.save(folder / RECORD)
             case _:
                 pass
-        processes.tell("window", None if checkpoint is None else vars(window))
-        if checkpoint is None:
-            return window
-    elif (told := processes.ask("window")) is None:
+    sums = processes.broadcast(None if checkpoint is None else vars(window))
+    if sums is None:
         return window
-    else:
-        window = Window(**told)
+    window = Window(**sums)
     restore_checkpoint(checkpoint, trainer)
     return window
 
@@ -354,4 +351,4 @@ def _save(folder: Path, trainer: Trainer, window: Window, report: Report, data: 
     save_checkpoint(folder / "checkpoints", trainer, state)
     if trainer.processes.is_main:
         prune(folder / "checkpoints", training.keep, trainer.step, training.keep_every)
-    trainer.processes.gather("saved")  # a slow disk is waited for without a limit
+    trainer.processes.barrier()  # a slow disk is waited for without a limit

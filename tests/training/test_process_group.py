@@ -1,5 +1,6 @@
 """What processes tell one another outside of the steps: each may fail or be slow, and all go on alike, or none."""
 
+import contextlib
 import os
 import signal
 import time
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 import ranks
+from multistage_diffusion import process_group
 from multistage_diffusion.errors import ConfigError, DataError, PeerError, UserError
-from multistage_diffusion.world import SINGLE, ProcessGroup, failure, join
-from multistage_diffusion.world.processes import _require_gpus
+from multistage_diffusion.process_group import SINGLE, ProcessGroup, _require_gpus, join
 
 
 def talk(rank):
@@ -18,23 +19,24 @@ def talk(rank):
     heard = []
     with join(torch.device("cpu"), 1.0) as processes:
         for turn in range(2):
-            heard.append(processes.gather("numbers", 10 * turn + rank))
+            heard.append(processes.gather_objects(10 * turn + rank))
             try:
-                with processes.agreed("work"):
+                with processes.all_or_none():
                     if rank == turn:
                         raise DataError(f"file {turn} is damaged")
             except DataError as error:
                 heard.append(str(error))
             except PeerError as error:
                 heard.append([str(error), error.exit_code])
-            with processes.agreed("work"):
+            with processes.all_or_none():
                 heard.append(turn)
-            with processes.first("turns"):
-                heard.append(processes.told(f"first {turn}"))
-                processes.tell(f"first {turn}")
-            with pytest.raises(PeerError if rank else DataError, match="no network"), processes.first("download"):
+            with processes.local_main_first():
+                heard.append(processes.flag_is_set(f"first {turn}"))
+                processes.set_flag(f"first {turn}")
+            with pytest.raises(PeerError if rank else DataError, match="no network"), processes.local_main_first():
                 raise DataError("no network")
-        with pytest.raises(ConfigError, match="the options of process 1 are not") if rank else SINGLE.first(""):
+        differs = pytest.raises(ConfigError, match="the options of process 1 are not")
+        with differs if rank else contextlib.nullcontext():
             processes.require_same("the options", f"{rank}")
     return heard
 
@@ -48,7 +50,7 @@ def test_all_go_on_alike_or_none(tmp_path):
 
 def wait_for_a_silent_one(rank, number):
     """Process 1 computes for longer than the silence that is borne, or is killed, or halted."""
-    failure._SILENCE = 2.0
+    process_group._SILENCE = 2.0
     try:
         with join(torch.device("cpu"), 1.0) as processes:
             if rank == 1 and number is None:
@@ -57,7 +59,7 @@ def wait_for_a_silent_one(rank, number):
                     sum(range(1000))
             elif rank == 1:
                 os.kill(os.getpid(), number)
-            return processes.gather("done", rank)
+            return processes.gather_objects(rank)
     except UserError as error:
         return str(error)
 
@@ -74,16 +76,16 @@ def test_a_process_that_only_takes_long_is_waited_for(tmp_path):
 
 
 def test_one_process_alone_needs_nobody():
-    assert SINGLE.gather("numbers", 3) == [3] and not SINGLE.told("numbers")
-    with pytest.raises(DataError), SINGLE.agreed("work"):
+    assert SINGLE.gather_objects(3) == [3] and not SINGLE.flag_is_set("numbers")
+    with pytest.raises(DataError), SINGLE.all_or_none():
         raise DataError("a file is damaged")
-    with SINGLE.first("turn"):
+    with SINGLE.local_main_first():
         assert SINGLE.is_main
 
 
 @pytest.mark.parametrize(("num", "size"), [(10, 1), (10, 3), (2, 3), (0, 2)])
 def test_the_parts_follow_each_other(num, size):
-    parts = [ProcessGroup(rank, size).part(num) for rank in range(size)]
+    parts = [ProcessGroup(rank, size).shard(num) for rank in range(size)]
     assert [index for part in parts for index in part] == list(range(num))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -10,11 +10,11 @@ import tiny
 from multistage_diffusion.config import EngineConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import make_process
+from multistage_diffusion.process_group import ProcessGroup, join
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
 from multistage_diffusion.training.distributed import gather
 from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.world import ProcessGroup, join
 from runs import tensors
 
 CASES = [("ddp", "mixed", 1), ("ddp", "single-uniform", 2), ("fsdp", "mixed", 2), ("fsdp", "single-uniform", 1)]
