@@ -215,7 +215,7 @@ def remove_abandoned(path: Path) -> None:
         path: The name that they were to write.
     """
     for leftover in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if is_leftover(leftover.name) and not _is_running(int(leftover.name.split(".")[-2])):
+        if is_leftover(leftover.name) and not is_running(int(leftover.name.split(".")[-2])):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -260,12 +260,13 @@ def check_directory(path: Path, required: Sequence[str] = (), *, sizes_only: str
     return None
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except (OSError, OverflowError):  # another user's, or no number of a process
         return True
     return True
 

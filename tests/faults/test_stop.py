@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 
@@ -10,6 +9,7 @@ import pytest
 
 import tiny
 from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.training.guard import SIGNALS
 from runs import log, tensors
 
 STEPS = ["--training.steps", "30", "--training.save-every", "10"]
@@ -34,7 +34,7 @@ def whole(lives, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_stops(number, lives, tmp_path):
     out = tmp_path / "run"
     life = lives.train(out, *ENDLESS)
