@@ -1,12 +1,16 @@
-"""What computes: the precision of its matrix products."""
+"""What computes: the precision of its matrix products, and its memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @contextmanager
@@ -39,3 +43,15 @@ def _backends_in_full() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def memory_of(device: torch.device) -> int:
+    """Memory of a CUDA device in bytes, or this process's share of what the machine has for its processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun on this machine, this one too
+    try:
+        return min(physical, int(_CGROUP.read_text())) // neighbours
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return physical // neighbours

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.clustering import cluster, part
+from multistage_diffusion.clustering import cluster, find
 from multistage_diffusion.data import load_data
 from multistage_diffusion.data.autoencoder import Autoencoder
 from multistage_diffusion.data.collection import Reading
@@ -83,12 +83,12 @@ def test_latents_are_read_as_a_model_sees_them():
     values = torch.randn(60, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     network = nn.Linear(1, 1)
     network.config = {"in_channels": 1}
-    latents = Latents("made", values, LatentCodec(Autoencoder(network, "AutoencoderKL", "made"), 0.5, 1), "0")
-    assert torch.equal(part.read(latents, torch.tensor([3, 1])), values[[3, 1]] / 2)
+    latents = Latents("made", values, codec=LatentCodec(Autoencoder(network, "AutoencoderKL", "made"), 0.5, 1), key="0")
+    assert torch.equal(latents.values(torch.tensor([3, 1])), values[[3, 1]] / 2)
 
 
 def test_images_that_do_not_fit_into_memory_are_refused_unread(on_disk, rows_read, monkeypatch):
-    monkeypatch.setattr(part, "memory_of", lambda device: 2**17)  # 409 digits at 5 bytes a pixel
+    monkeypatch.setattr(find, "memory_of", lambda device: 2**17)  # 409 digits at 5 bytes a pixel
     stored = load_data(f"shards:{on_disk}")
     with pytest.raises(DataError, match=r"clustering 1,297 images takes .* choose max-images, like 204") as caught:
         cluster(stored, VP())

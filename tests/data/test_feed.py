@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from multistage_diffusion import devices
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data import feed, load_data, shards
 from multistage_diffusion.data.collection import Reading
@@ -51,12 +52,12 @@ def test_what_fits_is_held_and_what_does_not_is_streamed(digits, monkeypatch):
 
 
 def test_the_memory_is_what_the_control_group_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(feed, "_CGROUP", tmp_path / "memory.max")
-    whole = feed.memory_of(CPU)
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path / "memory.max")
+    whole = devices.memory_of(CPU)
     assert whole > 2**28
     for text, expected in (("1000000\n", 1_000_000), ("max\n", whole), (str(2**60), whole)):
         (tmp_path / "memory.max").write_text(text)
-        assert feed.memory_of(CPU) == expected
+        assert devices.memory_of(CPU) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])

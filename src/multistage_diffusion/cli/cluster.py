@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from multistage_diffusion.clustering import Clustering
-    from multistage_diffusion.data.latents import Examples
+    from multistage_diffusion.data.examples import Examples
     from multistage_diffusion.models.denoiser import Denoiser
     from multistage_diffusion.noise import Process
 
@@ -195,12 +195,12 @@ def _allocate(
 def _draw(options: Options, data: Examples, found: Clustering) -> None:
     """The pictures asked for."""
     from multistage_diffusion.clustering import plots
-    from multistage_diffusion.clustering.part import take
+    from multistage_diffusion.clustering.find import chosen
 
     if options.plot is not None:
         plots.save(plots.similarity_figure(found), options.plot)
     if options.strip is not None:
-        images, _ = take(data, options.max_images, options.seed)
+        images, _ = chosen(data, options.max_images, options.seed)
         figure = plots.strip_figure(images, found.stages, found.process, seed=options.seed)
         plots.save(figure, options.strip)
 

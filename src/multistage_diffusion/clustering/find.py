@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from multistage_diffusion import rng
@@ -17,11 +18,12 @@ from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.optimal import Found, algorithm_1, dynamic_programme
 from multistage_diffusion.clustering.options import Options
-from multistage_diffusion.clustering.part import DataSet, described, read, take
 from multistage_diffusion.clustering.partition import affinity_cost, distance_cost, partition, size_limits
-from multistage_diffusion.clustering.posterior import as_floats
 from multistage_diffusion.clustering.similarity import Progress, Similarities, Similarity
 from multistage_diffusion.config import to_dict
+from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.data.user import Data, as_data
+from multistage_diffusion.devices import memory_of
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
@@ -29,6 +31,7 @@ from multistage_diffusion.stages import Stages
 _BASELINE_LEVELS = 1000  # levels of the timestep and log-SNR baselines
 _POINTS = 16  # noise levels at which the effective number of images is reported
 _GRADIENT_LEVELS = 100  # levels of the gradient baseline
+_WORKING_BYTES = 4  # a number of an image once more, centred, while denoisers are compared
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Clustering:
 
 
 def cluster(
-    images: DataSet,
+    images: Data,
     process: Process, *, method: str = "optimal-denoiser", stages: int = 3, eta: float = 2 / 256, alpha: float = 0.9,
     samples: int | None = None, reference: str = "data-mean", measure: str = "time", objective: str | None = None,
     unit_range: bool = False, labels: Int[Tensor, " count"] | None = None, max_images: int | None = None,
@@ -135,19 +138,55 @@ def cluster(
                       measure=measure, objective=objective, unit_range=unit_range, within_class=labels is not None,
                       max_images=max_images, resamples=resamples, seed=seed)  # fmt: skip
     _check_number(len(images), options)
+    data = as_data(images)
     match method:
         case "timestep" | "snr":
             found = _baseline(process, options)
         case "gradient":
-            found = _gradient(images, process, denoiser, options, device, progress)
+            found = _gradient(data, process, denoiser, options, device, progress)
         case _:
-            found = _exact(images, labels, process, options, device, progress)
-    data = described(images, source, digest)
-    return _result(found, process, options, data, time.perf_counter() - start)
+            found = _exact(data, labels, process, options, device, progress)
+    about = {
+        "source": source or data.name,
+        "sha256": digest or data.digest,
+        "images": len(data),
+        "shape": list(data.shape),
+    }
+    return _result(found, process, options, about, time.perf_counter() - start)
+
+
+def chosen(
+    data: Examples, most: int | None, seed: int, device: torch.device | str | None = None
+) -> tuple[Shaped[Tensor, "some channels height width"], Int[Tensor, " some"] | None]:
+    """All examples, or some in the place of all: the first of a random order, so that a smaller choice is in a larger.
+
+    Args:
+        data: The data set; from disk no others are read.
+        most: How many to choose at most; by default all.
+        seed: Seed of the order.
+        device: Where their denoisers will be compared; by default where the examples are.
+
+    Returns:
+        The examples, uint8 or floats, and their indices: None for all in the order they have.
+
+    Raises:
+        DataError: They need more memory than there is, or one is damaged on disk.
+    """
+    count = len(data)
+    index = None if most is None or most >= count else rng.permutation(seed, "cluster/subset", 0, count)[:most]
+    count = count if index is None else len(index)
+    each = math.prod(data.shape) * (data.images.dtype.itemsize + _WORKING_BYTES)
+    memory = memory_of(torch.device(device or data.device or "cpu"))
+    if count * each > memory:
+        raise DataError(
+            f"clustering {count:,} images takes {count * each / 2**30:.1f} GiB, more than the {memory / 2**30:.1f} GiB "
+            f"here; choose max-images, like {memory // (2 * each):,}"
+        )
+    return data.values(index), index
 
 
 def _exact(
-    images: DataSet,
+    data: Examples,
     labels: Tensor | None,
     process: Process,
     options: Options,
@@ -155,11 +194,11 @@ def _exact(
     progress: Progress | None,
 ) -> Found:
     """Read the images asked for, and compare their optimal denoisers."""
-    part, index = take(images, options.max_images, options.seed, device)
+    part, index = chosen(data, options.max_images, options.seed, device)
     labels = labels if labels is None or index is None else labels[index]
     _check_values(part)
     if options.chosen == "crossing":
-        return algorithm_1(part, labels, len(images), process, options, device, progress)
+        return algorithm_1(part, labels, len(data), process, options, device, progress)
     return dynamic_programme(part, labels, process, options, device, progress)
 
 
@@ -216,7 +255,7 @@ def _baseline(process: Process, options: Options) -> Found:
 
 
 def _gradient(
-    images: DataSet,
+    data: Examples,
     process: Process,
     denoiser: nn.Module | None,
     options: Options,
@@ -229,10 +268,10 @@ def _gradient(
     if device is not None and any(weight.device != torch.device(device) for weight in denoiser.parameters()):
         denoiser = copy.deepcopy(denoiser).to(device)  # the caller's own stays where it is
     u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
-    index = rng.permutation(options.seed, "cluster/image", 0, len(images))[: -(-(options.samples or 4_000) // len(u))]
+    index = rng.permutation(options.seed, "cluster/image", 0, len(data))[: -(-(options.samples or 4_000) // len(u))]
     affinity = gradient_affinity(
         denoiser,
-        as_floats(read(images, index)),
+        data.floats(index),
         level(process, options.measure, u),
         process,
         seed=options.seed,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multistage_diffusion.data.collection import Collection
 from multistage_diffusion.data.images import Images
-from multistage_diffusion.data.shards import Shards, ShardWriter, blocks, open_shards, require_size
+from multistage_diffusion.data.shards import ShardWriter, blocks, open_shards, require_size
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.files import read_json
 
@@ -28,14 +28,11 @@ def write_images(collection: Collection, folder: Path, writer: ShardWriter) -> N
         writer: Of that folder, given to the reader, too.
     """
     images = collection.images
-    match images.images:
-        case Shards(folder=written) if written == folder:
-            pass
-        case _:
-            writer.expected = len(images)
-            for rows in blocks(images.images.shape):
-                writer.add(images.pixels(rows))
-            writer.finish()
+    if not writer.finished:
+        writer.expected = len(images)
+        for rows in blocks(images.images.shape):
+            writer.add(images.stored(rows))
+        writer.finish()
     if images.labels is not None:
         (folder / _LABELS).write_bytes(images.labels.numpy().data)
     (folder / _TEST).write_bytes(collection.test.to(torch.uint8).numpy().data)

@@ -7,15 +7,12 @@ disk that does not answer is noticed by the time-out.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeAlias, final
 
@@ -24,10 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion.config import DataConfig
-from multistage_diffusion.data.latents import Examples
+from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.devices import memory_of
 from multistage_diffusion.errors import DataError
 
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
 _AHEAD = 2  # steps whose batches are read ahead
 _PATIENCE = 1.0  # seconds for the threads to finish what they read; a disk that hangs is not waited for
 _MOST = 512  # batches that are read ahead, over all parts of a step
@@ -50,7 +47,7 @@ class Resident:
     ahead = 0
 
     def __init__(self, data: Examples, device: torch.device) -> None:
-        self._data = replace(data, images=data.images.to(device))
+        self._data = data.to(device)
         self.device = device
 
     def prefetch(self, index: Int[Tensor, " n"]) -> None:
@@ -90,7 +87,8 @@ class Streamed:
     def __init__(self, data: Examples, device: torch.device, *, workers: int, timeout: float) -> None:
         self._data, self._target, self._timeout = data, device, timeout
         self.device, self.ahead = torch.device("cpu"), _AHEAD if workers else 0
-        self._read = _reader(data, pin=device.type == "cuda")
+        stored, pin = data.images, device.type == "cuda"  # not the feed itself, which its threads would keep alive
+        self._read: Callable[[Tensor], Tensor] = lambda index: stored[index].pin_memory() if pin else stored[index]
         self._coming: dict[bytes, Future[Tensor]] = {}
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         threads = [
@@ -138,7 +136,7 @@ class Streamed:
                     f"{self._data.name}: {len(index)} images were not read within {self._timeout:g} seconds; the disk "
                     "or network that holds them does not answer, or data.timeout is too short"
                 ) from error
-        return self._data.seen(rows.to(self._target, non_blocking=True))
+        return self._data.to_model(rows.to(self._target, non_blocking=True))
 
 
 Feed: TypeAlias = Resident | Streamed
@@ -156,37 +154,10 @@ def make_feed(data: Examples, device: torch.device | str, config: DataConfig | N
         The feed; which of the two it is does not change a bit of any batch.
     """
     device, config = torch.device(device), config or DataConfig()
-    match data.images:
-        case Tensor(device=place) if place.type == device.type:
-            return Resident(data, device)
-        case _ if data.images.nbytes <= config.memory * memory_of(device):
-            return Resident(data, device)
-        case _:
-            return Streamed(data, device, workers=config.workers, timeout=config.timeout)
-
-
-def memory_of(device: torch.device) -> int:
-    """Memory of a device, or this process's share of what the machine has for its processes.
-
-    Args:
-        device: A CUDA device or the CPU.
-
-    Returns:
-        Bytes.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun on this machine, this one too
-    try:
-        return min(physical, int(_CGROUP.read_text())) // neighbours
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return physical // neighbours
-
-
-def _reader(data: Examples, *, pin: bool) -> Callable[[Tensor], Tensor]:
-    stored = data.images
-    return (lambda index: stored[index].pin_memory()) if pin else (lambda index: stored[index])
+    resident = data.device is not None and data.device.type == device.type
+    if resident or data.images.nbytes <= config.memory * memory_of(device):
+        return Resident(data, device)
+    return Streamed(data, device, workers=config.workers, timeout=config.timeout)
 
 
 def _serve(jobs: SimpleQueue[_Job | None], read: Callable[[Tensor], Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +12,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from multistage_diffusion.data.shards import MAX_BYTES, Shards, row_digests
+from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.data.shards import MAX_BYTES
 from multistage_diffusion.errors import DataError, NumericsError
 
 MAX_SET_BYTES = MAX_BYTES  # a set larger than this, at one byte a channel, is not loaded into memory
@@ -23,105 +23,32 @@ Pixels: TypeAlias = UInt8[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """A set of images of one shape, with what is known about them.
-
-    Attributes:
-        name: The source, as the user wrote it.
-        images: Pixels, 8 bits a channel; 1 channel is grey, 3 are red, green and blue. In memory, or on disk.
-        labels: Class of each image, int64, or None where the source has none.
-        classes: Names of the classes; `labels` index them.
-        skipped: What the source holds but this set does not, and why; one line each.
+class Images(Examples):
+    """A set of pictures, 8 bits a channel; 1 channel is grey, 3 are red, green and blue.
 
     Raises:
-        DataError: There is no image, or labels and images do not match.
+        DataError: The pixels are not uint8, there is no picture, or labels and pictures do not match.
     """
 
-    name: str
-    images: Pixels | Shards
-    labels: Int[Tensor, " labelled"] | None = None
-    classes: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-
     def __post_init__(self) -> None:
-        if 0 in self.images.shape:
-            raise DataError(f"{self.name}: no images found{_first(self.skipped)}")
-        if self.labels is None:
-            return
-        if len(self.labels) != len(self.images):
-            raise DataError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.classes):
-            raise DataError(f"{self.name}: labels must lie in 0..{len(self.classes) - 1}, got {low}..{high}")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the content (each image's digest, labels, class names), in hexadecimal digits; not of the name."""
-        labels = b"" if self.labels is None else self.labels.cpu().contiguous().numpy().tobytes()
-        content = hashlib.sha256(repr((tuple(self.images.shape), len(labels), self.classes)).encode())
-        content.update(_digests(self.images).numpy().data)
-        content.update(labels)
-        return content.hexdigest()
+        if self.images.dtype != torch.uint8:
+            raise DataError(
+                f"{self.name}: pictures must be uint8, 0 to 255; these are {self.images.dtype}: `to_uint8` makes pixels"
+                " of floats in [-1, 1]"
+            )
+        super().__post_init__()
 
     def pixels(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n channels height width"]:
-        """Images as they are stored, in memory.
+        """Pictures as they are stored, in memory; as `stored`."""
+        return self.stored(index)
 
-        Args:
-            index: Which images, on the device of `images`; by default all.
-
-        Returns:
-            8 bits a channel.
-
-        Raises:
-            DataError: An image on disk is damaged, or all are too many for memory.
-        """
-        return self.images[slice(None) if index is None else index]
-
-    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n channels height width"]:
-        """Images as the networks see them.
-
-        Args:
-            index: Which images, on the device of `images`; by default all.
-
-        Returns:
-            float32 in [-1, 1]: x / 127.5 - 1. `to_uint8` gives the same pixels back.
-        """
-        return self.seen(self.pixels(index))
-
-    def seen(self, rows: Pixels) -> Float[Tensor, "batch channels height width"]:
-        """Stored images as the networks see them.
-
-        Args:
-            rows: As `pixels` gives them.
-
-        Returns:
-            float32 in [-1, 1].
-        """
+    def to_model(self, rows: Pixels) -> Float[Tensor, "batch channels height width"]:
+        """Pixels as float32 in [-1, 1]: x / 127.5 - 1. `to_uint8` gives the same pixels back."""
         return rows.float().div_(127.5).sub_(1.0)
 
-    def take(self, index: Int[Tensor, " n"]) -> Images:
-        """A subset.
-
-        Args:
-            index: Which images, in the order wanted.
-
-        Returns:
-            The set of those images.
-
-        Raises:
-            DataError: `index` is empty.
-        """
-        labels = None if self.labels is None else self.labels[index]
-        return replace(self, images=_some(self.images, index), labels=labels)
+    def values(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n channels height width"]:
+        """Pictures as an exact denoiser takes them: their pixels."""
+        return self.stored(index)
 
     def fitted(self, resolution: int) -> Images:
         """The same set, each image cropped to its central square and resized.
@@ -137,15 +64,12 @@ class Images:
         """
         if self.shape[1:] == (resolution, resolution):
             return self
-        match self.images:
-            case Shards():
-                raise DataError(
-                    f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; convert "
-                    f"their source again with --resolution {resolution}"
-                )
-            case _:
-                pass
-        return replace(self, images=fit(self.images, resolution))
+        if self.device is None:
+            raise DataError(
+                f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; convert their "
+                f"source again with --resolution {resolution}"
+            )
+        return replace(self, images=fit(self.stored(), resolution))
 
 
 def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -201,26 +125,3 @@ def content_key(picture: UInt8[Tensor, "channels height width"]) -> int:
     for plane in picture.expand(3, -1, -1).numpy():
         content.update(np.ascontiguousarray(plane).data)
     return int.from_bytes(content.digest(), "little")
-
-
-def _digests(rows: Pixels | Shards) -> UInt8[Tensor, "rows 16"]:
-    """The digest of each image: read where the images are on disk, else computed."""
-    match rows:
-        case Shards():
-            return rows.digests
-        case _:
-            return row_digests(rows)
-
-
-def _some(rows: Pixels | Shards, index: Int[Tensor, " n"]) -> UInt8[Tensor, "n channels height width"] | Shards:
-    """Some of the images: in memory, or still on disk."""
-    match rows:
-        case Shards():
-            return rows.take(index)
-        case _:
-            return rows[index]
-
-
-def _first(skipped: tuple[str, ...]) -> str:
-    """The beginning of a list of skipped things, for a message."""
-    return f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""

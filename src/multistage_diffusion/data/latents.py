@@ -7,10 +7,10 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,9 @@ from torch import Tensor
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.autoencoder import Autoencoder, load_autoencoder
 from multistage_diffusion.data.cache import cache_directory
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.images import Images
-from multistage_diffusion.data.shards import Shards, ShardWriter, open_shards
+from multistage_diffusion.data.shards import ShardWriter, open_shards
 from multistage_diffusion.data.sources import Split, load_data
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.files import read_json, whole_directory, write_json
@@ -30,65 +31,32 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Latents:
-    """A set of latents of one shape; what `Images` is to pixels.
+class Latents(Examples):
+    """A set of latents in the autoencoder's unit, float32.
 
     Attributes:
-        name: The source of the images.
-        images: Latents in the autoencoder's own unit, float32; in memory, or on disk.
         codec: Autoencoder and scale that they were made with.
-        labels: Class of each image, int64, or None where the source has none.
-        classes: Names of the classes.
-        skipped: What the source holds but the images do not, and why.
         key: SHA-256 of images and autoencoder together.
     """
 
-    name: str
-    images: Float[Tensor, "batch channels height width"] | Shards
-    codec: LatentCodec
-    key: str
-    labels: Int[Tensor, " labelled"] | None = None
-    classes: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image's latents."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    codec: LatentCodec = field(kw_only=True)
+    key: str = field(kw_only=True)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the networks see: images, autoencoder and scale."""
         return hashlib.sha256(f"{self.key} {self.codec.scale!r}".encode()).hexdigest()
 
-    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n channels height width"]:
-        """Latents as the networks see them.
+    def to_model(
+        self, rows: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Latents times their scale."""
+        return self.codec.to_model(rows)
 
-        Args:
-            index: Which images, on the device of `images`; by default all.
-
-        Returns:
-            float32, scaled.
-        """
-        return self.seen(self.images[slice(None) if index is None else index])
-
-    def seen(self, rows: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-        """Stored latents as the networks see them.
-
-        Args:
-            rows: Some of `images`, in memory.
-
-        Returns:
-            The same, scaled.
-        """
-        return rows * self.codec.scale
-
-
-Examples: TypeAlias = Images | Latents
+    def take(self, index: Int[Tensor, " n"]) -> Latents:
+        """A subset; as `Examples.take`."""
+        chosen = hashlib.sha256(index.cpu().contiguous().numpy().data).hexdigest()
+        return replace(super().take(index), key=hashlib.sha256(f"{self.key} {chosen}".encode()).hexdigest())
 
 
 @final
@@ -106,6 +74,12 @@ class LatentCodec:
     scale: float
     channels: int
 
+    def to_model(
+        self, rows: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Stored latents as a model sees them."""
+        return rows * self.scale
+
     def decode(
         self, latents: Float[Tensor, "batch latent height2 width2"], batch_size: int = 64
     ) -> Float[Tensor, "batch channels height width"]:
@@ -121,7 +95,7 @@ class LatentCodec:
         parts = (latents / self.scale).split(batch_size)
         return torch.cat([self.autoencoder.decode(part, self.channels) for part in parts])
 
-    def encode(self, images: Images) -> Latents:
+    def encode(self, images: Examples) -> Latents:
         """Latents of other images with the same scale.
 
         Args:
@@ -132,15 +106,11 @@ class LatentCodec:
         """
         return encode(images, self.autoencoder, scale=self.scale)
 
-    def save(self, path: Path) -> None:
-        """Write the record that `load_codec` reads.
-
-        Args:
-            path: Destination file.
-        """
+    def save(self, folder: Path) -> None:
+        """Write the record that `load_codec` reads into a run directory."""
         autoencoder = self.autoencoder
         record = {"autoencoder": autoencoder.name, "digest": autoencoder.digest, "scale": self.scale}
-        write_json(path, {**record, "channels": self.channels})
+        write_json(folder / RECORD, {**record, "channels": self.channels})
 
 
 def load_examples(
@@ -192,7 +162,7 @@ def load_images(config: DataConfig, split: Split = "train") -> Images:
 
 
 def encode(
-    images: Images, autoencoder: Autoencoder, *, scale: float | None = None, mirrored: bool = False,
+    images: Examples, autoencoder: Autoencoder, *, scale: float | None = None, mirrored: bool = False,
     batch_size: int = 256, progress: Progress | None = None,
 ) -> Latents:  # fmt: skip
     """Encode images once; the cache is keyed by their content and the autoencoder's weights.
@@ -222,7 +192,7 @@ def encode(
         values, about = open_shards(folder)
     codec = LatentCodec(autoencoder, scale or 1 / about["deviation"], images.shape[0])
     labels = images.labels.repeat(2) if mirrored and images.labels is not None else images.labels
-    return Latents(images.name, values, codec, key, labels, images.classes, images.skipped)
+    return Latents(images.name, values, labels, images.classes, images.skipped, codec=codec, key=key)
 
 
 def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCodec | None:
@@ -256,7 +226,7 @@ def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCod
 
 
 def _write(
-    images: Images, autoencoder: Autoencoder, folder: Path, mirrored: bool, batch_size: int, progress: Progress | None
+    images: Examples, autoencoder: Autoencoder, folder: Path, mirrored: bool, batch_size: int, progress: Progress | None
 ) -> None:
     """Encode batch by batch into shards, and measure the standard deviation on the way."""
     total, square, count, done = 0.0, 0.0, 0, 0

@@ -54,6 +54,8 @@ class Shards:
         per_file: Number of rows in each file but the last.
     """
 
+    device = None  # where a tensor says the device that it is on
+
     def __init__(self, folder: Path, shape: Row, dtype: torch.dtype, count: int, per_file: int) -> None:
         self.folder, self.dtype = folder, dtype
         self._row, self._count, self._per_file = shape, count, per_file
@@ -228,10 +230,13 @@ class ShardWriter:
     Args:
         folder: An empty folder, best one of `whole_directory`, which makes it durable and adds the manifest.
         expected: Number of rows that will come, about; a disk that is too small for them is refused at once.
+
+    Attributes:
+        finished: Whether `finish` was called.
     """
 
     def __init__(self, folder: Path, *, expected: int = 0) -> None:
-        self.expected, self._folder = expected, folder
+        self.expected, self.finished, self._folder = expected, False, folder
         self._digests, self._count, self._per_file = bytearray(), 0, 0
         self._shape: Row = (0, 0, 0)
         self._dtype = torch.uint8
@@ -272,6 +277,7 @@ class ShardWriter:
             The rows.
         """
         self.close()
+        self.finished = True
         (self._folder / _DIGESTS).write_bytes(self._digests)
         names = {dtype: name for name, dtype in _DTYPES.items()}
         document = {

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.data.latents import Examples
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import SINGLE, ProcessGroup

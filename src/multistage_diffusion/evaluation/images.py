@@ -13,7 +13,7 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
-from multistage_diffusion.data.latents import LatentCodec
+from multistage_diffusion.data.examples import Codec
 from multistage_diffusion.metrics.distance import cautions, check_metrics, keeps_features, measure
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
@@ -29,7 +29,7 @@ def generated(
     *,
     seed: int = 0,
     batch_size: int = 256,
-    codec: LatentCodec | None = None,
+    codec: Codec | None = None,
 ) -> Iterator[Float[Tensor, "batch channels height width"]]:
     """Images of a model as they would be saved: rounded to 8 bits. A class-conditional model draws all classes alike.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images
-from multistage_diffusion.data.latents import LatentCodec
+from multistage_diffusion.data.examples import Codec
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.evaluation.held_out import held_out_loss
 from multistage_diffusion.evaluation.images import compare, describe, gather, generated, observe
@@ -40,7 +40,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     stages: Stages | None = None,
-    codec: LatentCodec | None = None,
+    codec: Codec | None = None,
     stage_images: Sequence[int] | None = None,
     processes: ProcessGroup = SINGLE,
 ) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _drawn(
     sampling: SamplingConfig,
     seed: int,
     batch_size: int,
-    codec: LatentCodec | None,
+    codec: Codec | None,
     processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Figures of images that are drawn now, this process's share of them; what they were seen with, and the time."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import Feed, make_feed
-from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.noise import Process

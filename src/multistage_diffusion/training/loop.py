@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from multistage_diffusion import rng
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import make_feed
-from multistage_diffusion.data.latents import Examples
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.models.denoiser import Denoiser

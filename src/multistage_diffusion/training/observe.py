@@ -14,7 +14,7 @@ import torch
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images
-from multistage_diffusion.data.latents import Examples, LatentCodec, Latents
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.pictures import grid, png
 from multistage_diffusion.errors import ConfigError, NumericsError, PeerError, suggest
 from multistage_diffusion.evaluation import METRICS, evaluate
@@ -72,14 +72,9 @@ class Observer:
         device: torch.device, received: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._folder, self._config, self._received, self._left_out = folder, config, received, 0
-        self._codec: LatentCodec | None = None
+        self._codec = data.codec
         self._extractor: FeatureExtractor | None = None
         self._reference: Images | None = None
-        match data:
-            case Latents():
-                self._codec = data.codec
-            case _:
-                pass
         if images is not None:
             self._reference = images[1]
             if set(config.logging.metrics) - {"loss"}:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.config import RunConfig
-from multistage_diffusion.data.latents import Examples
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.training.loop import Trainer

@@ -14,7 +14,8 @@ import torch
 
 from multistage_diffusion.config import EngineConfig, RunConfig, flat, from_dict, to_dict
 from multistage_diffusion.data import Images, load_parts
-from multistage_diffusion.data.latents import RECORD, Examples, Latents, load_examples
+from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.data.latents import load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import is_leftover, read_json, remove_leftovers, write_json
 from multistage_diffusion.metrics.cost import network_cost
@@ -157,11 +158,7 @@ def _read(
     images = load_parts(config.data) if config.logging.evaluate_every else None
     if data is None:
         data = load_examples(config.data, device, on_encode, None if images is None else images[0])
-    match data:
-        case Images() if images is not None:
-            return data, (data, images[1])
-        case _:
-            return data, images
+    return data, (data, images[1]) if images is not None and isinstance(data, Images) else images
 
 
 @dataclass(frozen=True)
@@ -264,11 +261,7 @@ def _open(folder: Path, trainer: Trainer, data: Examples) -> Window:
         checkpoint, window = _newest(folder, trainer, data)  # before a word is written: it may refuse
         write_json(folder / "config.json", to_dict(trainer.config))
         trainer.denoiser.stages.save(folder / "stages.json")
-        match data:
-            case Latents():
-                data.codec.save(folder / RECORD)
-            case _:
-                pass
+        data.save_record(folder)
     sums = processes.broadcast(None if checkpoint is None else vars(window))
     if sums is None:
         return window

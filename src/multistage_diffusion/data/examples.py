@@ -1,0 +1,152 @@
+"""What a model is trained on, as one protocol: pictures or latents, in memory or on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from multistage_diffusion.data.shards import Shards, row_digests
+from multistage_diffusion.errors import DataError
+
+Set = TypeVar("Set", bound="Examples")
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What stands between the examples a model is trained on and the images that people see."""
+
+    def to_model(self, rows: Tensor, /) -> Tensor:
+        """Stored rows as the networks see them."""
+        ...
+
+    def decode(self, x: Tensor, /) -> Tensor:
+        """Images of what a model made, on the CPU."""
+        ...
+
+    def encode(self, images: Examples, /) -> Examples:
+        """Other images of the source, to be trained on or measured in the same unit."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the record that `load_codec` reads into a run directory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(ABC):
+    """A set of examples of one shape. Rows are stored compactly and become what a network sees batch by batch.
+
+    Attributes:
+        name: The source, as the user wrote it.
+        images: The rows as they are stored: a tensor, or rows that stay on disk and are read when they are indexed.
+        labels: Class of each row, int64, or None where the source has none.
+        classes: Names of the classes; `labels` index them.
+        skipped: What the source holds but this set does not, and why; one line each.
+        codec: The way from stored rows to the networks and back, where rows are not pictures.
+
+    Raises:
+        DataError: There is no row, or labels and rows do not match.
+    """
+
+    name: str
+    images: Shaped[Tensor, "batch channels height width"] | Shards
+    labels: Int[Tensor, " labelled"] | None = None
+    classes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    codec: Codec | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if 0 in self.images.shape:
+            first = f" ({len(self.skipped)} skipped, the first: {self.skipped[0]})" if self.skipped else ""
+            raise DataError(f"{self.name}: no images found{first}")
+        if self.labels is None:
+            return
+        if len(self.labels) != len(self.images):
+            raise DataError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise DataError(f"{self.name}: labels must lie in 0..{len(self.classes) - 1}, got {low}..{high}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one row."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the rows are; None: on disk."""
+        return self.images.device
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the networks see, in hexadecimal digits; not of the name or of where it lies."""
+        return self.content_digest()
+
+    def content_digest(self) -> str:
+        """SHA-256 of each row's digest, the labels and the names of the classes."""
+        labels = b"" if self.labels is None else self.labels.cpu().contiguous().numpy().tobytes()
+        content = hashlib.sha256(repr((tuple(self.images.shape), len(labels), self.classes)).encode())
+        rows = self.images.digests if isinstance(self.images, Shards) else row_digests(self.images)
+        content.update(rows.numpy().data)
+        content.update(labels)
+        return content.hexdigest()
+
+    @abstractmethod
+    def to_model(self, rows: Shaped[Tensor, "n channels height width"]) -> Float[Tensor, "n channels height width"]:
+        """Rows as `stored` gives them, as the networks see them."""
+
+    def stored(self, index: Int[Tensor, " n"] | None = None) -> Shaped[Tensor, "n channels height width"]:
+        """Rows as they are stored, in memory.
+
+        Args:
+            index: Which rows, on the device of `images`; by default all.
+
+        Raises:
+            DataError: A row on disk is damaged, or all are too many for memory.
+        """
+        return self.images[slice(None) if index is None else index]
+
+    def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n channels height width"]:
+        """Rows as the networks see them, float32; `index` and errors as for `stored`."""
+        return self.to_model(self.stored(index))
+
+    def values(self, index: Int[Tensor, " n"] | None = None) -> Shaped[Tensor, "n channels height width"]:
+        """Rows as an exact denoiser takes them: as the networks do, but pictures as uint8, a quarter of the memory."""
+        return self.floats(index)
+
+    def to_images(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n ..."]:
+        """What a model of these examples made, in the unit and form of the source."""
+        return x if self.codec is None else self.codec.decode(x)
+
+    def take(self: Set, index: Int[Tensor, " n"]) -> Set:
+        """A subset; rows on disk stay there.
+
+        Args:
+            index: Which rows, in the order of the subset.
+
+        Raises:
+            DataError: `index` is empty.
+        """
+        rows = self.images.take(index) if isinstance(self.images, Shards) else self.images[index]
+        return replace(self, images=rows, labels=None if self.labels is None else self.labels[index])
+
+    def to(self: Set, device: torch.device) -> Set:
+        """The same set with all rows in the memory of a device, as they are stored."""
+        return replace(self, images=self.images.to(device))
+
+    def save_record(self, folder: Path) -> None:
+        """Write into a run directory what turns a model's output into images again."""
+        if self.codec is not None:
+            self.codec.save(folder)
