@@ -20,10 +20,9 @@ from multistage_diffusion.clustering.levels import level
 from multistage_diffusion.clustering.optimal import elbow
 from multistage_diffusion.clustering.partition import block_cost, partition
 from multistage_diffusion.clustering.similarity import bootstrap_weights
-from multistage_diffusion.config import process_config
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.noise import make_process
+from multistage_diffusion.noise import process_by_kind
 
 ALGORITHM_1 = [{"eta": eta / 256, "alpha": alpha} for eta in (1, 2, 4, 8) for alpha in (0.8, 0.9, 0.95)]
 READINGS = [{"reference": "definition"}, {"unit_range": True}, {"measure": "log-sigma"}, {"measure": "training"}]
@@ -51,7 +50,7 @@ def rows(data: Images) -> Iterator[dict[str, Any]]:
 
 def matrix(data: Images, images: Tensor, kind: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Both objectives for every number of stages from one set of matrices."""
-    process = make_process(process_config(kind))
+    process = process_by_kind(kind)
     start = {"source": data.name, "images": len(images), "process": kind, "options": options}
     found = cluster(images, process, objective="variance", source=data.name, digest=data.digest, **options)
     assert found.matrices is not None
@@ -74,7 +73,7 @@ def matrix(data: Images, images: Tensor, kind: str, options: dict[str, Any]) -> 
 def row(data: Images, images: Tensor, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     start = {"source": data.name, "images": len(images), "process": kind, "options": options}
     try:
-        found = cluster(images, make_process(process_config(kind)), source=data.name, digest=data.digest, **options)
+        found = cluster(images, process_by_kind(kind), source=data.name, digest=data.digest, **options)
     except ConfigError as error:
         return {**start, "error": str(error)}
     record = found.stages.provenance

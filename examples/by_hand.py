@@ -6,15 +6,16 @@ python examples/by_hand.py
 import torch
 
 import multistage_diffusion as msd
-from multistage_diffusion.config import ModelConfig, VPConfig
+from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.loss import denoising_loss
+from multistage_diffusion.noise import VP
 
 
 def main(steps: int = 300) -> None:
     images = msd.load_data("digits").floats()  # (N, 1, 8, 8) in [-1, 1]
-    stages = msd.cluster(images, msd.make_process(VPConfig())).stages
+    stages = msd.cluster(images, VP()).stages
     model = ModelConfig(width=32, decoder_widths=(32, 16, 8), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0)
-    denoiser = msd.Denoiser(model, VPConfig(prediction="v"), (1, 8, 8), stages)
+    denoiser = msd.Denoiser(model, VP(prediction="v"), (1, 8, 8), stages)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
 

@@ -15,7 +15,7 @@ def main(folder: str, out: str = "runs/own-images", steps: int = 2_000) -> None:
     print(f"{len(data)} images of {data.shape}; skipped: {len(data.skipped)}")
 
     base = msd.recipe("fashion-mnist")
-    found = msd.cluster(data, msd.make_process(base.process))
+    found = msd.cluster(data, base.process)
     print("stages at sigma", found.stages.edges)
 
     config = replace(

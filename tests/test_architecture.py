@@ -13,8 +13,9 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     ("errors",),
-    ("files", "config", "rng", "process_group", "devices"),
+    ("files", "records", "rng", "process_group", "devices"),
     ("noise",),
+    ("config",),
     ("stages",),
     ("analytic",),
     ("data",),
@@ -34,7 +35,7 @@ ORDER = [
     ("__main__",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-QUICK = ["config", "recipes", "models.presets", "cli", "cli.train", "cli.common", "errors", "files"]
+QUICK = ["records", "noise", "config", "recipes", "models.presets", "cli", "cli.train", "cli.common", "errors", "files"]
 MAX_FILE, MAX_FUNCTION = 400, 70
 
 
@@ -84,7 +85,7 @@ def test_rooms_import_only_from_above():
 
 def test_recipes_know_only_configurations():
     tree = dict(trees())["recipes"]
-    allowed = ("config", "errors", "models.presets")
+    allowed = ("config", "errors", "noise", "models.presets")
     ours = [".".join(own(imported)) for imported in imports("recipes", tree) if own(imported)]
     assert ours and all(imported.startswith(allowed) for imported in ours)
 

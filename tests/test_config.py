@@ -9,17 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from multistage_diffusion.config import (
-    PROCESSES,
-    ModelConfig,
-    RunConfig,
-    StagesConfig,
-    TrainingConfig,
-    from_dict,
-    process_config,
-    to_dict,
-)
+from multistage_diffusion.config import ModelConfig, RunConfig, StagesConfig, TrainingConfig, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError, NumericsError
+from multistage_diffusion.noise import Process, process_by_kind
 from multistage_diffusion.recipes import RECIPES, recipe
 from multistage_diffusion.training.loop import Trainer
 
@@ -32,11 +24,11 @@ def test_recipes_survive_json(name):
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("kind", Process.kinds())
 def test_processes_survive_json(kind):
-    config = replace(tiny.run_config(), process=PROCESSES[kind]())
+    config = replace(tiny.run_config(), process=Process.kinds()[kind]())
     assert from_dict(RunConfig, to_dict(config)) == config
-    assert process_config(kind) == PROCESSES[kind]() and process_config(kind).kind == kind
+    assert process_by_kind(kind) == Process.kinds()[kind]() and process_by_kind(kind).kind == kind
 
 
 def test_missing_keys_take_their_defaults():
@@ -76,12 +68,12 @@ def test_mistakes_are_named(document, message):
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("section", ["data", "model", "training", "sampling", "stages", *PROCESSES])
+@pytest.mark.parametrize("section", ["data", "model", "training", "sampling", "stages", *Process.kinds()])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e31])
 def test_no_field_takes_a_number_out_of_all_proportion(section, number):
     kind = (
-        PROCESSES[section]
-        if section in PROCESSES
+        Process.kinds()[section]
+        if section in Process.kinds()
         else type(getattr(RunConfig(model=tiny.architecture("unified")), section))
     )
     for item in fields(kind):
@@ -113,7 +105,7 @@ json_values = st.recursive(
 
 
 def keys(section):
-    kinds = PROCESSES.values() if section == "process" else [type(getattr(tiny.run_config(), section))]
+    kinds = Process.kinds().values() if section == "process" else [type(getattr(tiny.run_config(), section))]
     return sorted({item.name for kind in kinds for item in fields(kind)})
 
 

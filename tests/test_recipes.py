@@ -2,12 +2,10 @@
 
 import pytest
 
-from multistage_diffusion.config import EDMConfig, VPConfig
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.models.presets import PRESETS, preset
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import make_process
+from multistage_diffusion.noise import EDM, VP
 from multistage_diffusion.recipes import RECIPES, half_life, recipe
 from multistage_diffusion.stages import Stages
 
@@ -16,7 +14,7 @@ from multistage_diffusion.stages import Stages
 def test_every_recipe_is_its_preset_and_trains_every_stage(name):
     config, found = recipe(name), preset(name)
     assert (config.model, config.process, config.stages.edges) == (found.model, found.process, found.edges)
-    shares = training_shares(make_process(config.process), Stages(config.stages.edges))
+    shares = Stages(config.stages.edges).shares(config.process)
     assert len(shares) == len(config.model.decoder_widths) and min(shares) > 0
     assert sum(shares) == pytest.approx(1)
 
@@ -28,7 +26,7 @@ def test_every_recipe_has_a_preset_of_its_name():
 def test_the_paper_s_vp_recipe():
     config = recipe("vp-cifar10")
     training = config.training
-    assert isinstance(config.process, VPConfig) and (config.process.beta_min, config.process.beta_max) == (0.1, 20.0)
+    assert isinstance(config.process, VP) and (config.process.beta_min, config.process.beta_max) == (0.1, 20.0)
     assert (training.learning_rate, training.betas, training.clip_norm) == (2e-4, (0.9, 0.999), 1.0)
     assert training.warmup_images == 5000 * 128 and training.batch_size == 128
     assert 0.5 ** (128 / training.ema_half_life) == pytest.approx(0.9999, abs=1e-9)
@@ -38,7 +36,7 @@ def test_the_paper_s_vp_recipe():
 def test_the_paper_s_edm_recipe():
     config = recipe("edm-cifar10")
     training = config.training
-    assert isinstance(config.process, EDMConfig) and config.process.sigma_data == 0.5
+    assert isinstance(config.process, EDM) and config.process.sigma_data == 0.5
     assert (training.learning_rate, training.ema_half_life, training.ema_ramp_up) == (1e-3, 500_000, 0.05)
     assert training.warmup_images == 10_000_000
     assert training.steps * training.batch_size == pytest.approx(200e6, rel=1e-4)

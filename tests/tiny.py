@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multistage_diffusion.config import DataConfig, ModelConfig, RunConfig, StagesConfig, TrainingConfig, VPConfig
+from multistage_diffusion.config import DataConfig, ModelConfig, RunConfig, StagesConfig, TrainingConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 
 EDGES = (0.6, 3.0)
@@ -30,7 +31,7 @@ def run_config(model: ModelConfig = SMALLEST, **training: Any) -> RunConfig:
     options = {"steps": 8, "batch_size": 4, "learning_rate": 3e-3, "warmup_images": 12, "save_every": 3, "log_every": 2}
     return RunConfig(
         data=DataConfig(source="digits"),
-        process=VPConfig(),
+        process=VP(),
         stages=StagesConfig(edges=EDGES),
         model=model,
         training=TrainingConfig(**{**options, "ema_half_life": 20.0, **training}),

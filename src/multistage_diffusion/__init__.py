@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from multistage_diffusion.models.denoiser import Denoiser
     from multistage_diffusion.models.presets import preset
     from multistage_diffusion.models.unet import MultiDecoderUNet
-    from multistage_diffusion.noise import make_process
     from multistage_diffusion.recipes import recipe
     from multistage_diffusion.sampling import sample
     from multistage_diffusion.stages import Stages
@@ -39,7 +38,6 @@ __all__ = [
     "evaluate",
     "load_data",
     "load_run",
-    "make_process",
     "preset",
     "recipe",
     "sample",

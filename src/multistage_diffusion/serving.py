@@ -25,11 +25,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from torch import Tensor
 
-from multistage_diffusion.config import SamplingConfig, Solver, Spacing, check, from_dict
+from multistage_diffusion.config import SamplingConfig, Solver, check, from_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
 from multistage_diffusion.errors import ConfigError, UserError
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.noise import Spacing
 from multistage_diffusion.sampling import SOLVERS, SolverStep, call_plan, sample
 
 MAX_IMAGES, MAX_STEPS, MAX_BODY, MAX_WAITING = 64, 200, 1 << 20, 8

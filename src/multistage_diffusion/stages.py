@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json, write_json
+from multistage_diffusion.noise import Process
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Stages:
             The lowest stage begins at 0, the highest ends at infinity.
         """
         return (0.0, *self.edges)[stage], (*self.edges, math.inf)[stage]
+
+    def shares(self, process: Process) -> tuple[float, ...]:
+        """Probability of each stage under a process's training distribution; they sum to 1."""
+        edges = torch.tensor([0.0, *self.edges, math.inf], dtype=torch.float64)
+        return tuple(process.cdf(edges).diff().tolist())
 
     def save(self, path: Path) -> None:
         """Write `stages.json`: the edges in sigma and how they were found.

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from multistage_diffusion.clustering.levels import MEASURES, level
 from multistage_diffusion.clustering.partition import affinity_cost, block_cost, distance_cost, partition, size_limits
-from multistage_diffusion.config import PROCESSES, process_config
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.noise import EDM, VP, make_process
+from multistage_diffusion.noise import EDM, VP, Process, process_by_kind
 
 
 def total(cost, cuts):
@@ -82,10 +81,10 @@ def test_limits_that_no_partition_keeps_are_refused():
         partition(block_cost(torch.eye(5)), 3, smallest=2)
 
 
-@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("kind", Process.kinds())
 @pytest.mark.parametrize("measure", MEASURES)
 def test_levels_increase_within_the_range(kind, measure):
-    process = make_process(process_config(kind))
+    process = process_by_kind(kind)
     sigma = level(process, measure, torch.linspace(0, 1, 101, dtype=torch.float64)[1:-1])
     assert bool((sigma.diff() > 0).all())
     if measure != "training":

@@ -12,12 +12,13 @@ from PIL import Image
 
 import tiny
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.config import DataConfig, LDMConfig
+from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data import load_data
 from multistage_diffusion.data.autoencoder import load_autoencoder
 from multistage_diffusion.data.latents import encode, load_codec, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.evaluation import evaluate
+from multistage_diffusion.noise import LDM
 from multistage_diffusion.training.autoencoder import AutoencoderConfig, reconstruction_error, train_autoencoder
 from multistage_diffusion.training.run import load_run, train
 
@@ -103,7 +104,7 @@ def test_mirrored_images_have_latents_of_their_own(tmp_path):
 def latent_run(folder):
     """A run on 4x4 latents of 2 channels."""
     data = DataConfig(source="digits", autoencoder=saved(folder / "ae"))
-    config = replace(tiny.run_config(), data=data, process=LDMConfig())
+    config = replace(tiny.run_config(), data=data, process=LDM())
     return replace(config, training=replace(config.training, steps=2, save_every=1))
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import tiny
-from multistage_diffusion.config import EDMConfig, ModelConfig, VPConfig
-from multistage_diffusion.metrics.cost import network_cost, stage_shares, training_shares
+from multistage_diffusion.clustering.levels import time_shares
+from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.presets import preset
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import make_process
+from multistage_diffusion.noise import EDM, VP
 from multistage_diffusion.stages import Stages
 
 
@@ -88,16 +89,16 @@ def test_weighted_sums():
 
 
 def test_shares():
-    vp = make_process(VPConfig())
+    vp = VP()
     edges = vp.sigma(torch.tensor([0.442, 0.631], dtype=torch.float64)).tolist()
-    shares = stage_shares(vp, Stages(tuple(edges)))
-    assert shares["time"] == pytest.approx((0.442, 0.189, 0.369), abs=1e-4)
-    assert shares["training"] == pytest.approx(shares["time"], abs=1e-4)
-    edm = make_process(EDMConfig())
-    assert training_shares(edm, Stages((2.5103, 7.6577))) == pytest.approx((0.961, 0.035, 0.0035), rel=0.03)
-    assert sum(stage_shares(edm, Stages((0.001, 100.0)))["time"]) == pytest.approx(1)
-    assert stage_shares(edm, Stages(tuple(edges)))["time"] == pytest.approx((0.4735, 0.2025, 0.3241), abs=1e-4)
-    assert training_shares(edm, Stages()) == (1.0,)
+    stages = Stages(tuple(edges))
+    assert time_shares(vp, stages) == pytest.approx((0.442, 0.189, 0.369), abs=1e-4)
+    assert stages.shares(vp) == pytest.approx(time_shares(vp, stages), abs=1e-4)
+    edm = EDM()
+    assert Stages((2.5103, 7.6577)).shares(edm) == pytest.approx((0.961, 0.035, 0.0035), rel=0.03)
+    assert sum(time_shares(edm, Stages((0.001, 100.0)))) == pytest.approx(1)
+    assert time_shares(edm, Stages(tuple(edges))) == pytest.approx((0.4735, 0.2025, 0.3241), abs=1e-4)
+    assert Stages().shares(edm) == (1.0,)
 
 
 def test_counting_takes_no_memory_and_leaves_the_generator_alone():

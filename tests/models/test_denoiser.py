@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tiny
-from multistage_diffusion.config import PROCESSES
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 from waits import Waits
 
@@ -21,7 +21,8 @@ def batch(count=6, shape=tiny.SHAPE):
 
 
 @pytest.mark.parametrize(
-    ("process", "architecture"), [*((kind, "multistage") for kind in PROCESSES), ("vp", "separate"), ("edm", "unified")]
+    ("process", "architecture"),
+    [*((kind, "multistage") for kind in Process.kinds()), ("vp", "separate"), ("edm", "unified")],
 )
 @torch.no_grad()
 def test_one_level_for_all_equals_a_level_each(process, architecture):
@@ -36,7 +37,7 @@ def test_one_level_for_all_equals_a_level_each(process, architecture):
     assert each.dtype == torch.float32
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", Process.kinds())
 @torch.no_grad()
 def test_one_level_for_all_waits_for_no_device(process):
     denoise = tiny.denoiser(process=process).to("meta")
@@ -89,7 +90,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(architecture, tmp_path):
     back = Denoiser.from_pretrained(tmp_path / "model")
     assert tiny.bits_equal(back.state_dict(), denoise.state_dict())
     assert (back.shape, back.stages, back.classes, back.training) == (denoise.shape, denoise.stages, 3, False)
-    assert (back.process.config, back.network.config) == (denoise.process.config, model)
+    assert (back.process, back.network.config) == (denoise.process, model)
     sigma = torch.tensor(SIGMAS, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     assert torch.equal(back(batch(), sigma, labels), denoise(batch(), sigma, labels))

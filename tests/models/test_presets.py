@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from multistage_diffusion.clustering.levels import time_shares
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.metrics.cost import network_cost, stage_shares
+from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.presets import PRESETS, preset
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.sampling import sampling_shares
 from multistage_diffusion.stages import Stages
 
@@ -90,15 +90,12 @@ def test_every_ldm_decoder_has_its_attention():  # the published second and thir
 
 def test_stages_of_the_paper_in_three_weightings():
     found = preset("edm-cifar10")
-    process, stages = make_process(found.process), Stages(found.edges)
-    shares = stage_shares(process, stages)
-    assert shares["training"] == pytest.approx((0.961, 0.035, 0.0035), abs=1e-3)
+    process, stages = found.process, Stages(found.edges)
+    assert stages.shares(process) == pytest.approx((0.961, 0.035, 0.0035), abs=1e-3)
     # 9, 2 and 7 of the 18 levels lie in the stages; Heun visits each twice, but the highest once.
     assert sampling_shares(process, stages, "heun", 18) == pytest.approx((18 / 35, 4 / 35, 13 / 35), abs=1e-9)
     vp = preset("vp-cifar10")
-    assert stage_shares(make_process(vp.process), Stages(vp.edges))["time"] == pytest.approx(
-        (0.442, 0.189, 0.369), abs=1e-3
-    )
+    assert time_shares(vp.process, Stages(vp.edges)) == pytest.approx((0.442, 0.189, 0.369), abs=1e-3)
 
 
 def test_an_unknown_preset_names_the_nearest_one():

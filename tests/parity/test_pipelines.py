@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 import tiny
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.config import CosineConfig, EDMConfig, FlowConfig, LDMConfig, ModelConfig, VEConfig, VPConfig
+from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.data.autoencoder import Autoencoder
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.errors import ConfigError
@@ -28,7 +28,7 @@ from multistage_diffusion.interop.export import export
 from multistage_diffusion.interop.pipeline import MultistagePipeline, MultistageUNet
 from multistage_diffusion.interop.schedulers import level
 from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.noise import make_process, sigma_schedule
+from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, sigma_schedule
 from multistage_diffusion.sampling import dpmpp_2m, euler
 from multistage_diffusion.training.run import load_run, train
 
@@ -40,8 +40,8 @@ PLAIN = ModelConfig(
     decoder_attention="all", head_channels=4, resampling="conv", skip_scale=1.0, groups=2, dropout=0.0,
 )  # fmt: skip
 # The velocity: a random network that predicts noise paints all pixels black or white, and would hide mistakes.
-PRESERVING = [VPConfig(prediction="v"), CosineConfig(prediction="v"), LDMConfig(prediction="v"),
-              LDMConfig(prediction="v", betas="linear", num_steps=200)]  # fmt: skip
+PRESERVING = [VP(prediction="v"), Cosine(prediction="v"), LDM(prediction="v"),
+              LDM(prediction="v", betas="linear", num_steps=200)]  # fmt: skip
 
 
 def images(pipeline, steps, **options):
@@ -63,7 +63,7 @@ def ours(denoiser, solver, sigmas, start, labels=None):
 def levels(denoiser, timesteps):
     """Noise levels of timesteps, by the formulas of the processes themselves."""
     process, steps = denoiser.process, timesteps.double()
-    if process.config.kind in ("vp", "vp-cosine"):
+    if process.kind in ("vp", "vp-cosine"):
         steps = steps / 999
     sigmas = process.sigma(steps)
     return sigmas, 1 / float(process.scale(sigmas[0]))
@@ -84,7 +84,7 @@ def test_a_unified_model_is_a_standard_pipeline_with_our_images(tmp_path, proces
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("process", [*PRESERVING, EDMConfig(), FlowConfig()])
+@pytest.mark.parametrize("process", [*PRESERVING, EDM(), Flow()])
 def test_a_multistage_model_is_our_pipeline_with_our_images(tmp_path, process):
     denoiser = tiny.denoiser(process=process)
     done = export(denoiser, tmp_path / "out")
@@ -108,7 +108,7 @@ def test_a_multistage_model_is_our_pipeline_with_our_images(tmp_path, process):
 
 
 def test_other_schedulers_that_fit_can_be_put_in(tmp_path):
-    denoiser = tiny.denoiser(process=VPConfig(prediction="v"))
+    denoiser = tiny.denoiser(process=VP(prediction="v"))
     export(denoiser, tmp_path / "out")
     pipeline = MultistagePipeline.from_pretrained(str(tmp_path / "out"), low_cpu_mem_usage=False)
     for family in (DDIMScheduler, EulerDiscreteScheduler):
@@ -118,7 +118,7 @@ def test_other_schedulers_that_fit_can_be_put_in(tmp_path):
             sigmas, start = levels(denoiser, pipeline.scheduler.timesteps)
             expected = ours(denoiser, euler, [*sigmas.tolist(), 0.0], start)
             torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
-    edm = tiny.denoiser(process=EDMConfig())
+    edm = tiny.denoiser(process=EDM())
     export(edm, tmp_path / "edm")
     pipeline = MultistagePipeline.from_pretrained(str(tmp_path / "edm"), low_cpu_mem_usage=False)
     pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)
@@ -129,11 +129,11 @@ def test_other_schedulers_that_fit_can_be_put_in(tmp_path):
 @pytest.mark.parametrize(
     ("process", "scheduler", "message"),
     [
-        (VPConfig(prediction="v"), DDIMScheduler(), "trained_betas must be the process's"),
-        (LDMConfig(), DPMSolverMultistepScheduler(), "beta_schedule must be scaled_linear, got linear"),
-        (EDMConfig(sigma_data=0.3), EDMEulerScheduler(), "sigma_data must be 0.3, got 0.5"),
-        (FlowConfig(), DDIMScheduler(), "needs a flow-matching scheduler"),
-        (VPConfig(), FlowMatchEulerDiscreteScheduler(), "trained_betas must be the process's"),
+        (VP(prediction="v"), DDIMScheduler(), "trained_betas must be the process's"),
+        (LDM(), DPMSolverMultistepScheduler(), "beta_schedule must be scaled_linear, got linear"),
+        (EDM(sigma_data=0.3), EDMEulerScheduler(), "sigma_data must be 0.3, got 0.5"),
+        (Flow(), DDIMScheduler(), "needs a flow-matching scheduler"),
+        (VP(), FlowMatchEulerDiscreteScheduler(), "trained_betas must be the process's"),
     ],
 )
 def test_a_scheduler_of_another_process_is_refused(tmp_path, process, scheduler, message):
@@ -146,7 +146,7 @@ def test_a_scheduler_of_another_process_is_refused(tmp_path, process, scheduler,
 
 
 def test_guidance_and_classes_are_ours(tmp_path):
-    denoiser = tiny.denoiser(replace(tiny.MODEL, classes=3), EDMConfig())
+    denoiser = tiny.denoiser(replace(tiny.MODEL, classes=3), EDM())
     export(denoiser, tmp_path / "out")
     pipeline = MultistagePipeline.from_pretrained(str(tmp_path / "out"), low_cpu_mem_usage=False)
     theirs = images(pipeline, 6, class_labels=[2, 0], guidance_scale=2.5, guidance_interval=(0.1, 20.0))
@@ -166,15 +166,15 @@ def test_guidance_and_classes_are_ours(tmp_path):
             images(pipeline, 2, **options)
 
 
-@pytest.mark.parametrize("process", [*PRESERVING, EDMConfig(), FlowConfig()])
+@pytest.mark.parametrize("process", [*PRESERVING, EDM(), Flow()])
 def test_a_timesteps_level_is_what_the_network_is_told(process):
-    made = make_process(process)
+    made = process
     sigma = torch.logspace(-1, 1, 9, dtype=torch.float64)
     torch.testing.assert_close(level(made, made.preconditioning(sigma).c_noise), sigma, rtol=1e-9, atol=0)
 
 
 def test_the_network_takes_one_timestep_or_one_an_image():
-    denoiser = tiny.denoiser(process=EDMConfig())
+    denoiser = tiny.denoiser(process=EDM())
     unet = MultistageUNet(model=json.loads(json.dumps(vars(tiny.MODEL))), process={"kind": "edm"},
                           edges=list(tiny.EDGES), shape=list(tiny.SHAPE))  # fmt: skip
     unet.network.load_state_dict(denoiser.network.state_dict())
@@ -200,18 +200,18 @@ def test_the_network_takes_one_timestep_or_one_an_image():
     ],
 )
 def test_why_a_network_is_no_unet2dmodel_is_said(tmp_path, change, reason):
-    done = export(tiny.denoiser(replace(PLAIN, **change), LDMConfig(prediction="v")), tmp_path / "out")
+    done = export(tiny.denoiser(replace(PLAIN, **change), LDM(prediction="v")), tmp_path / "out")
     assert done.pipeline == "MultistagePipeline" and reason in done.reason
 
 
 def test_the_middle_block_may_be_the_decoders(tmp_path):
-    done = export(tiny.denoiser(replace(PLAIN, middle="decoder"), LDMConfig(prediction="v")), tmp_path / "out")
+    done = export(tiny.denoiser(replace(PLAIN, middle="decoder"), LDM(prediction="v")), tmp_path / "out")
     assert done.pipeline == "DDIMPipeline" and done.max_error < 1e-4
 
 
 def test_a_process_without_scheduler_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="diffusers has no scheduler that fits the process ve"):
-        export(tiny.denoiser(process=VEConfig()), tmp_path / "out")
+        export(tiny.denoiser(process=VE()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +227,7 @@ def codec(family=AutoencoderKL):
 @pytest.mark.parametrize("family", [AutoencoderKL, VQModel])
 @pytest.mark.parametrize("model", [PLAIN, tiny.MODEL])
 def test_latents_are_decoded(tmp_path, model, family):
-    denoiser = tiny.denoiser(model, LDMConfig(prediction="v"), (3, 8, 8))
+    denoiser = tiny.denoiser(model, LDM(prediction="v"), (3, 8, 8))
     done = export(denoiser, tmp_path / "out", codec=codec(family))
     assert done.pipeline == ("LDMPipeline" if model is PLAIN else "MultistagePipeline") and done.max_error < 1e-4
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
@@ -312,7 +312,7 @@ def test_a_run_with_its_model_card(run, tmp_path, capsys):
 
 def test_the_cards_code_runs_as_it_stands_and_without_us_where_it_says_so(tmp_path):
     for model, name in ((PLAIN, "plain"), (tiny.MODEL, "staged")):
-        tiny.denoiser(model, LDMConfig(prediction="v")).save_pretrained(tmp_path / f"{name}-model")
+        tiny.denoiser(model, LDM(prediction="v")).save_pretrained(tmp_path / f"{name}-model")
         assert dispatch(["convert", str(tmp_path / f"{name}-model"), str(tmp_path / name)]) == 0
         code = (tmp_path / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
         code += "\nimport sys\nassert len(images) == 4 and images[0].size == (8, 8)\n"

@@ -15,7 +15,6 @@ from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.interop.diffusers import from_diffusers, load_diffusers, process_from_scheduler
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.models.presets import preset
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
 
 DOWN, ATTENDING, UP, UP_ATTENDING = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
@@ -97,7 +96,7 @@ def test_the_process_is_the_schedulers(schedule, prediction):
     scheduler = DDPMScheduler(
         beta_schedule=schedule, beta_start=0.0015, beta_end=0.0195, prediction_type=prediction, num_train_timesteps=200
     )
-    process = make_process(process_from_scheduler(dict(scheduler.config)))
+    process = process_from_scheduler(dict(scheduler.config))
     kept = scheduler.alphas_cumprod.double()
     steps = torch.arange(200, dtype=torch.float64)
     torch.testing.assert_close(process.sigma(steps), ((1 - kept) / kept).sqrt(), atol=0, rtol=1e-4)
@@ -151,7 +150,7 @@ def test_convert_writes_a_model_that_samples(tmp_path, capsys):
     denoiser = Denoiser.from_pretrained(out)
     assert document["parameters"] == sum(parameter.numel() for parameter in denoiser.parameters())
     assert document["max_error"] < 1e-5 and document["stages"] == 3
-    assert denoiser.process.config.betas == "linear" and denoiser.stages.edges == (1.0, 4.0)
+    assert denoiser.process.betas == "linear" and denoiser.stages.edges == (1.0, 4.0)
     assert dispatch(["sample", str(out), "--num", "2", "--steps", "3", "--out", str(tmp_path / "images")]) == 0
 
 

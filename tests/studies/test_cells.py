@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 
 import tiny
-from multistage_diffusion.config import SamplingConfig, StagesConfig, VPConfig
+from multistage_diffusion.config import SamplingConfig, StagesConfig
+from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies import cells as module
 from multistage_diffusion.studies.budgets import Budget
@@ -67,7 +68,7 @@ def test_whatever_matters_makes_another_cell(tmp_path):
         cell(with_model(architecture="separate"), 1.0, 4),
         cell(unified(CONFIG), 1.0, 4),
         cell(replace(CONFIG, stages=StagesConfig(edges=(0.6, 3.1))), 1.0, 4),
-        cell(replace(CONFIG, process=VPConfig(prediction="v")), 1.0, 4),
+        cell(replace(CONFIG, process=VP(prediction="v")), 1.0, 4),
         cell(replace(CONFIG, data=replace(CONFIG.data, flip=True)), 1.0, 4),
     ]
     assert len({cells.path(one) for one in others}) == len(others)
@@ -240,7 +241,7 @@ def test_found_edges_are_kept_for_what_they_answer(tmp_path):
     edges = finder.edges()
     assert Finder(tmp_path, data, budget, lambda: cells_in(tmp_path), said.append).edges() == edges
     assert len(said) == 1
-    other = replace(budget, base=replace(CONFIG, process=VPConfig(beta_max=15.0)))
+    other = replace(budget, base=replace(CONFIG, process=VP(beta_max=15.0)))
     Finder(tmp_path, data, other, lambda: cells_in(tmp_path), said.append).edges()
     assert len(said) == 2
 

@@ -9,7 +9,6 @@ import tiny
 from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.evaluation import generated
-from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.interference import corrected_cosines, stage_gradients
 from multistage_diffusion.studies.intervals import spliced
@@ -24,7 +23,7 @@ def test_gradients_of_stages_add_up_to_the_whole(monkeypatch):
     image = tiny.images(1).floats()
     parts = [stage_gradients(denoiser, image.repeat(4, 1, 1, 1), halves, stage, 0) for stage in range(2)]
     whole = stage_gradients(denoiser, image.repeat(8, 1, 1, 1), Stages(), 0, 0)
-    shares = training_shares(denoiser.process, halves)
+    shares = halves.shares(denoiser.process)
     assert shares == pytest.approx((0.5, 0.5))
     for name in ("encoder", "decoder"):
         total = sum(share * part[name] for share, part in zip(shares, parts, strict=True))

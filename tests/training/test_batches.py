@@ -9,25 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from multistage_diffusion.config import EDMConfig, FlowConfig, LDMConfig, TrainingConfig, VEConfig, VPConfig
+from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.loss import denoising_loss
-from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.noise import make_process
+from multistage_diffusion.noise import EDM, LDM, VE, VP, Flow
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches, stage_counts
 from waits import Waits
 
 STAGES = Stages(tiny.EDGES)
-PROCESSES = [VPConfig(), EDMConfig(), LDMConfig(), FlowConfig(), VEConfig()]
+PROCESSES = [VP(), EDM(), LDM(), Flow(), VE()]
 
 
 def batches(process=PROCESSES[0], stages=STAGES, data=None, **options):
     """Options of `Batches` and of the training, mixed."""
     own = {name: options.pop(name) for name in ("flip", "classes", "augment_probability", "device") if name in options}
     config = TrainingConfig(**{"batch_size": 6, **options})
-    return Batches(data or tiny.images(), make_process(process), stages, config, **own)
+    return Batches(data or tiny.images(), process, stages, config, **own)
 
 
 def same(first, second):
@@ -101,7 +100,7 @@ def test_every_draw_stays_in_its_stage(process, quotas):
 @pytest.mark.parametrize("options", [{}, {"quotas": (1.0, 2.0, 3.0)}, {"batches": "single-p"}], ids=str)
 def test_the_weighted_mean_estimates_the_training_distribution_without_bias(process, options):
     made = batches(process, batch_size=24, **options)
-    dense = make_process(process).icdf((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
+    dense = process.icdf((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
     estimates = {name: [] for name in ("level", "wave", "one")}
     functions = {
         "level": lambda sigma: sigma / (1 + sigma), "wave": lambda sigma: torch.sin(3 * sigma.log()),
@@ -128,16 +127,16 @@ def test_extreme_draws_are_finite_levels(process, draw, monkeypatch):
 
 
 def test_mixed_weights_have_mean_one_and_starved_stages_small_ones():
-    made = batches(EDMConfig(), Stages((2.5103, 7.6577)), batch_size=16)
+    made = batches(EDM(), Stages((2.5103, 7.6577)), batch_size=16)
     batch = made(0)
     assert batch.counts == (14, 1, 1)
     assert batch.weight.mean().item() == pytest.approx(1)
-    shares = training_shares(make_process(EDMConfig()), Stages((2.5103, 7.6577)))
+    shares = Stages((2.5103, 7.6577)).shares(EDM())
     assert batch.weight[-1].item() == pytest.approx(shares[2] * 16)
 
 
 def test_a_stage_is_cut_into_as_many_cells_as_rows():
-    process = make_process(VPConfig())
+    process = VP()
     batch = batches(batch_size=30)(0)
     positions = process.cdf(batch.sigma)
     for part in positions.split(batch.counts):
@@ -150,7 +149,7 @@ def test_a_stage_is_cut_into_as_many_cells_as_rows():
 @pytest.mark.parametrize(("kind", "shares"), [("single-uniform", (1 / 3,) * 3), ("single-p", None)])
 def test_single_batches_have_one_stage_as_often_as_they_should(kind, shares):
     made = batches(batches=kind, batch_size=3, data=tiny.images(3, (1, 1, 1)))
-    shares = shares or training_shares(make_process(VPConfig()), STAGES)
+    shares = shares or STAGES.shares(VP())
     stages = [made(step).counts.index(3) for step in range(300)]
     for stage, share in enumerate(shares):
         assert abs(stages.count(stage) / 300 - share) < 4 * (share * (1 - share) / 300) ** 0.5

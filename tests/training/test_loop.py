@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 
 import tiny
-from multistage_diffusion.config import EDMConfig, FlowConfig, VPConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.errors import NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.cost import network_cost
+from multistage_diffusion.noise import EDM, VP, Flow
 from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
 from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.run import train
@@ -26,7 +26,7 @@ def learnable(count=64):
     return Images("learnable", levels.to(torch.uint8).expand(count, 1, 8, 8).contiguous())
 
 
-@pytest.mark.parametrize("process", [VPConfig(), EDMConfig(), FlowConfig()], ids=lambda config: config.kind)
+@pytest.mark.parametrize("process", [VP(), EDM(), Flow()], ids=lambda config: config.kind)
 def test_it_learns(process):
     config = tiny.run_config(batch_size=16, learning_rate=5e-3, warmup_images=0)
     losses = [result.loss for result in Trainer(replace(config, process=process), learnable()).run(30)]
@@ -35,7 +35,7 @@ def test_it_learns(process):
 
 def test_a_fresh_network_has_the_loss_of_predicting_nothing():
     """EDM's output is then c_skip x, whose weighted error is 1 for data of its sigma_data; VP's is the noise."""
-    trainer = Trainer(replace(tiny.run_config(batch_size=300), process=VPConfig()), tiny.images(300))
+    trainer = Trainer(replace(tiny.run_config(batch_size=300), process=VP()), tiny.images(300))
     assert next(trainer.run(1)).loss == pytest.approx(1.0, abs=0.05)
 
 

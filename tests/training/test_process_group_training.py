@@ -9,7 +9,6 @@ import ranks
 import tiny
 from multistage_diffusion.config import EngineConfig
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.process_group import ProcessGroup, join
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
@@ -144,7 +143,7 @@ def test_a_decoder_that_no_process_used_does_not_move(kind, tmp_path):
 def batches_of(batch_size=9, data=None, **training):
     config = tiny.run_config(batch_size=batch_size, **training).training
     return Batches(
-        data or tiny.images(labels=True), make_process(tiny.run_config().process), Stages(tiny.EDGES), config,
+        data or tiny.images(labels=True), tiny.run_config().process, Stages(tiny.EDGES), config,
         flip=True, augment_probability=0.3, classes=3,
     )  # fmt: skip
 

@@ -17,7 +17,6 @@ from multistage_diffusion.data.collection import Reading
 from multistage_diffusion.data.feed import make_feed
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import ConfigError, DataError
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
 from multistage_diffusion.training.checkpoint import list_checkpoints
@@ -104,7 +103,7 @@ def test_parts_of_a_batch_are_streamed_as_they_are_held(parts, sources):
     makers = [
         Batches(
             data,
-            make_process(config.process),
+            config.process,
             Stages(tiny.EDGES),
             config.training,
             classes=2,

@@ -21,8 +21,8 @@ from multistage_diffusion.allocation.laws import (
 from multistage_diffusion.config import ModelConfig, RunConfig, check
 from multistage_diffusion.data import Images
 from multistage_diffusion.evaluation import held_out_loss
-from multistage_diffusion.metrics.cost import StageCost, network_cost, training_shares
-from multistage_diffusion.noise import make_process, sigma_schedule
+from multistage_diffusion.metrics.cost import StageCost, network_cost
+from multistage_diffusion.noise import sigma_schedule
 from multistage_diffusion.sampling import find_solver, plan
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.loop import Trainer
@@ -121,7 +121,7 @@ def allocate(
     longest = float(max(item.images for item in measurements))
     allocation = choose(laws, candidates, longest)
     images = choose(laws, (base,), longest).images if purpose == "training" else longest
-    shares = training_shares(make_process(config.process), stages)
+    shares = stages.shares(config.process)
     equal_loss = sum(share * law.loss(base, images) for share, law in zip(shares, laws, strict=True))
     return Choice(allocation, budget, unit, equal_loss, laws, tuple(measurements))
 
@@ -204,7 +204,7 @@ def widths_for_training(
     """Decoder widths of least expected loss under a budget of training FLOPs."""
     stages = Stages(config.stages.edges)
     flops = _flops(config, shape, candidates, len(stages), lambda cost: cost.training_flops)
-    return allocate_training(laws, training_shares(make_process(config.process), stages), candidates, flops, budget)
+    return allocate_training(laws, stages.shares(config.process), candidates, flops, budget)
 
 
 def widths_for_sampling(
@@ -216,12 +216,12 @@ def widths_for_sampling(
     images: float,
 ) -> Allocation:
     """Decoder widths of least expected loss, after some images, under a budget of FLOPs for one image to be drawn."""
-    stages, process, sampling = Stages(config.stages.edges), make_process(config.process), config.sampling
+    stages, process, sampling = Stages(config.stages.edges), config.process, config.sampling
     solver = find_solver(sampling.solver)
     planned = plan(solver, sigma_schedule(process, sampling.spacing or solver.default_spacing, sampling.steps), stages)
     calls = [planned.count(stage) for stage in range(len(stages))]
     flops = _flops(config, shape, candidates, len(stages), lambda cost: cost.flops)
-    return allocate_sampling(laws, training_shares(process, stages), candidates, flops, calls, budget, images)
+    return allocate_sampling(laws, stages.shares(process), candidates, flops, calls, budget, images)
 
 
 def _flops(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from multistage_diffusion.cli.common import Reads, prepare
-from multistage_diffusion.config import DataConfig, ProcessKind, check, process_config
+from multistage_diffusion.config import DataConfig, check
 from multistage_diffusion.recipes import recipe
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Options(Reads):
 
     source: tyro.conf.Positional[str]
     """Source of the images, like digits, fashion-mnist or folder:PATH."""
-    process: ProcessKind = "vp"
+    process: Literal["vp", "vp-cosine", "ve", "edm", "ldm", "flow"] = "vp"
     """Process that will be trained."""
     method: Literal["optimal-denoiser", "timestep", "snr", "gradient"] = "optimal-denoiser"
     """Compare optimal denoisers, or a baseline: uniform in time, log-SNR, gradients of a network."""
@@ -135,9 +135,9 @@ def _cluster(options: Options, data: Examples, device: torch.device, console: Co
     from rich.progress import Progress
 
     from multistage_diffusion.clustering import cluster
-    from multistage_diffusion.noise import make_process
+    from multistage_diffusion.noise import process_by_kind
 
-    process = make_process(process_config(options.process))
+    process = process_by_kind(options.process)
     network = _network(options, data, process, device) if options.method == "gradient" else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
@@ -216,7 +216,7 @@ def _network(options: Options, data: Examples, process: Process, device: torch.d
         check(
             len(denoiser.stages) == 1, "run", "a unified run, so that all noise levels share their weights", options.run
         )
-        same = denoiser.process.config == process.config and denoiser.shape == data.shape
+        same = denoiser.process == process and denoiser.shape == data.shape
         check(same, "run", f"of the process {options.process} on images of shape {data.shape}", options.run)
         return denoiser
     multipliers = (1, 2) if data.shape[1] % 2 == data.shape[2] % 2 == 0 else (1,)
@@ -228,7 +228,7 @@ def _network(options: Options, data: Examples, process: Process, device: torch.d
         steps=options.proxy_steps, batch_size=64, learning_rate=2e-3, warmup_images=3_200, ema_half_life=3_200.0,
         seed=options.seed,
     )  # fmt: skip
-    config = RunConfig(data=DataConfig(source=data.name), process=process.config, model=model, training=training)
+    config = RunConfig(data=DataConfig(source=data.name), process=process, model=model, training=training)
     trainer = Trainer(config, data, device)
     for _ in trainer.run(options.proxy_steps):
         pass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from multistage_diffusion.cli.common import Common
-from multistage_diffusion.config.values import check
+from multistage_diffusion.config import check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import write_atomic
 

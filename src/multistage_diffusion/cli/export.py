@@ -50,7 +50,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     denoiser, path = loaded.denoiser, Path(options.out)
     about = {
         "model": to_dict(denoiser.network.config),
-        "process": to_dict(denoiser.process.config),
+        "process": to_dict(denoiser.process),
         "edges": list(denoiser.stages.edges),
         "shape": list(denoiser.shape),
         "weights": options.weights,

@@ -48,8 +48,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     found, sampling = _find(options.target, options.architecture)
 
-    from multistage_diffusion.metrics.cost import network_cost, stage_shares
-    from multistage_diffusion.noise import make_process
+    from multistage_diffusion.clustering.levels import time_shares
+    from multistage_diffusion.metrics.cost import network_cost
     from multistage_diffusion.sampling import sampling_shares
     from multistage_diffusion.stages import Stages
 
@@ -61,10 +61,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         )
     cost = network_cost(found.model, found.shape)
     stages = Stages() if unified else Stages(found.edges)
-    process = make_process(found.process)
     shares = {
-        **stage_shares(process, stages),
-        "sampling": sampling_shares(process, stages, sampling.solver, sampling.steps, sampling.spacing),
+        "training": stages.shares(found.process),
+        "time": time_shares(found.process, stages),
+        "sampling": sampling_shares(found.process, stages, sampling.solver, sampling.steps, sampling.spacing),
     }
     rows = [
         {
@@ -104,7 +104,7 @@ def _find(target: str, architecture: Architecture | None) -> tuple[Preset, Sampl
         from multistage_diffusion.models.denoiser import Denoiser
 
         denoiser = Denoiser.from_pretrained(target)
-        model, process = denoiser.network.config, denoiser.process.config
+        model, process = denoiser.network.config, denoiser.process
         edges, shape = denoiser.stages.edges, denoiser.shape
     else:
         from multistage_diffusion.training.checkpoint import newest_state

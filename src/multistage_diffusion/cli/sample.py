@@ -12,8 +12,9 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import Precision, Solver, Spacing
+from multistage_diffusion.config import Precision, Solver
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.noise import Spacing
 
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.noise import process_by_kind
 
 if TYPE_CHECKING:
     from multistage_diffusion.studies.budgets import Budget
@@ -114,13 +115,13 @@ def chosen(options: Options) -> Budget:
     Raises:
         ConfigError: No such budget, no seed, or no FLOPs.
     """
-    from multistage_diffusion.config import check, process_config
+    from multistage_diffusion.config import check
     from multistage_diffusion.studies.budgets import budget
 
     found = budget(options.budget, options.data)
     found = replace(found, base=replace(found.base, data=replace(found.base.data, root=options.data_root)))
     if options.process not in (None, found.base.process.kind):
-        found = replace(found, base=replace(found.base, process=process_config(options.process)))
+        found = replace(found, base=replace(found.base, process=process_by_kind(options.process)))
     if options.seeds is not None:
         check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
         found = replace(found, seeds=options.seeds)

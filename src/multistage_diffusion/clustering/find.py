@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -86,8 +85,7 @@ class Clustering:
     @property
     def shares(self) -> list[float]:
         """Share of the training draws in each stage."""
-        cdf = self.process.cdf(torch.tensor(self.stages.edges, dtype=torch.float64)).tolist()
-        return [high - low for low, high in itertools.pairwise((0.0, *cdf, 1.0))]
+        return list(self.stages.shares(self.process))
 
 
 def cluster(
@@ -209,7 +207,7 @@ def _result(found: Found, process: Process, options: Options, data: dict[str, An
     record = {
         "method": options.method,
         "objective": options.chosen if options.method == "optimal-denoiser" else None,
-        "process": to_dict(process.config),
+        "process": to_dict(process),
         "edges_t": process.t(edges).tolist(),
         "intervals": bounds.tolist(),
         "intervals_t": process.t(bounds).tolist(),

@@ -3,20 +3,6 @@
 Recipes return a whole `RunConfig`; the command line changes single fields; a run's `config.json` holds it whole.
 """
 
-from multistage_diffusion.config.document import flat, from_dict, to_dict
-from multistage_diffusion.config.process import (
-    PROCESSES,
-    CosineConfig,
-    EDMConfig,
-    FlowConfig,
-    LDMConfig,
-    Prediction,
-    ProcessConfig,
-    ProcessKind,
-    VEConfig,
-    VPConfig,
-    process_config,
-)
 from multistage_diffusion.config.run import (
     Architecture,
     DataConfig,
@@ -26,37 +12,34 @@ from multistage_diffusion.config.run import (
     Precision,
     RunConfig,
     SamplingConfig,
+    Solver,
     StagesConfig,
     TrainingConfig,
 )
-from multistage_diffusion.config.values import Solver, Spacing, check
+from multistage_diffusion.records import check, flat, from_dict, old_names, to_dict
 
 __all__ = [
-    "PROCESSES",
     "Architecture",
-    "CosineConfig",
     "DataConfig",
-    "EDMConfig",
     "EngineConfig",
-    "FlowConfig",
-    "LDMConfig",
     "LoggingConfig",
     "ModelConfig",
     "Precision",
-    "Prediction",
-    "ProcessConfig",
-    "ProcessKind",
     "RunConfig",
     "SamplingConfig",
     "Solver",
-    "Spacing",
     "StagesConfig",
     "TrainingConfig",
-    "VEConfig",
-    "VPConfig",
     "check",
     "flat",
     "from_dict",
-    "process_config",
     "to_dict",
 ]
+
+_NOISE = "multistage_diffusion.noise"
+__getattr__ = old_names(
+    __name__,
+    {f"{name}Config": (_NOISE, name) for name in ("VP", "Cosine", "VE", "EDM", "LDM", "Flow")}
+    | {"ProcessConfig": (_NOISE, "Process"), "process_config": (_NOISE, "process_by_kind")}
+    | {name: (_NOISE, name) for name in ("Prediction", "Spacing")},
+)

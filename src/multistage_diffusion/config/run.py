@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from multistage_diffusion.config.process import ProcessConfig, VPConfig
-from multistage_diffusion.config.values import Solver, Spacing, check, check_numbers
+from multistage_diffusion.noise import VP, Process, Spacing
+from multistage_diffusion.records import check, check_numbers
 
 Architecture = Literal["multistage", "unified", "separate"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Solver = Literal[
+    "heun", "euler", "ddim", "ancestral", "dpm-1", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "sde-dpmpp-2m"
+]  # fmt: skip
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -291,7 +294,7 @@ class RunConfig:
     """Everything that determines a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    process: ProcessConfig = field(default_factory=VPConfig)
+    process: Process = field(default_factory=VP)
     stages: StagesConfig = field(default_factory=StagesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multistage_diffusion.config import DataConfig
-from multistage_diffusion.metrics.cost import network_cost, training_shares
+from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.denoiser import Denoiser
 
 _TASK = "unconditional-image-generation"
@@ -87,7 +87,7 @@ def _about(denoiser: Denoiser, facts: Facts) -> str:
     classes = f" of {config.classes} classes" if config.classes else ""
     source = facts.data.source if facts.data is not None and ":" not in facts.data.source else None
     return (
-        f"A {config.architecture} diffusion model{classes} with the process `{denoiser.process.config.kind}`, "
+        f"A {config.architecture} diffusion model{classes} with the process `{denoiser.process.kind}`, "
         f"{channels}x{high}x{wide} {'latents' if latent else 'pixels'}{f', trained on {source}' if source else ''}. "
         "Made with multistage-diffusion, after [Zhang et al. 2024](https://arxiv.org/abs/2312.09181): noise levels in "
         "stages, one encoder, a decoder for each stage."
@@ -108,7 +108,7 @@ def _usage(denoiser: Denoiser, facts: Facts) -> str:
 
 def _stages(denoiser: Denoiser) -> str:
     cost = network_cost(denoiser.network.config, denoiser.shape)
-    shares = training_shares(denoiser.process, denoiser.stages)
+    shares = denoiser.stages.shares(denoiser.process)
     rows = [
         "| stage | noise levels sigma | parameters in use | GFLOPs an image | share of training |",
         "|---|---|---|---|---|",

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from multistage_diffusion.config import CosineConfig, EDMConfig, FlowConfig, LDMConfig, VPConfig, to_dict
+from multistage_diffusion.config import to_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import whole_directory
 from multistage_diffusion.interop.schedulers import level, scheduler_options
 from multistage_diffusion.interop.weights import misfit, unet_options, unet_weights
 from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow
 from multistage_diffusion.sampling import dpmpp_2m, euler
 
 _TOLERANCE = 1e-3  # float32 rounding leaves a hundredth of this
@@ -77,8 +78,8 @@ def export(
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     reason = misfit(denoiser.network)
-    if reason is None and not isinstance(denoiser.process.config, VPConfig | CosineConfig | LDMConfig):
-        reason = f"no standard pipeline draws from a process {denoiser.process.config.kind}"
+    if reason is None and not isinstance(denoiser.process, VP | Cosine | LDM):
+        reason = f"no standard pipeline draws from a process {denoiser.process.kind}"
     vae = None
     if codec is not None:
         vae = codec.autoencoder.module
@@ -138,15 +139,15 @@ def _multistage(denoiser: Denoiser, vae: Any) -> Any:
 
     process = denoiser.process
     unet = MultistageUNet(
-        model=to_dict(denoiser.network.config), process=to_dict(process.config), edges=list(denoiser.stages.edges),
+        model=to_dict(denoiser.network.config), process=to_dict(process), edges=list(denoiser.stages.edges),
         shape=list(denoiser.shape),
     )  # fmt: skip
     unet.network.load_state_dict(denoiser.network.state_dict())
     options = scheduler_options(process)
-    match process.config:
-        case EDMConfig():
+    match process:
+        case EDM():
             scheduler: Any = EDMDPMSolverMultistepScheduler(**options)
-        case FlowConfig():
+        case Flow():
             scheduler = FlowMatchEulerDiscreteScheduler()
         case _:  # by way of DDIM, so that one made from this one does not clip either
             scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler(clip_sample=False, **options).config)

@@ -19,11 +19,11 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from multistage_diffusion.config import FlowConfig, ModelConfig, from_dict, process_config
+from multistage_diffusion.config import ModelConfig, from_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.interop.schedulers import level, require_fit
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import make_process
+from multistage_diffusion.noise import Flow, Process
 from multistage_diffusion.stages import Stages
 
 
@@ -52,11 +52,11 @@ class MultistageUNet(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, model: dict[str, Any], process: dict[str, Any], edges: list[float], shape: list[int]) -> None:
         super().__init__()
-        kind = type(process_config(str(process.get("kind"))))
-        self.process = make_process(from_dict(kind, process, "the network's process"))
+        self.process = from_dict(Process, process, "the network's process", "process")
         self.stages = Stages(tuple(edges))
-        channels, high, wide = shape
-        self.network = MultiDecoderUNet(from_dict(ModelConfig, model, "the network's model"), (channels, high, wide))
+        channels, height, width = shape
+        config = from_dict(ModelConfig, model, "the network's model", "model")
+        self.network = MultiDecoderUNet(config, (channels, height, width))
         if len(self.network.decoders) != len(self.stages):
             raise ConfigError(f"{len(self.network.decoders)} decoders do not fit the stage edges {edges}")
 
@@ -152,7 +152,7 @@ class MultistagePipeline(DiffusionPipeline):
         extra = {"generator": generator} if "generator" in takes else {}
         progress: Any = self.progress_bar
         for time in progress(self.scheduler.timesteps):
-            scaled = x if isinstance(process.config, FlowConfig) else self.scheduler.scale_model_input(x, time)
+            scaled = x if isinstance(process, Flow) else self.scheduler.scale_model_input(x, time)
             guided = guidance_scale != 1 and low <= float(level(process, time.double().cpu())) <= high
             output = self._output(scaled, time, labels, guidance_scale if guided else 1.0)
             x = self.scheduler.step(output, time, x, **extra).prev_sample
@@ -167,9 +167,9 @@ class MultistagePipeline(DiffusionPipeline):
 
     def _set_timesteps(self, steps: int, device: torch.device) -> None:
         """The scheduler's own; for flow matching the process's range, as t = 1 was never trained on."""
-        config = self.unet.process.config
-        if isinstance(config, FlowConfig) and "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            ramp = torch.linspace(config.t_max, config.t_min, steps)
+        process, parameters = self.unet.process, inspect.signature(self.scheduler.set_timesteps).parameters
+        if isinstance(process, Flow) and "sigmas" in parameters:
+            ramp = torch.linspace(process.t_max, process.t_min, steps)
             self.scheduler.set_timesteps(sigmas=ramp.tolist(), device=device)
         else:
             self.scheduler.set_timesteps(steps, device=device)

@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multistage_diffusion.config import CosineConfig, EDMConfig, FlowConfig, LDMConfig, Prediction, VPConfig
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.noise import Process
+from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow, Prediction, Process
 
 _BETAS: dict[str, Literal["sqrt-linear", "linear"]] = {"scaled_linear": "sqrt-linear", "linear": "linear"}
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 _VP_STEPS = 999  # what a variance-preserving network is told is 999 t, so t = 1 is the last of 1000 timesteps
 
 
-def process_from_scheduler(options: Mapping[str, Any]) -> LDMConfig:
+def process_from_scheduler(options: Mapping[str, Any]) -> LDM:
     """The process of a scheduler of diffusers.
 
     Args:
@@ -36,7 +35,7 @@ def process_from_scheduler(options: Mapping[str, Any]) -> LDMConfig:
         raise ConfigError(f"the scheduler's beta_schedule must be one of {', '.join(_BETAS)}, got {schedule}")
     if prediction not in _PREDICTIONS:
         raise ConfigError(f"the scheduler's prediction_type must be one of {', '.join(_PREDICTIONS)}, got {prediction}")
-    return LDMConfig(
+    return LDM(
         num_steps=options.get("num_train_timesteps", 1000), beta_first=options.get("beta_start", 1e-4),
         beta_last=options.get("beta_end", 0.02), betas=_BETAS[schedule], prediction=_PREDICTIONS[prediction],
     )  # fmt: skip
@@ -55,30 +54,30 @@ def scheduler_options(process: Process) -> dict[str, Any]:
     Raises:
         ConfigError: diffusers has no scheduler for the process.
     """
-    match process.config:
-        case LDMConfig() as config:
+    match process:
+        case LDM():
             names = {ours: theirs for theirs, ours in _BETAS.items()}
             betas: dict[str, Any] = {
-                "beta_schedule": names[config.betas], "beta_start": config.beta_first, "beta_end": config.beta_last,
-                "num_train_timesteps": config.num_steps,
+                "beta_schedule": names[process.betas], "beta_start": process.beta_first, "beta_end": process.beta_last,
+                "num_train_timesteps": process.num_steps,
             }  # fmt: skip
-        case VPConfig() | CosineConfig() as config:
+        case VP() | Cosine():
             steps = _levels(process)
             kept = 1 / (1 + steps**2)
             betas = {
                 "trained_betas": (1 - kept / torch.cat((kept.new_ones(1), kept[:-1]))).tolist(),
                 "num_train_timesteps": len(steps),
             }
-        case EDMConfig() as config:
+        case EDM():
             return {
-                "sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "sigma_data": config.sigma_data,
+                "sigma_min": process.sigma_min, "sigma_max": process.sigma_max, "sigma_data": process.sigma_data,
                 "prediction_type": "epsilon",
             }  # fmt: skip
-        case FlowConfig():
+        case Flow():
             return {}
         case _:
-            raise ConfigError(f"diffusers has no scheduler that fits the process {process.config.kind}")
-    prediction = next(theirs for theirs, ours in _PREDICTIONS.items() if ours == config.prediction)
+            raise ConfigError(f"diffusers has no scheduler that fits the process {process.kind}")
+    prediction = next(theirs for theirs, ours in _PREDICTIONS.items() if ours == process.prediction)
     return {**betas, "prediction_type": prediction, "timestep_spacing": "trailing"}  # it begins at the highest noise
 
 
@@ -92,17 +91,17 @@ def level(process: Process, timestep: Float[Tensor, "*steps"]) -> Float[Tensor, 
     Returns:
         Noise levels sigma.
     """
-    match process.config:
-        case EDMConfig():
+    match process:
+        case EDM():
             return torch.exp(4 * timestep)
-        case FlowConfig():
+        case Flow():
             return process.sigma(timestep / 1000)
-        case LDMConfig():
+        case LDM():
             return process.sigma(timestep)
-        case VPConfig() | CosineConfig() as config:
-            return process.sigma((timestep / _VP_STEPS).clamp(min=config.t_min))
+        case VP() | Cosine():
+            return process.sigma((timestep / _VP_STEPS).clamp(min=process.t_min))
         case _:
-            raise ConfigError(f"diffusers has no scheduler that fits the process {process.config.kind}")
+            raise ConfigError(f"diffusers has no scheduler that fits the process {process.kind}")
 
 
 def require_fit(options: Mapping[str, Any], process: Process) -> None:
@@ -124,7 +123,7 @@ def require_fit(options: Mapping[str, Any], process: Process) -> None:
                 f"the scheduler's {name} must be {shown[0]}, got {shown[1]}; make it from the pipeline's own, like "
                 "DDIMScheduler.from_config(pipeline.scheduler.config)"
             )
-    if isinstance(process.config, FlowConfig) and "shift" not in options:
+    if isinstance(process, Flow) and "shift" not in options:
         raise ConfigError(
             "a flow-matching network needs a flow-matching scheduler, like FlowMatchEulerDiscreteScheduler"
         )
@@ -132,7 +131,6 @@ def require_fit(options: Mapping[str, Any], process: Process) -> None:
 
 def _levels(process: Process) -> Tensor:
     """The noise level of each whole timestep of a variance-preserving process."""
-    config = process.config
-    assert isinstance(config, VPConfig | CosineConfig)
-    last = math.floor(_VP_STEPS * (config.t_max if isinstance(config, CosineConfig) else 1.0))
+    assert isinstance(process, VP | Cosine)
+    last = math.floor(_VP_STEPS * process.times[1])
     return level(process, torch.arange(last + 1, dtype=torch.float64))

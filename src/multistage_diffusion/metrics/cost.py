@@ -18,8 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.models.layers import Attention
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import Process
-from multistage_diffusion.stages import Stages
 
 CONVENTION = (
     "GMACs: 10^9 multiply-accumulates of every matrix product and convolution of one image's forward pass, attention "
@@ -156,38 +154,6 @@ def network_cost(config: ModelConfig, shape: tuple[int, int, int]) -> Cost:
             )
         )
     return Cost(_count(network.encoders), tuple(map(_count, network.decoders)), tuple(stages))
-
-
-def training_shares(process: Process, stages: Stages) -> tuple[float, ...]:
-    """Probability of each stage under the process's training distribution.
-
-    Args:
-        process: The process.
-        stages: The partition.
-
-    Returns:
-        Shares that sum to 1.
-    """
-    edges = torch.tensor([0.0, *stages.edges, float("inf")], dtype=torch.float64)
-    return tuple(process.cdf(edges).diff().tolist())
-
-
-def stage_shares(process: Process, stages: Stages) -> dict[str, tuple[float, ...]]:
-    """Weightings of the stages, by name.
-
-    Args:
-        process: The process.
-        stages: The partition.
-
-    Returns:
-        `training`: probability under the training distribution. `time`: length of the stage's interval in the time
-        of `process.clock()`, its own (for EDM, whose time is sigma, VP's), between the ends of its sampling range.
-    """
-    ends = torch.tensor([process.sigma_min, *stages.edges, process.sigma_max], dtype=torch.float64)
-    ends = ends.clamp(process.sigma_min, process.sigma_max)
-    times = process.clock().t(ends)
-    lengths = times.diff() / (times[-1] - times[0])
-    return {"training": training_shares(process, stages), "time": tuple(lengths.tolist())}
 
 
 def _count(module: nn.Module) -> int:

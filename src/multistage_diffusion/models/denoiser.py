@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from multistage_diffusion.config import ModelConfig, Precision, ProcessConfig, from_dict, process_config, to_dict
+from multistage_diffusion.config import ModelConfig, Precision, from_dict, to_dict
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
 from multistage_diffusion.models.unet import MultiDecoderUNet
-from multistage_diffusion.noise import make_process
+from multistage_diffusion.noise import Process, process_by_kind
 from multistage_diffusion.stages import Stages
 
 UNDIVIDED = Stages()
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
     precision: Precision
 
     def __init__(
-        self, model: ModelConfig, process: ProcessConfig | str, shape: tuple[int, int, int], stages: Stages = UNDIVIDED
+        self, model: ModelConfig, process: Process | str, shape: tuple[int, int, int], stages: Stages = UNDIVIDED
     ) -> None:
         super().__init__()
         if model.architecture == "unified":
@@ -58,7 +58,7 @@ class Denoiser(nn.Module):
                 f"model.decoder-widths {model.decoder_widths} must hold {len(stages)} widths, one for each stage that "
                 f"the edges {stages.edges} cut"
             )
-        self.process = make_process(process_config(process) if isinstance(process, str) else process)
+        self.process = process_by_kind(process) if isinstance(process, str) else process
         self.stages = stages
         self.network = MultiDecoderUNet(model, shape)
         self.precision = "fp32"
@@ -153,7 +153,7 @@ class Denoiser(nn.Module):
         document = {
             "format": "multistage-diffusion denoiser 1",
             "shape": list(self.shape),
-            "process": to_dict(self.process.config),
+            "process": to_dict(self.process),
             "stages": {**self.stages.provenance, "edges": list(self.stages.edges)},
             "model": to_dict(self.network.config),
         }
@@ -181,14 +181,14 @@ class Denoiser(nn.Module):
             raise CheckpointError(f"{damage}; if you changed it on purpose, delete {folder / MANIFEST}")
         try:
             document = read_json(folder / CONFIG)
-            model = from_dict(ModelConfig, document["model"], str(folder / CONFIG))
-            process = type(process_config(str(document["process"]["kind"])))
+            model = from_dict(ModelConfig, document["model"], str(folder / CONFIG), "model")
             shape = _shape(document["shape"])
             stages = Stages.parse(document["stages"], f"{folder / CONFIG}, stages")
             with torch.device("meta"):
                 skeleton = MultiDecoderUNet(model, shape)
             _require_fit(skeleton, folder / WEIGHTS)  # before memory is taken for what a strange file asks
-            denoiser = cls(model, from_dict(process, document["process"], str(folder / CONFIG)), shape, stages)
+            process = from_dict(Process, document["process"], str(folder / CONFIG), "process")
+            denoiser = cls(model, process, shape, stages)
         except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
         load_weights(denoiser.network, folder / WEIGHTS)

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from multistage_diffusion.config import (
-    Architecture,
-    EDMConfig,
-    FlowConfig,
-    LDMConfig,
-    ModelConfig,
-    ProcessConfig,
-    VPConfig,
-)
+from multistage_diffusion.config import Architecture, ModelConfig
 from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.noise import EDM, LDM, VP, Flow, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +22,7 @@ class Preset:
     """
 
     model: ModelConfig
-    process: ProcessConfig
+    process: Process
     shape: tuple[int, int, int]
     edges: tuple[float, ...]
 
@@ -43,7 +36,7 @@ def vp_cifar10() -> Preset:
     """
     model = ModelConfig(width=128, decoder_widths=(192, 128, 16), multipliers=(1, 2, 2, 2), blocks=8, attention=(16,))
     # Edges t = 0.442 and 0.631 of VP time (Zhang et al. 2024, Table 4), in sigma.
-    return Preset(model=model, process=VPConfig(), shape=(3, 32, 32), edges=(2.5102672, 7.4141232))
+    return Preset(model=model, process=VP(), shape=(3, 32, 32), edges=(2.5102672, 7.4141232))
 
 
 def edm_cifar10() -> Preset:
@@ -52,7 +45,7 @@ def edm_cifar10() -> Preset:
         width=128, decoder_widths=(192, 128, 16), multipliers=(2, 2, 2), blocks=4, attention=(16,),
         middle="decoder", dropout=0.13, augment_labels=9,
     )  # fmt: skip
-    return Preset(model=model, process=EDMConfig(), shape=(3, 32, 32), edges=(2.5103, 7.6577))
+    return Preset(model=model, process=EDM(), shape=(3, 32, 32), edges=(2.5103, 7.6577))
 
 
 def edm_celeba() -> Preset:
@@ -68,7 +61,7 @@ def ldm_celebahq() -> Preset:
         dropout=0.0, frequency_shift=0,
     )  # fmt: skip
     # Steps 442 and 631 of 1000 (Zhang et al. 2024), in sigma on this process's own schedule.
-    return Preset(model=model, process=LDMConfig(), shape=(3, 64, 64), edges=(2.1531271, 5.3151631))
+    return Preset(model=model, process=LDM(), shape=(3, 64, 64), edges=(2.1531271, 5.3151631))
 
 
 def digits() -> Preset:
@@ -77,7 +70,7 @@ def digits() -> Preset:
     model = ModelConfig(
         width=32, decoder_widths=(28, 20, 12), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
     )  # fmt: skip
-    return Preset(model=model, process=VPConfig(prediction="v"), shape=(1, 8, 8), edges=(0.686, 5.71))
+    return Preset(model=model, process=VP(prediction="v"), shape=(1, 8, 8), edges=(0.686, 5.71))
 
 
 def digits_edm() -> Preset:
@@ -87,12 +80,12 @@ def digits_edm() -> Preset:
 
 def digits_flow() -> Preset:
     """The digits' network with flow matching."""
-    return replace(digits(), process=FlowConfig())
+    return replace(digits(), process=Flow())
 
 
 def digits_ldm() -> Preset:
     """A small latent-diffusion network on the pixels of the digits, with the discrete process."""
-    return replace(digits(), model=_latent_network((1, 2), attention=(8, 4)), process=LDMConfig(prediction="v"))
+    return replace(digits(), model=_latent_network((1, 2), attention=(8, 4)), process=LDM(prediction="v"))
 
 
 def fashion_mnist() -> Preset:
@@ -101,7 +94,7 @@ def fashion_mnist() -> Preset:
         width=32, decoder_widths=(32, 24, 8), multipliers=(1, 2, 2), blocks=1, attention=(7,), dropout=0.0
     )  # fmt: skip
     # What `msd cluster fashion-mnist --process vp` finds.
-    return Preset(model=model, process=VPConfig(prediction="v"), shape=(1, 28, 28), edges=(2.6, 14.0))
+    return Preset(model=model, process=VP(prediction="v"), shape=(1, 28, 28), edges=(2.6, 14.0))
 
 
 def fashion_mnist_edm() -> Preset:
@@ -112,20 +105,20 @@ def fashion_mnist_edm() -> Preset:
 
 def fashion_mnist_flow() -> Preset:
     """The Fashion-MNIST network with flow matching."""
-    return replace(fashion_mnist(), process=FlowConfig())
+    return replace(fashion_mnist(), process=Flow())
 
 
 def fashion_mnist_ldm() -> Preset:
     """A small latent-diffusion network on the pixels of Fashion-MNIST, with the discrete process."""
     return replace(
-        fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDMConfig(prediction="v")
+        fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDM(prediction="v")
     )
 
 
 def fashion_mnist_latent() -> Preset:
     """A small latent-diffusion network for 4x8x8 latents of Fashion-MNIST at 32x32."""
     model = _latent_network((1, 2), attention=(8, 4))  # edges: msd cluster with --autoencoder
-    return Preset(model=model, process=LDMConfig(prediction="v"), shape=(4, 8, 8), edges=(0.58, 12.3))
+    return Preset(model=model, process=LDM(prediction="v"), shape=(4, 8, 8), edges=(0.58, 12.3))
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {
@@ -169,7 +162,7 @@ def preset(name: str, architecture: Architecture | None = None) -> Preset:
 
 def _edm(found: Preset, *, sigma_data: float) -> Preset:
     """A small preset with EDM's process and who owns its middle blocks; sigma_data is the pixels' deviation."""
-    return replace(found, model=replace(found.model, middle="decoder"), process=EDMConfig(sigma_data=sigma_data))
+    return replace(found, model=replace(found.model, middle="decoder"), process=EDM(sigma_data=sigma_data))
 
 
 def _latent_network(multipliers: tuple[int, ...], attention: tuple[int, ...]) -> ModelConfig:

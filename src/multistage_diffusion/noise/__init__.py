@@ -1,14 +1,15 @@
 """Processes and schedules: each translates its own time, scale, training distribution and preconditioning to sigma.
 
-`sigma` is the noise-to-signal ratio of x = s (x0 + sigma eps), the one coordinate in which all processes agree. Past
-this door the library knows no timesteps. Tensors keep their device and dtype; schedules are float64.
+`sigma` is the noise-to-signal ratio of x = s (x0 + sigma eps), the one coordinate in which all processes agree; no
+other package knows timesteps. Tensors keep their device and dtype; schedules are float64. Imports no torch.
 """
 
-from multistage_diffusion.noise.base import Preconditioning, Process
+from typing import Any
+
+from multistage_diffusion.noise.base import Preconditioning, Prediction, Process, process_by_kind
 from multistage_diffusion.noise.exploding import EDM, VE
 from multistage_diffusion.noise.flow import Flow
-from multistage_diffusion.noise.make import make_process
-from multistage_diffusion.noise.preserving import LDM, VP, Cosine
+from multistage_diffusion.noise.preserving import LDM, VP, Cosine, VariancePreserving
 from multistage_diffusion.noise.schedule import SPACINGS, Spacing, sigma_schedule
 
 __all__ = [
@@ -20,8 +21,19 @@ __all__ = [
     "Cosine",
     "Flow",
     "Preconditioning",
+    "Prediction",
     "Process",
     "Spacing",
-    "make_process",
+    "VariancePreserving",
+    "process_by_kind",
     "sigma_schedule",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "make_process":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+
+    warnings.warn("make_process is no longer needed: a process is its own record", DeprecationWarning, stacklevel=2)
+    return lambda process: process

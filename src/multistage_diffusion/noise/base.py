@@ -1,19 +1,22 @@
-"""What every process is: its clock, its training distribution and its preconditioning, as functions of sigma."""
+"""What every process is: its own time, its training distribution and its preconditioning, as functions of sigma."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from multistage_diffusion.records import Tagged, check, check_numbers
 
-from multistage_diffusion.config import ProcessConfig
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
-Levels = Float[Tensor, "*levels"]
-C = TypeVar("C", bound=ProcessConfig)
+    Levels = Float[Tensor, "*levels"]
+else:  # importing a process imports no torch: its formulas call the methods of the tensors that they are given
+    Levels = Tensor = Any
+
+Prediction = Literal["eps", "v"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,38 @@ class Preconditioning:
     c_noise: Tensor
 
 
-class Process(ABC, Generic[C]):
-    """A forward process, seen through sigma.
+@dataclass(frozen=True, kw_only=True)
+class Process(Tagged, ABC, tag="kind"):
+    """A forward process x = s (x0 + sigma eps), seen through sigma: its parameters, with its formulas as methods.
 
-    Attributes:
-        config: Its configuration.
-        sigma_min: Lowest noise level of training and sampling (of sampling only, where training has no limit).
-        sigma_max: Highest.
+    A process of your own is a subclass with a `kind` of its own; runs and models that use it can be read wherever its
+    class was imported before.
     """
 
-    config: C
-    sigma_min: float
-    sigma_max: float
+    kind: str
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "process")
+        self.validate()
+        low, high = self.ends()
+        check(1e-15 < low < high < 1e15, "process", "one whose noise levels lie in 1e-15..1e15", f"{low:g} to {high:g}")
+
+    def validate(self) -> None:
+        """Refuse parameters out of range with a ConfigError; called before any formula."""
+
+    def ends(self) -> tuple[float, float]:
+        """sigma_min and sigma_max to a few digits; processes of recipes compute them without torch."""
+        return self.sigma_min, self.sigma_max
+
+    @property
+    @abstractmethod
+    def sigma_min(self) -> float:
+        """Lowest noise level of training and sampling (of sampling only, where training has no limit)."""
+
+    @property
+    @abstractmethod
+    def sigma_max(self) -> float:
+        """Highest noise level of training and sampling (of sampling only, where training has no limit)."""
 
     @abstractmethod
     def sigma(self, t: Levels) -> Levels:
@@ -49,10 +72,6 @@ class Process(ABC, Generic[C]):
     @abstractmethod
     def t(self, sigma: Levels) -> Levels:
         """The process's own time at a noise level; the inverse of `sigma`."""
-
-    def clock(self) -> Process[Any]:
-        """The process whose time averages over noise levels are taken in: itself, unless its time is sigma."""
-        return self
 
     @abstractmethod
     def scale(self, sigma: Levels) -> Levels:
@@ -75,53 +94,44 @@ class Process(ABC, Generic[C]):
         """Factors that turn the raw network into a denoiser."""
 
 
-def time_share(t: Tensor, t_min: float, t_max: float) -> Tensor:
-    """Cumulative distribution of a uniform time.
+def process_by_kind(kind: str) -> Process:
+    """A process with its default parameters.
 
     Args:
-        t: Times.
-        t_min: Smallest time.
-        t_max: Largest time.
+        kind: One of `Process.kinds()`, like `vp`.
 
-    Returns:
-        Shares in [0, 1].
+    Raises:
+        ConfigError: No such process.
     """
-    return ((t - t_min) / (t_max - t_min)).clamp(0.0, 1.0)
+    return Process.by_kind(kind)()
+
+
+def ones_like(tensor: Tensor) -> Tensor:
+    """1, of the shape of a tensor."""
+    return tensor.new_ones(tensor.shape)
 
 
 def predict_noise(sigma: Tensor, scale: Tensor, c_noise: Tensor) -> Preconditioning:
-    """The network sees the process's own x and predicts eps: D = x - sigma F.
-
-    Args:
-        sigma: Noise levels.
-        scale: The process's scale there.
-        c_noise: What the network is told.
-
-    Returns:
-        The factors.
-    """
-    return Preconditioning(torch.ones_like(sigma), -sigma, scale, c_noise)
+    """The network sees the process's own x and predicts eps: D = x - sigma F."""
+    return Preconditioning(ones_like(sigma), -sigma, scale, c_noise)
 
 
 def positive(tensor: Tensor) -> Tensor:
-    """Noise levels with 0 lifted just above it, where a logarithm or a quotient is taken.
+    """Noise levels with 0 lifted just above it, where a logarithm or a quotient is taken."""
+    import torch
 
-    Args:
-        tensor: Numbers at or above 0.
-
-    Returns:
-        Numbers above 0.
-    """
     return tensor.clamp(min=torch.finfo(tensor.dtype).tiny)
 
 
 def normal_cdf(value: Tensor) -> Tensor:
-    """Cumulative distribution of the standard normal.
+    """Cumulative distribution of the standard normal."""
+    import torch
 
-    Args:
-        value: Numbers.
-
-    Returns:
-        Shares in [0, 1].
-    """
     return torch.special.ndtr(value)
+
+
+def normal_icdf(share: Tensor) -> Tensor:
+    """Inverse of `normal_cdf`."""
+    import torch
+
+    return torch.special.ndtri(share)

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
+from multistage_diffusion.noise.base import (
+    Levels,
+    Preconditioning,
+    Process,
+    normal_cdf,
+    normal_icdf,
+    ones_like,
+    positive,
+    predict_noise,
+)
+from multistage_diffusion.records import check
 
-from multistage_diffusion.config import EDMConfig, VEConfig
-from multistage_diffusion.noise.base import Levels, Preconditioning, Process, normal_cdf, positive, predict_noise
-from multistage_diffusion.noise.preserving import VP
 
+@dataclass(frozen=True, kw_only=True)
+class VE(Process):
+    """Variance-exploding process (Song et al. 2021, Eq. 9), noise prediction from unscaled x.
 
-@final
-class VE(Process[VEConfig]):
-    """Variance-exploding; the network predicts eps from unscaled x. Source: Song et al. 2021, Eq. 9."""
+    Time is the position in log sigma, in [0, 1]; log-uniform sigma in training.
+    """
 
-    def __init__(self, config: VEConfig = VEConfig()) -> None:  # noqa: B008
-        self.config = config
-        self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
-        self._span = math.log(config.sigma_max / config.sigma_min)
+    kind: Literal["ve"] = "ve"
+    sigma_min: float = 0.01  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Lowest noise level."""
+    sigma_max: float = 50.0  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Highest noise level."""
+
+    def validate(self) -> None:
+        """sigma_max above sigma_min."""
+        check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
 
     def sigma(self, t: Levels) -> Levels:
         """sigma_min (sigma_max/sigma_min)^t, t in [0, 1]."""
-        return self.sigma_min * torch.exp(t * self._span)
+        return self.sigma_min * (t * self._span).exp()
 
     def t(self, sigma: Levels) -> Levels:
         """Position in log sigma."""
-        return torch.log(positive(sigma) / self.sigma_min) / self._span
+        return (positive(sigma) / self.sigma_min).log() / self._span
 
     def scale(self, sigma: Levels) -> Levels:
         """1."""
-        return torch.ones_like(sigma)
+        return ones_like(sigma)
 
     def cdf(self, sigma: Levels) -> Levels:
         """Uniform in t."""
@@ -47,16 +62,37 @@ class VE(Process[VEConfig]):
 
     def preconditioning(self, sigma: Levels) -> Preconditioning:
         """Noise prediction, conditioned on ln(sigma/2)."""
-        return predict_noise(sigma, torch.ones_like(sigma), torch.log(positive(sigma) / 2))
+        return predict_noise(sigma, ones_like(sigma), (positive(sigma) / 2).log())
+
+    @property
+    def _span(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
 
 
-@final
-class EDM(Process[EDMConfig]):
-    """EDM: log-normal sigma in training, network input and target of unit variance. Source: Karras et al. 2022."""
+@dataclass(frozen=True, kw_only=True)
+class EDM(Process):
+    """EDM (Karras et al. 2022): log-normal sigma in training, network input and target of unit variance.
 
-    def __init__(self, config: EDMConfig = EDMConfig()) -> None:  # noqa: B008
-        self.config = config
-        self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
+    The time is sigma.
+    """
+
+    kind: Literal["edm"] = "edm"
+    p_mean: float = -1.2
+    """Mean of ln sigma in training."""
+    p_std: float = 1.2
+    """Standard deviation of ln sigma in training."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data."""
+    sigma_min: float = 0.002  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Lowest noise level of sampling."""
+    sigma_max: float = 80.0  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Highest noise level of sampling."""
+
+    def validate(self) -> None:
+        """Positive widths, sigma_max above sigma_min."""
+        check(self.p_std > 0, "process.p-std", "positive", self.p_std)
+        check(self.sigma_data > 0, "process.sigma-data", "positive", self.sigma_data)
+        check(0 < self.sigma_min < self.sigma_max, "process.sigma-min", "positive, below sigma-max", self.sigma_min)
 
     def sigma(self, t: Levels) -> Levels:
         """The time is sigma itself."""
@@ -66,29 +102,24 @@ class EDM(Process[EDMConfig]):
         """The time is sigma itself."""
         return sigma
 
-    def clock(self) -> VP:
-        """VP: evenly in sigma, all but a few of the levels would lie where images are noise."""
-        return VP()
-
     def scale(self, sigma: Levels) -> Levels:
         """1."""
-        return torch.ones_like(sigma)
+        return ones_like(sigma)
 
     def cdf(self, sigma: Levels) -> Levels:
         """ln sigma ~ N(p_mean, p_std^2)."""
-        return normal_cdf((torch.log(positive(sigma)) - self.config.p_mean) / self.config.p_std)
+        return normal_cdf((positive(sigma).log() - self.p_mean) / self.p_std)
 
     def icdf(self, u: Levels) -> Levels:
         """ln sigma ~ N(p_mean, p_std^2)."""
-        return torch.exp(self.config.p_mean + self.config.p_std * torch.special.ndtri(u))
+        return (self.p_mean + self.p_std * normal_icdf(u)).exp()
 
     def loss_weight(self, sigma: Levels) -> Levels:
         """1/c_out^2, so that every level asks the same of the network at the start (Karras et al. 2022, Table 1)."""
-        data = self.config.sigma_data
-        return sigma**-2 + data**-2
+        return sigma**-2 + self.sigma_data**-2
 
     def preconditioning(self, sigma: Levels) -> Preconditioning:
         """Karras et al. 2022, Table 1, last column; conditioned on ln(sigma)/4."""
-        data = self.config.sigma_data
-        norm = torch.hypot(torch.full_like(sigma, data), sigma)
-        return Preconditioning((data / norm) ** 2, sigma * (data / norm), 1 / norm, torch.log(positive(sigma)) / 4)
+        data = self.sigma_data
+        norm = sigma.new_full(sigma.shape, data).hypot(sigma)
+        return Preconditioning((data / norm) ** 2, sigma * (data / norm), 1 / norm, positive(sigma).log() / 4)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from multistage_diffusion.config import Spacing, check
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.noise.base import Process
+from multistage_diffusion.noise.base import Levels, Process
+from multistage_diffusion.records import check
 
+Spacing = Literal["karras", "log-snr", "uniform-t", "quadratic-t"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
-def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7.0) -> Float[Tensor, " levels"]:
+def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7.0) -> Levels:
     """The noise levels that sampling visits, from sigma_max down to sigma_min, then 0.
 
     Args:
@@ -31,6 +28,8 @@ def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7
     Raises:
         ConfigError: Unknown spacing, or fewer than 1 step.
     """
+    import torch
+
     check(steps >= 1, "steps", "at least 1", steps)
     ends = torch.tensor([process.sigma_max, process.sigma_min], dtype=torch.float64)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)

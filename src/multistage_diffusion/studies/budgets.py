@@ -11,10 +11,10 @@ from multistage_diffusion.config import (
     SamplingConfig,
     StagesConfig,
     TrainingConfig,
-    VPConfig,
     check,
 )
 from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.noise import VP
 from multistage_diffusion.recipes import recipe
 
 PUBLISHED = (1.5, 1.0, 0.125)  # the paper's decoder widths, 192, 128 and 16, in encoder widths
@@ -111,6 +111,6 @@ BUDGETS = {"small": small, "gpu": gpu, "paper": paper}
 
 def _run(model: ModelConfig, training: TrainingConfig, resolution: int) -> RunConfig:
     return RunConfig(
-        data=DataConfig(resolution=resolution, flip=True), process=VPConfig(prediction="v"), stages=_ANY, model=model,
+        data=DataConfig(resolution=resolution, flip=True), process=VP(prediction="v"), stages=_ANY, model=model,
         training=training, sampling=SamplingConfig(solver="dpmpp-2m", steps=20),
     )  # fmt: skip

@@ -18,10 +18,9 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
-from multistage_diffusion.metrics.cost import Cost, network_cost, training_shares
+from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.features import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts
 from multistage_diffusion.training.guard import BusyError, lock
@@ -74,7 +73,7 @@ class Cell:
     @cached_property
     def shares(self) -> tuple[float, ...]:
         """Share of each of its stages in the training distribution."""
-        return training_shares(make_process(self.config.process), Stages(self.config.edges))
+        return Stages(self.config.edges).shares(self.config.process)
 
 
 def cell(config: RunConfig, tflops: float, points: int) -> Cell:

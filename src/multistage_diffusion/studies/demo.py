@@ -18,10 +18,9 @@ from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import describe, distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
-from multistage_diffusion.metrics.cost import Cost, network_cost, training_shares
+from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.features import FeatureExtractor, source_features
 from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.sampling import Trace, sample
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts
@@ -177,7 +176,7 @@ def run_demo(
         raise ConfigError("the demo compares models of images; recipes of latents are trained with msd train")
     data, test = load_parts(config.data)
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
-    clustering = cluster(data, make_process(config.process), stages=len(config.model.decoder_widths), seed=options.seed)
+    clustering = cluster(data, config.process, stages=len(config.model.decoder_widths), seed=options.seed)
     edges = clustering.stages.edges
     say(f"stages at sigma {', '.join(f'{edge:.3g}' for edge in edges)} in {clustering.seconds:.1f} s")
     extractor = source_features(data, test)
@@ -211,7 +210,7 @@ def step_flops(config: RunConfig, cost: Cost) -> float:
     Returns:
         Forward and backward FLOPs of one batch.
     """
-    shares = training_shares(make_process(config.process), Stages(config.edges))
+    shares = Stages(config.edges).shares(config.process)
     return cost.training_flops(stage_counts(config.training.quotas or shares, config.training.batch_size))
 
 
@@ -252,7 +251,7 @@ def _train_and_measure(
         run=run,
         config=config,
         cost=cost,
-        shares=training_shares(make_process(config.process), loaded.denoiser.stages),
+        shares=loaded.denoiser.stages.shares(config.process),
         steps=last,
         stage_images=loaded.stage_images or (),
         points=tuple(points),

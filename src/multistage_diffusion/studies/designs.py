@@ -14,7 +14,6 @@ from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
 from multistage_diffusion.config.run import Architecture
 from multistage_diffusion.data import Images
 from multistage_diffusion.files import read_json, write_json
-from multistage_diffusion.noise import make_process
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
 from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
 
@@ -79,7 +78,7 @@ class Finder:
                 self.cells().fill([trained])
                 denoiser = self.cells().denoiser(trained).requires_grad_()
             found = cluster(
-                self.data, make_process(self.budget.base.process), method=method, stages=stages,
+                self.data, self.budget.base.process, method=method, stages=stages,
                 measure=measure, objective="variance" if measure == "training" else None, denoiser=denoiser,
             )  # fmt: skip
             rounded = [float(f"{edge:.4g}") for edge in found.stages.edges]

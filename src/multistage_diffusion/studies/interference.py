@@ -10,7 +10,6 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.loss import denoising_loss
-from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.cells import Cell
@@ -89,8 +88,8 @@ def stage_gradients(denoiser: Denoiser, images: Tensor, stages: Stages, stage: i
         The gradient as one vector, float64, for `encoder` and `decoder`. Decoders that are not shared lie one after
         the other in the vector, so different stages have disjoint parts.
     """
-    before = sum(training_shares(denoiser.process, stages)[:stage])
-    share = training_shares(denoiser.process, stages)[stage]
+    before = sum(stages.shares(denoiser.process)[:stage])
+    share = stages.shares(denoiser.process)[stage]
     index = torch.arange(len(images))
     u = before + share * (index + rng.uniform(seed, "interference sigma", index, 1)[:, 0]) / len(images)
     sigma = denoiser.process.icdf(u.clamp(max=1 - 2.0**-53)).to(images.device)

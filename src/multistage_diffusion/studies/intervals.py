@@ -12,7 +12,6 @@ from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.evaluation import distances
-from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import sigma_schedule
 from multistage_diffusion.sampling import find_solver
@@ -136,5 +135,5 @@ def _seen(lab: Lab, one: Cell, stage: int, point: int) -> float:
     seen = lab.cells.spent(one, point)["stage_images"]
     if len(seen) == len(lab.cells.stages):
         return float(seen[stage])
-    shares = training_shares(lab.cells.denoiser(one, point).process, lab.cells.stages)
+    shares = lab.cells.stages.shares(lab.cells.denoiser(one, point).process)
     return seen[0] * shares[stage]

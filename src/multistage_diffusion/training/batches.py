@@ -15,7 +15,6 @@ from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import Feed, make_feed
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.metrics.cost import training_shares
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.augment import augment
@@ -142,14 +141,14 @@ class Batches:
     ) -> None:
         self.process, self.config, self.classes = process, config, classes
         self.flip, self.augment_probability = flip, augment_probability
-        self.shares = training_shares(process, stages)
+        self.shares = stages.shares(process)
         edges = torch.tensor([0.0, *stages.edges, float("inf")], dtype=torch.float64)
         self._cdf = process.cdf(edges).tolist()
         for stage, share in enumerate(self.shares):
             if share <= 0:
                 low, high = stages.bounds(stage)
                 raise ConfigError(
-                    f"stage {stage} (sigma {low:g} to {high:g}) never occurs in training under {process.config.kind}; "
+                    f"stage {stage} (sigma {low:g} to {high:g}) never occurs in training under {process.kind}; "
                     f"move stages.edges {stages.edges}"
                 )
         if classes and (data.labels is None or int(data.labels.max()) >= classes):

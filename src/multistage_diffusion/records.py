@@ -1,0 +1,272 @@
+"""Frozen records to JSON and back: every key known, every value checked. Imports no torch.
+
+A record is a frozen dataclass. `Tagged` is the base of a family of records that a file tells apart by one key, like
+the processes by `kind`; a class of a user's own belongs to it as soon as it is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
+
+from multistage_diffusion.errors import ConfigError, suggest
+
+T = TypeVar("T")
+
+# Old keys of files and old options, each readable for one version. A name without a section is that of an option.
+RENAMED: dict[str, str] = {}
+
+_LARGEST = 1e30  # fits float32, and no sensible value comes near it
+
+
+class Tagged:
+    """Base of a family of records that one key of a file tells apart.
+
+    The family's base names the key, and the member that files without the key mean: `class Process(Tagged,
+    tag="kind")`. A member gives the key a default of its own, like `kind: Literal["vp"] = "vp"`.
+    """
+
+    _tag: ClassVar[str]
+    _untagged: ClassVar[str | None]
+    _family: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, *, tag: str | None = None, untagged: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if tag is not None:
+            cls._tag, cls._untagged, cls._family, cls._kinds = tag, untagged, cls.__name__.lower(), {}
+            return
+        kind = cls.__dict__.get(cls._tag)
+        if isinstance(kind, str):
+            if kind in cls._kinds and cls._kinds[kind].__qualname__ != cls.__qualname__:
+                raise TypeError(f"{cls.__qualname__}.{cls._tag} is {kind}, as {cls._kinds[kind].__qualname__}'s is")
+            cls._kinds[kind] = cls
+        elif hasattr(cls, cls._tag):  # its files would be read as those of the class that it extends
+            raise TypeError(f'{cls.__qualname__} needs a name of its own, like {cls._tag}: str = "mine"')
+
+    @classmethod
+    def kinds(cls) -> dict[str, type[Any]]:
+        """Every member of the family that is imported, by its tag."""
+        return dict(cls._kinds)
+
+    @classmethod
+    def by_kind(cls, kind: str) -> type[Any]:
+        """The member with a tag.
+
+        Raises:
+            ConfigError: None that is imported has it.
+        """
+        if kind not in cls._kinds:
+            raise ConfigError(
+                f"no {cls._family} {kind}{suggest(kind, cls._kinds)}; a class of your own must be imported first"
+            )
+        return cls._kinds[kind]
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> type[Any]:
+        """The member that a document describes.
+
+        Raises:
+            ConfigError: It names none, or one that is not imported.
+        """
+        return cls.by_kind(str(document.get(cls._tag, cls._untagged or "")))
+
+
+def check(condition: bool, option: str, expected: str, value: object) -> None:
+    """Refuse a value.
+
+    Args:
+        condition: Whether the value is right.
+        option: Its name, as on the command line without dashes.
+        expected: What would be right.
+        value: What came.
+
+    Raises:
+        ConfigError: `condition` is false.
+    """
+    if not condition:
+        raise ConfigError(f"{option} must be {expected}, got {value}")
+
+
+def check_needs(condition: bool, option: str, needed: str, value: object) -> None:
+    """Refuse an option beside another one: "--by-class needs --method optimal-denoiser; it is snr".
+
+    Args:
+        condition: Whether the two go together.
+        option: The option, with dashes.
+        needed: The other one, with the value that it should have.
+        value: The value that it has.
+
+    Raises:
+        ConfigError: `condition` is false.
+    """
+    if not condition:
+        raise ConfigError(f"{option} needs {needed}; it is {value}")
+
+
+def check_numbers(record: Any, section: str) -> None:
+    """Refuse NaN, infinity and numbers out of all proportion in any field.
+
+    Args:
+        record: A dataclass.
+        section: Its name on the command line, for the message.
+
+    Raises:
+        ConfigError: A field holds such a number.
+    """
+    for item in fields(record):
+        value = getattr(record, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                check(abs(number) <= _LARGEST, f"{section}.{item.name.replace('_', '-')}", "a finite number", value)
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """A record as plain JSON types: nested dictionaries; tuples become lists."""
+    return json.loads(json.dumps(asdict(record)))
+
+
+def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level, with keys like `training.steps`."""
+    named: dict[str, Any] = {}
+    for key, value in document.items():
+        named |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return named
+
+
+def from_dict(kind: type[T], document: Any, where: str = "configuration", section: str = "") -> T:
+    """Read and check a record: every key known, every value of its type.
+
+    Args:
+        kind: The record's class, or the base of its family.
+        document: Nested dictionaries, as from JSON. Missing keys take their defaults; old keys are read as new ones.
+        where: What the document is, for messages.
+        section: What the record is called in a whole configuration, like `model`; none for the whole.
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigError: An unknown key (the nearest known one is named), or a value of the wrong type or range.
+    """
+    path = f"{section}." if section else ""
+    return _read(kind, _with_new_keys(document, where, path), where, path)
+
+
+def new_word(word: str) -> str:
+    """An option of the command line under its new name, with a warning if it has one.
+
+    Args:
+        word: A word of the command line, like `--training.ema-lengths` or `--ema-length=0.1`.
+
+    Returns:
+        The same word, or the new one.
+    """
+    name, equals, value = word.partition("=")
+    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if new is None:
+        return word
+    option = f"--{new.replace('_', '-')}"
+    _warn(f"{name} is now called {option}; the old name works for one more version")
+    return f"{option}{equals}{value}"
+
+
+def old_names(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that finds names which moved, with a DeprecationWarning.
+
+    Args:
+        module: The module's `__name__`.
+        names: Old name to the module and the name where it is now.
+
+    Returns:
+        The function.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, new = names[name]
+        warnings.warn(f"{module}.{name} is now {home}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(home), new)
+
+    return find
+
+
+def _with_new_keys(document: Any, where: str, path: str) -> Any:
+    """The document with old keys under their new names; one warning names them all."""
+    moved = []
+    for old, new in RENAMED.items():
+        *sections, key = old.removeprefix(path).split(".")
+        holder = document if old.startswith(path) else None
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and key in holder:
+            if not moved:
+                document = json.loads(json.dumps(document))  # the caller's own stays as it is
+            value = _at(document, sections).pop(key)
+            *sections, key = new.removeprefix(path).split(".")
+            _at(document, sections).setdefault(key, value)
+            moved.append(f"{old} is now called {new}")
+    if moved:
+        _warn(f"{where}: {', '.join(moved)}; the old name works for one more version")
+    return document
+
+
+def _at(document: dict[str, Any], sections: list[str]) -> dict[str, Any]:
+    for section in sections:
+        document = document.setdefault(section, {})
+    return document
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FutureWarning, stacklevel=4)
+
+
+def _read(kind: type[Any], document: Any, where: str, path: str) -> Any:
+    """A record and those inside it."""
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where}: {path.rstrip('.') or 'the document'} must hold named values, got {document!r}")
+    try:
+        kind = kind.of_document(document) if issubclass(kind, Tagged) else kind
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    hints = typing.get_type_hints(kind)
+    names = [item.name for item in fields(kind)]
+    values = {}
+    for key, value in document.items():
+        if key not in names:
+            raise ConfigError(f"{where}: unknown key {path}{key}{suggest(str(key), names)}")
+        hint: Any = hints[key]
+        if is_dataclass(hint):
+            values[key] = _read(typing.cast(type[Any], hint), value, where, f"{path}{key}.")
+        else:
+            values[key] = _value(hint, value, where, f"{path}{key}")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+    """A value of a field, of exactly its type."""
+    import pydantic
+
+    try:
+        return _adapter(hint).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join((key, *(str(part) for part in first["loc"] if isinstance(part, int))))
+        raise ConfigError(f"{where}: {place}: {first['msg'].lower()}, got {first['input']!r}") from error
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(hint)
