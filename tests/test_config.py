@@ -8,11 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import multistage_diffusion
 import tiny
-from multistage_diffusion.config import ModelConfig, RunConfig, StagesConfig, TrainingConfig, from_dict, to_dict
+from multistage_diffusion import config as config_module
+from multistage_diffusion import noise
+from multistage_diffusion.cli import dispatch
+from multistage_diffusion.config import ModelConfig, RunConfig, StagesConfig, TrainingConfig, flat, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.noise import Process, process_by_kind
 from multistage_diffusion.recipes import RECIPES, recipe
+from multistage_diffusion.records import RENAMED
 from multistage_diffusion.training.loop import Trainer
 
 SECTIONS = [item.name for item in fields(RunConfig)]
@@ -150,3 +155,49 @@ def test_any_json_is_no_traceback(document):
             from_dict(RunConfig, document, "file")
         except ConfigError as error:
             assert str(error).startswith("file: ")
+
+
+def test_old_keys_are_read_with_one_warning():
+    document = to_dict(tiny.run_config(sigma_rel=(0.1,)))
+    document["training"]["ema_lengths"] = document["training"].pop("sigma_rel")
+    document["engine"] = {"accumulation": 2, "checkpointing": True}
+    with pytest.warns(FutureWarning, match="file: training.ema_lengths is now called training.sigma_rel, ") as caught:
+        config = from_dict(RunConfig, document, "file")
+    assert len(caught) == 1 and config.training.sigma_rel == (0.1,)
+    assert (config.engine.gradient_accumulation, config.engine.activation_checkpointing) == (2, True)
+    assert document["engine"] == {"accumulation": 2, "checkpointing": True}, "the caller's document was changed"
+    with pytest.warns(FutureWarning, match="is now called"):
+        assert from_dict(type(config.engine), document["engine"], "file", "engine") == config.engine
+    document["engine"]["gradient_accumulation"] = 3
+    with pytest.raises(ConfigError, match=r"unknown key engine\.accumulation"), pytest.warns(FutureWarning):
+        from_dict(RunConfig, document, "file")
+
+
+def test_every_old_name_leads_to_a_new_one():
+    known = flat(to_dict(RunConfig()))
+    for old, new in RENAMED.items():
+        assert old not in known and ("." not in new or new in known)
+
+
+def test_old_words_of_the_command_line_are_understood(capsys):
+    words = ["train", "digits", "--dry-run", "--json", "--training.ema-lengths", "0.1", "--engine.accumulation=2"]
+    with pytest.warns(FutureWarning, match="--training.ema-lengths is now called --training.sigma-rel"):
+        assert dispatch([*words, "--engine.checkpointing"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["training"]["sigma_rel"] == [0.1]
+    assert document["engine"]["gradient_accumulation"] == 2 and document["engine"]["activation_checkpointing"]
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine", "VE", "EDM", "LDM", "Flow"])
+def test_old_names_of_processes_warn(name):
+    with pytest.warns(DeprecationWarning, match=f"{name}Config is now multistage_diffusion.noise.{name}"):
+        assert getattr(config_module, f"{name}Config") is getattr(noise, name)
+
+
+def test_old_functions_of_processes_warn():
+    with pytest.warns(DeprecationWarning, match="process_by_kind"):
+        assert config_module.process_config("edm") == noise.EDM()
+    with pytest.warns(DeprecationWarning, match="its own record"):
+        assert multistage_diffusion.make_process(noise.VP()) == noise.VP()
+    with pytest.raises(AttributeError, match="no attribute 'XConfig'"):
+        _ = config_module.XConfig

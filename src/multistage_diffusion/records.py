@@ -20,7 +20,12 @@ from multistage_diffusion.errors import ConfigError, suggest
 T = TypeVar("T")
 
 # Old keys of files and old options, each readable for one version. A name without a section is that of an option.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "ema_length": "sigma_rel",
+    "training.ema_lengths": "training.sigma_rel",
+    "engine.accumulation": "engine.gradient_accumulation",
+    "engine.checkpointing": "engine.activation_checkpointing",
+}
 
 _LARGEST = 1e30  # fits float32, and no sensible value comes near it
 
@@ -155,8 +160,37 @@ def from_dict(kind: type[T], document: Any, where: str = "configuration", sectio
     Raises:
         ConfigError: An unknown key (the nearest known one is named), or a value of the wrong type or range.
     """
-    path = f"{section}." if section else ""
-    return _read(kind, _with_new_keys(document, where, path), where, path)
+    return _read(kind, with_new_keys(document, where, section), where, f"{section}." if section else "")
+
+
+def with_new_keys(document: Any, where: str | None = None, section: str = "") -> Any:
+    """A document with its old keys under their new names, unless it has both.
+
+    Args:
+        document: As from JSON; it stays as it is.
+        where: What the document is, for a warning that names the new keys; none to say nothing.
+        section: What it is called in a whole configuration; none for the whole.
+
+    Returns:
+        The document, or a changed copy.
+    """
+    prefix, moved = f"{section}." if section else "", []
+    for old, new in RENAMED.items():
+        if not old.startswith(prefix) or not new.startswith(prefix):
+            continue
+        *sections, key = old.removeprefix(prefix).split(".")
+        *new_sections, new_key = new.removeprefix(prefix).split(".")
+        if key not in _inside(document, sections) or new_key in _inside(document, new_sections):
+            continue
+        document = document if moved else json.loads(json.dumps(document))
+        target = document
+        for name in new_sections:
+            target = target.setdefault(name, {})
+        target[new_key] = _inside(document, sections).pop(key)
+        moved.append(f"{old} is now called {new}")
+    if moved and where is not None:
+        _warn(f"{where}: {', '.join(moved)}; old names work for one more version")
+    return document
 
 
 def new_word(word: str) -> str:
@@ -198,30 +232,11 @@ def old_names(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[st
     return find
 
 
-def _with_new_keys(document: Any, where: str, path: str) -> Any:
-    """The document with old keys under their new names; one warning names them all."""
-    moved = []
-    for old, new in RENAMED.items():
-        *sections, key = old.removeprefix(path).split(".")
-        holder = document if old.startswith(path) else None
-        for section in sections:
-            holder = holder.get(section) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and key in holder:
-            if not moved:
-                document = json.loads(json.dumps(document))  # the caller's own stays as it is
-            value = _at(document, sections).pop(key)
-            *sections, key = new.removeprefix(path).split(".")
-            _at(document, sections).setdefault(key, value)
-            moved.append(f"{old} is now called {new}")
-    if moved:
-        _warn(f"{where}: {', '.join(moved)}; the old name works for one more version")
-    return document
-
-
-def _at(document: dict[str, Any], sections: list[str]) -> dict[str, Any]:
+def _inside(document: Any, sections: list[str]) -> dict[str, Any]:
+    """A section of a document; empty where there is none."""
     for section in sections:
-        document = document.setdefault(section, {})
-    return document
+        document = document.get(section) if isinstance(document, dict) else None
+    return document if isinstance(document, dict) else {}
 
 
 def _warn(message: str) -> None:

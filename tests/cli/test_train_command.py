@@ -197,19 +197,19 @@ def test_the_same_command_twice_gives_the_same_bits(trained, tmp_path):
 
 def test_an_average_of_another_length_is_exported_and_drawn_from(tmp_path, capsys):
     out = tmp_path / "run"
-    averages = ["--training.ema-lengths", "0.05", "0.1", "--training.ema-snapshot-every", "1"]
+    averages = ["--training.sigma-rel", "0.05", "0.1", "--training.ema-snapshot-every", "1"]
     assert dispatch(["train", "digits", "--out", str(out), *SMALL, *averages]) == 0
     found, err = document(
-        ["export", str(out), "--ema-length", "0.07", "--out", str(tmp_path / "w.safetensors")], capsys
+        ["export", str(out), "--sigma-rel", "0.07", "--out", str(tmp_path / "w.safetensors")], capsys
     )
     assert found["ema_length"] == 0.07 and 0 < found["ema_error"] < 0.1 and "of length 0.07" in err
     stored = safetensors.torch.load_file(list_checkpoints(out / "checkpoints")[-1].path / EMA_WEIGHTS)
     exported = safetensors.torch.load_file(tmp_path / "w.safetensors")
     assert exported.keys() == stored.keys() and not tiny.bits_equal(exported, stored)
     drawn = [document(["sample", str(out), "--num", "1", "--steps", "2", "--out", str(tmp_path / name), *more], capsys)
-             for name, more in (("a", []), ("b", ["--ema-length", "0.07"]))]  # fmt: skip
+             for name, more in (("a", []), ("b", ["--sigma-rel", "0.07"]))]  # fmt: skip
     assert drawn[1][0]["ema_length"] == 0.07 and drawn[0][0]["ema_length"] is None
-    found, _ = document(["evaluate", str(out), "--metrics", "loss", "--ema-length", "0.07"], capsys)
+    found, _ = document(["evaluate", str(out), "--metrics", "loss", "--sigma-rel", "0.07"], capsys)
     assert found["loss"] > 0
     (out / "ema" / "step-00000002" / "ema-0.1.safetensors").write_bytes(b"x")
     found, err = document(["verify", str(out)], capsys, code=5)

@@ -20,7 +20,7 @@ SAVE_EVERY = 4
 
 SHOWN = [
     "--logging.grid-every", "4", "--logging.grid-images", "1", "--sampling.steps", "2", "--training.keep-every", "8",
-    "--training.ema-lengths", "0.05", "0.1", "--training.ema-snapshot-every", "4",
+    "--training.sigma-rel", "0.05", "0.1", "--training.ema-snapshot-every", "4",
 ]  # fmt: skip
 
 

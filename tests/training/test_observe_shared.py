@@ -32,7 +32,7 @@ WATCHED = LoggingConfig(
 
 
 def config(parallel="ddp", logging=WATCHED):
-    base = tiny.run_config(ema_lengths=(0.05, 0.1), ema_snapshot_every=2, steps=8)
+    base = tiny.run_config(sigma_rel=(0.05, 0.1), ema_snapshot_every=2, steps=8)
     return replace(
         base, logging=logging, sampling=SamplingConfig(solver="dpmpp-2m", steps=2),
         engine=EngineConfig(parallel=parallel),
@@ -168,7 +168,7 @@ def test_two_processes_report_what_one_does(parallel, tmp_path, monkeypatch):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert grids(both) == [4, 8]
     assert len(list_snapshots(both)) == 4
-    ours, theirs = (load_run(run, ema_length=0.07).denoiser.network.state_dict() for run in (both, alone))
+    ours, theirs = (load_run(run, sigma_rel=0.07).denoiser.network.state_dict() for run in (both, alone))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 

@@ -80,7 +80,7 @@ def test_in_half_precision_only_activations_are_half(precision):
         assert tensor.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options", [{"checkpointing": True}, {"channels_last": True}])
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"channels_last": True}])
 def test_recomputation_and_memory_format_change_nothing_but_rounding(options):
     model = replace(tiny.MODEL, dropout=0.3)
     made, plain = trainer(model, **options), trainer(model)
@@ -91,13 +91,13 @@ def test_recomputation_and_memory_format_change_nothing_but_rounding(options):
 
 def test_what_another_engine_made_is_loaded_and_said(tmp_path):
     data = tiny.images()
-    train(configuration(channels_last=True, checkpointing=True), tmp_path / "whole", data=data)
-    train_until(5, tmp_path / "run", configuration(channels_last=True, checkpointing=True))
+    train(configuration(channels_last=True, activation_checkpointing=True), tmp_path / "whole", data=data)
+    train_until(5, tmp_path / "run", configuration(channels_last=True, activation_checkpointing=True))
     with pytest.warns(UserWarning) as said:
-        train(configuration(accumulation=2), tmp_path / "run", data=data)
+        train(configuration(gradient_accumulation=2), tmp_path / "run", data=data)
     texts = [str(warning.message) for warning in said]
-    for name in ("accumulation 1 and is continued with 2", "checkpointing True and is continued with False"):
-        assert sum(f"engine.{name}: equal up to rounding" in text for text in texts) == 1
+    for name in ("gradient-accumulation 1 and is continued with 2", "checkpointing True and is continued with False"):
+        assert sum(f"{name}: equal up to rounding" in text for text in texts) == 1
     assert len(texts) == 3
     torch.testing.assert_close(tensors(tmp_path / "run"), tensors(tmp_path / "whole"), atol=1e-4, rtol=1e-2)
     assert len(log(tmp_path / "run")) == len(log(tmp_path / "whole"))
@@ -106,7 +106,7 @@ def test_what_another_engine_made_is_loaded_and_said(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulation": 0}, "engine.accumulation must be in"),
+        ({"gradient_accumulation": 0}, "engine.gradient-accumulation must be in"),
         ({"timeout": 0.0}, "engine.timeout"),
         ({"channels_last": True, "parallel": "fsdp"}, "engine.channels-last must be false with fsdp"),
     ],
@@ -114,8 +114,8 @@ def test_what_another_engine_made_is_loaded_and_said(tmp_path):
 def test_engines_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**options)
-    with pytest.raises(ConfigError, match=r"engine.accumulation must be at most training.batch-size 6"):
-        configuration(accumulation=7)
+    with pytest.raises(ConfigError, match=r"engine.gradient-accumulation must be at most training.batch-size 6"):
+        configuration(gradient_accumulation=7)
 
 
 def test_dropout_masks_belong_to_the_image():
@@ -147,7 +147,7 @@ def compiled(rank, backend):
     whole = MultiDecoderUNet.compile_parts
     MultiDecoderUNet.compile_parts = lambda self: whole(self, backend)
     model = replace(tiny.MODEL, dropout=0.3)
-    runs = [list(trainer(model, compile=on, checkpointing=on).run(3)) for on in (True, False)]
+    runs = [list(trainer(model, compile=on, activation_checkpointing=on).run(3)) for on in (True, False)]
     return [[(result.loss, result.gradient_norm) for result in results] for results in runs]
 
 

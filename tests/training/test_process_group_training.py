@@ -69,7 +69,9 @@ def put_all(targets, values):
 
 def compare(rank, cases):
     with join(torch.device("cpu"), 1.0) as processes:
-        found = [trained(configuration(b, parallel=kind, accumulation=parts), processes) for kind, b, parts in cases]
+        found = [
+            trained(configuration(b, parallel=kind, gradient_accumulation=parts), processes) for kind, b, parts in cases
+        ]
     return found if rank == 0 else None
 
 
@@ -113,7 +115,7 @@ def test_any_number_of_processes_and_parts_trains_as_one_does(size, alone, tmp_p
 @pytest.mark.parametrize("batches", ["mixed", "single-uniform"])
 def test_parts_one_after_the_other_train_as_the_whole_does(batches, alone):
     for parts in (2, 7):
-        same(trained(configuration(batches, accumulation=parts)), alone[batches])
+        same(trained(configuration(batches, gradient_accumulation=parts)), alone[batches])
 
 
 def one_stage_only(rank, kind, steps):
@@ -188,7 +190,7 @@ def test_each_image_is_seen_once_in_an_epoch_by_whichever_process(parts):
 
 def test_a_batch_with_fewer_images_than_parts_is_refused():
     with pytest.raises(ConfigError, match=r"batch-size 7 is less than 8, one image for each of 4 processes") as caught:
-        Trainer(configuration(accumulation=2), tiny.images(), processes=ProcessGroup(0, 4))
+        Trainer(configuration(gradient_accumulation=2), tiny.images(), processes=ProcessGroup(0, 4))
     assert "\n" not in str(caught.value)
 
 
@@ -200,7 +202,7 @@ def continued(rank, out, **engine):
 
     from multistage_diffusion.training.run import train
 
-    config = replace(tiny.run_config(tiny.SMALLEST, ema_lengths=(0.1,)), engine=EngineConfig(**engine))
+    config = replace(tiny.run_config(tiny.SMALLEST, sigma_rel=(0.1,)), engine=EngineConfig(**engine))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         summary = train(config, out, data=tiny.images())
@@ -211,7 +213,7 @@ def continued(rank, out, **engine):
 def test_a_run_goes_on_with_another_number_of_processes(kind, tmp_path):
     from runs import train_until
 
-    config = tiny.run_config(tiny.SMALLEST, ema_lengths=(0.1,))
+    config = tiny.run_config(tiny.SMALLEST, sigma_rel=(0.1,))
     continued(0, tmp_path / "whole")
     train_until(5, tmp_path / "run", config)
     found = ranks.run(continued_in_two_lives, tmp_path / "ranks", tmp_path / "run", kind)

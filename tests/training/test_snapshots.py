@@ -45,8 +45,8 @@ def test_the_profile_has_the_width_asked_for(length):
 def test_lengths_that_no_power_function_has_are_refused(length):
     with pytest.raises(ConfigError, match=r"must lie in \(0, 0.28\]"):
         power_exponent(length)
-    with pytest.raises(ConfigError, match=r"training.ema-lengths"):
-        tiny.run_config(ema_lengths=(length,))
+    with pytest.raises(ConfigError, match=r"training.sigma-rel"):
+        tiny.run_config(sigma_rel=(length,))
 
 
 @pytest.mark.parametrize("length", [0.03, 0.1, 0.25])
@@ -115,7 +115,7 @@ def test_a_few_snapshots_far_from_the_length_do_not_shrink_the_weights():
 def tracked_run(tmp_path_factory):
     """80 steps with snapshots at every fifth, and the average of length 0.075 of all its weights, in float64."""
     folder = tmp_path_factory.mktemp("averages") / "run"
-    config = tiny.run_config(steps=80, save_every=80, ema_lengths=LENGTHS, ema_snapshot_every=5)
+    config = tiny.run_config(steps=80, save_every=80, sigma_rel=LENGTHS, ema_snapshot_every=5)
     train(config, folder, data=tiny.images())
     trainer, power = Trainer(config, tiny.images()), Power(0.075)
     average = {name: tensor.detach().double() for name, tensor in trainer.denoiser.network.named_parameters()}
@@ -129,7 +129,7 @@ def tracked_run(tmp_path_factory):
 def test_the_average_put_together_is_the_one_that_would_have_been_tracked(tracked_run):
     folder, expected = tracked_run
     assert len(list_snapshots(folder)) == 16
-    loaded = load_run(folder, ema_length=0.075)
+    loaded = load_run(folder, sigma_rel=0.075)
     assert loaded.rebuilt.error < 5e-3
     raw = safetensors.torch.load_file(list_checkpoints(folder / "checkpoints")[-1].path / RAW)
     worst = moved = 0.0
@@ -145,7 +145,7 @@ def test_a_tracked_length_is_itself(length, tracked_run):
     folder, _ = tracked_run
     (checkpoint,) = list_checkpoints(folder / "checkpoints")
     stored = safetensors.torch.load_file(checkpoint.path / file_name(length))
-    found = load_run(folder, ema_length=length).denoiser.network
+    found = load_run(folder, sigma_rel=length).denoiser.network
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(parameter.detach(), stored[name], rtol=0, atol=1e-6)
 
@@ -157,7 +157,7 @@ def test_a_damaged_snapshot_is_left_out_with_a_warning(tracked_run, tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.warns(UserWarning, match=r"ema-0.1.safetensors is damaged.*left out"):
-        loaded = load_run(folder, ema_length=0.075)
+        loaded = load_run(folder, sigma_rel=0.075)
     assert len(loaded.rebuilt.weights) == 30
 
 
@@ -168,29 +168,29 @@ def test_snapshots_after_the_checkpoint_belong_to_another_future(tracked_run, tm
     (later / "state.json").write_text('{"step": 85, "images": 340}\n')
     (later / "manifest.json").write_text('{"files": {"state.json": {"bytes": 0, "sha256": ""}}}')
     with pytest.warns(UserWarning, match="left out"):
-        assert len(load_run(folder, ema_length=0.075).rebuilt.weights) == 32
+        assert len(load_run(folder, sigma_rel=0.075).rebuilt.weights) == 32
 
 
 def test_a_length_far_from_what_was_stored_is_said(tmp_path):
-    config = tiny.run_config(steps=4, save_every=4, ema_lengths=LENGTHS, ema_snapshot_every=2)
+    config = tiny.run_config(steps=4, save_every=4, sigma_rel=LENGTHS, ema_snapshot_every=2)
     train(config, tmp_path / "run", data=tiny.images())
     with pytest.warns(UserWarning, match=r"4 averages .* only within \d+% of the profile of length 0.25"):
-        load_run(tmp_path / "run", ema_length=0.25)
+        load_run(tmp_path / "run", sigma_rel=0.25)
 
 
 def test_what_cannot_be_put_together_is_refused(finished, tmp_path):
-    with pytest.raises(ConfigError, match=r"train with --training.ema-lengths"):
-        load_run(finished, ema_length=0.1)
+    with pytest.raises(ConfigError, match=r"train with --training.sigma-rel"):
+        load_run(finished, sigma_rel=0.1)
     with pytest.raises(ConfigError, match=r"must lie in \(0, 0.28\]"):
-        load_run(finished, ema_length=0.4)
+        load_run(finished, sigma_rel=0.4)
     with pytest.raises(ConfigError, match="leave --weights raw away"):
-        load_run(finished, weights="raw", ema_length=0.1)
+        load_run(finished, weights="raw", sigma_rel=0.1)
     with pytest.raises(ConfigError, match="is a saved model"):
-        load_run(finished / "model", ema_length=0.1)
+        load_run(finished / "model", sigma_rel=0.1)
 
 
 def test_resume_is_exact_and_leaves_the_same_snapshots(tmp_path):
-    config = tiny.run_config(ema_lengths=LENGTHS, ema_snapshot_every=2)
+    config = tiny.run_config(sigma_rel=LENGTHS, ema_snapshot_every=2)
 
     def fail(result, steps):
         if result.step == 5:
@@ -212,18 +212,18 @@ def test_resume_is_exact_and_leaves_the_same_snapshots(tmp_path):
 
 
 def test_tracking_changes_nothing_else(finished, tmp_path):
-    train(tiny.run_config(ema_lengths=LENGTHS, ema_snapshot_every=2), tmp_path / "run", data=tiny.images())
+    train(tiny.run_config(sigma_rel=LENGTHS, ema_snapshot_every=2), tmp_path / "run", data=tiny.images())
     assert tiny.bits_equal(tensors(tmp_path / "run"), tensors(finished))
 
 
 def test_lengths_cannot_be_added_to_a_run(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"training.ema-lengths is"):
-        train(tiny.run_config(ema_lengths=LENGTHS), folder, data=tiny.images())
+    with pytest.raises(ConfigError, match=r"training.sigma-rel is"):
+        train(tiny.run_config(sigma_rel=LENGTHS), folder, data=tiny.images())
 
 
 def test_tracking_waits_for_no_device():
-    trainer = Trainer(tiny.run_config(ema_lengths=LENGTHS), tiny.images())
+    trainer = Trainer(tiny.run_config(sigma_rel=LENGTHS), tiny.images())
     with Waits() as waits:
         next(trainer.run(1))
     assert waits.reads == ["tolist"] and waits.copies == []

@@ -44,7 +44,7 @@ def test_separate_encoders_have_their_parts():
 
 def test_batches_of_one_stage_and_accumulation():
     config = tiny.run_config(batches="single-p")
-    found = parts(replace(config, engine=EngineConfig(accumulation=2)))
+    found = parts(replace(config, engine=EngineConfig(gradient_accumulation=2)))
     stages = {part[-1] for part in found.parts if part.startswith("backward: decoder")}
     assert stages == {part[-1] for part in found.parts if part.startswith("forward: decoder")} and len(stages) >= 1
 

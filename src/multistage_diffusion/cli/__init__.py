@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from multistage_diffusion.errors import ConfigError, PeerError, UserError, suggest
+from multistage_diffusion.records import new_word
 
 COMMANDS = {
     "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
@@ -173,15 +174,16 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
     """
     import tyro
 
+    arguments = list(map(new_word, arguments))
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     extra = {} if default is None else {"default": default}
     out, err = io.StringIO(), io.StringIO()
     wants_help = any(word in ("-h", "--help") for word in arguments)
     if wants_help:
-        return tyro.cli(kind, prog=f"msd {name}", args=list(arguments), config=config, **extra)
+        return tyro.cli(kind, prog=f"msd {name}", args=arguments, config=config, **extra)
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            return tyro.cli(kind, prog=f"msd {name}", args=list(arguments), config=config, **extra)
+            return tyro.cli(kind, prog=f"msd {name}", args=arguments, config=config, **extra)
     except SystemExit as stop:
         panel = _plain(err.getvalue() or out.getvalue())
         raise ConfigError(f"{_message(panel, kind, config, extra)}; see msd {name} --help") from stop

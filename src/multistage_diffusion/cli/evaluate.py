@@ -64,8 +64,8 @@ class Options(Compute):
     """What the network computes in: bf16 is faster on GPUs that have it, and changes images a little."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
-    ema_length: float | None = None
-    """Relative width of another average, like 0.1, for a run trained with --training.ema-lengths."""
+    sigma_rel: float | None = None
+    """Relative width of another average, like 0.1, for a run trained with --training.sigma-rel."""
     data_root: str | None = None
     """Folder that holds the source's files."""
     out: str | None = None
@@ -131,7 +131,7 @@ def _measure(
     from multistage_diffusion.training.run import load_run
 
     loaded = (
-        load_run(target, weights=options.weights, ema_length=options.ema_length, device=device)
+        load_run(target, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
         if (target / "config.json").is_file()
         else None
     )

@@ -27,8 +27,8 @@ class Options(Common):
     """File to write."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
-    ema_length: float | None = None
-    """Relative width of another average, like 0.1, for a run trained with --training.ema-lengths."""
+    sigma_rel: float | None = None
+    """Relative width of another average, like 0.1, for a run trained with --training.sigma-rel."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.files import sha256, write_atomic
     from multistage_diffusion.training.run import load_run
 
-    loaded = load_run(options.run, weights=options.weights, ema_length=options.ema_length)
+    loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel)
     denoiser, path = loaded.denoiser, Path(options.out)
     about = {
         "model": to_dict(denoiser.network.config),
@@ -54,19 +54,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "edges": list(denoiser.stages.edges),
         "shape": list(denoiser.shape),
         "weights": options.weights,
-        "ema_length": options.ema_length,
+        "ema_length": options.sigma_rel,
         "step": loaded.step,
     }
     metadata = {"multistage-diffusion": json.dumps(about)}  # one entry: safetensors writes several in random order
     write_atomic(path, safetensors.torch.save(denoiser.network.state_dict(), metadata))
-    kind = f"{options.weights} weights" if options.ema_length is None else f"ema weights of length {options.ema_length}"
+    kind = f"{options.weights} weights" if options.sigma_rel is None else f"ema weights of length {options.sigma_rel}"
     console.print(f"wrote {kind} of {options.run} to {path}")
     return {
         "file": str(path),
         "sha256": sha256(path),
         "bytes": path.stat().st_size,
         "weights": options.weights,
-        "ema_length": options.ema_length,
+        "ema_length": options.sigma_rel,
         "ema_error": loaded.rebuilt.error if loaded.rebuilt else None,
         "step": loaded.step,
     }

@@ -57,8 +57,8 @@ class Options(Compute):
     """What the network computes in: bf16 is faster on GPUs that have it, and changes images a little."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or the trained ones."""
-    ema_length: float | None = None
-    """Relative width of another average, like 0.1, for a run trained with --training.ema-lengths."""
+    sigma_rel: float | None = None
+    """Relative width of another average, like 0.1, for a run trained with --training.sigma-rel."""
     offload: bool = False
     """Keep only the decoder in use on the device."""
     denoise_trace: bool = False
@@ -88,7 +88,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.sampling import Trace, sample
     from multistage_diffusion.training.run import load_run
 
-    loaded = load_run(options.run, weights=options.weights, ema_length=options.ema_length, device=device)
+    loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
     loaded.denoiser.precision = options.precision
     codec = load_codec(options.run, device)
     default = loaded.config.sampling if loaded.config else SamplingConfig()
@@ -105,7 +105,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     )  # fmt: skip
     names = [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
-        "run": options.run, "weights": options.weights, "ema_length": options.ema_length, "step": loaded.step,
+        "run": options.run, "weights": options.weights, "ema_length": options.sigma_rel, "step": loaded.step,
         "images": len(names), "classes": list(options.label), "guidance": options.guidance, "solver": solver,
         "steps": steps, "precision": options.precision, "nfe": samples.nfe,
         "stage_calls": list(samples.stage_calls), "seed": options.seed, "seconds": round(samples.seconds, 3),

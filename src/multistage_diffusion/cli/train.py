@@ -18,6 +18,7 @@ from multistage_diffusion.config import RunConfig, check, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.recipes import RECIPES, recipe
+from multistage_diffusion.records import with_new_keys
 
 if TYPE_CHECKING:
     from multistage_diffusion.training.loop import StepResult
@@ -199,7 +200,7 @@ def _with_stages(base: RunConfig, file: str) -> RunConfig:
 
 def _merge(base: RunConfig, file: str) -> RunConfig:
     """The configuration with the values of a file in place of its own."""
-    changes = read_json(Path(file))
+    changes = with_new_keys(read_json(Path(file)), file)
     document = to_dict(base)
     if not isinstance(changes, dict):
         raise ConfigError(f"{file} must hold named sections, like the config.json of a run")

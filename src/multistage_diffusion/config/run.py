@@ -170,9 +170,9 @@ class TrainingConfig:
     """Half-life of the weights' average, in images."""
     ema_ramp_up: float | None = 0.05
     """The half-life is at most this share of the images seen; none: constant from the start."""
-    ema_lengths: tuple[float, ...] = ()
+    sigma_rel: tuple[float, ...] = ()
     """Lengths (sigma_rel) of power-function averages to track beside it, like 0.05 0.10; from their snapshots
-    --ema-length makes an average of any length after training."""
+    --sigma-rel makes an average of any length after training."""
     ema_snapshot_every: int = 5_000
     """Steps between snapshots of the power-function averages; each takes 4 bytes a parameter and length."""
     seed: int = 0
@@ -201,9 +201,9 @@ class TrainingConfig:
         check(0 <= self.label_dropout <= 1, "training.label-dropout", "in [0, 1]", self.label_dropout)
         check(self.ema_half_life > 0, "training.ema-half-life", "positive", self.ema_half_life)
         check(self.ema_ramp_up is None or self.ema_ramp_up > 0, "training.ema-ramp-up", "positive", self.ema_ramp_up)
-        distinct = len(set(self.ema_lengths)) == len(self.ema_lengths)
-        check(distinct and all(0.001 <= length <= 0.28 for length in self.ema_lengths), "training.ema-lengths",
-              "different numbers in [0.001, 0.28]", self.ema_lengths)  # fmt: skip
+        distinct = len(set(self.sigma_rel)) == len(self.sigma_rel)
+        check(distinct and all(0.001 <= length <= 0.28 for length in self.sigma_rel), "training.sigma-rel",
+              "different numbers in [0.001, 0.28]", self.sigma_rel)  # fmt: skip
         check(self.keep_every >= 0, "training.keep-every", "at least 0", self.keep_every)
         check(0 <= self.seed < 2**63, "training.seed", "in [0, 2^63)", self.seed)
 
@@ -214,13 +214,13 @@ class EngineConfig:
 
     precision: Precision = "fp32"
     """Precision of matrix products and convolutions; weights, optimiser and average stay float32."""
-    accumulation: int = 1
+    gradient_accumulation: int = 1
     """Parts that each process cuts its share of a batch into, one after the other, to save memory."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: ddp, each holds all weights; fsdp, weights, optimiser and average are in shards."""
     compile: bool = False
     """Compile encoders and decoders with torch.compile; the first step then takes minutes."""
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     """Repeat the forward pass of residual blocks in the backward pass: less memory, more time."""
     channels_last: bool = False
     """Keep channels side by side in memory, which convolutions of GPUs prefer in half precision."""
@@ -231,7 +231,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "engine")
-        check(1 <= self.accumulation <= 10**6, "engine.accumulation", "in 1..10^6", self.accumulation)
+        parts = self.gradient_accumulation
+        check(1 <= parts <= 10**6, "engine.gradient-accumulation", "in 1..10^6", parts)
         check(0 < self.timeout <= 10**4, "engine.timeout", "in (0, 10^4]", self.timeout)
         check(not self.channels_last or self.parallel == "ddp", "engine.channels-last", "false with fsdp shards", True)
 
@@ -310,8 +311,8 @@ class RunConfig:
                   self.model.decoder_widths)  # fmt: skip
             check(stages <= self.training.batch_size, "training.batch-size", f"at least {stages}, the number of stages",
                   self.training.batch_size)  # fmt: skip
-        check(self.engine.accumulation <= self.training.batch_size, "engine.accumulation",
-              f"at most training.batch-size {self.training.batch_size}", self.engine.accumulation)  # fmt: skip
+        check(self.engine.gradient_accumulation <= self.training.batch_size, "engine.gradient-accumulation",
+              f"at most training.batch-size {self.training.batch_size}", self.engine.gradient_accumulation)  # fmt: skip
         check((self.data.augment_probability > 0) == (self.model.augment_labels > 0), "model.augment-labels",
               "9 with data.augment-probability above 0, and 0 without", self.model.augment_labels)  # fmt: skip
         if self.training.quotas:

@@ -104,10 +104,11 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.config, self.device, self.processes = config, torch.device(device), processes
         training, engine = config.training, config.engine
-        if training.batch_size < processes.size * engine.accumulation:
+        parts = processes.size * engine.gradient_accumulation
+        if training.batch_size < parts:
             raise ConfigError(
-                f"training.batch-size {training.batch_size} is less than {processes.size * engine.accumulation}, one image "
-                f"for each of {processes.size} processes and engine.accumulation {engine.accumulation}"
+                f"training.batch-size {training.batch_size} is less than {parts}, one image for each of "
+                f"{processes.size} processes and engine.gradient-accumulation {engine.gradient_accumulation}"
             )
         self.denoiser = build_denoiser(config, data.shape, found).to(self.device).train()
         self.batches = Batches(
@@ -120,7 +121,7 @@ class Trainer:
         self.scale = LossScale() if engine.precision == "fp16" else None
         self._flags = torch.cat((torch.zeros(1, 2), torch.eye(2))).to(self.device)
         self.ema = EMA(self.denoiser.network, HalfLife(training.ema_half_life, training.ema_ramp_up))
-        self.powers = {length: EMA(self.denoiser.network, Power(length)) for length in training.ema_lengths}
+        self.powers = {length: EMA(self.denoiser.network, Power(length)) for length in training.sigma_rel}
         kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
         self.optimizer = kind(
             self.denoiser.network.parameters(), lr=training.learning_rate, betas=training.betas,
@@ -172,7 +173,7 @@ class Trainer:
         self.denoiser.precision = engine.precision
         if engine.channels_last:
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if engine.checkpointing:
+        if engine.activation_checkpointing:
             network.recompute()
         if engine.compile:
             network.compile_parts()
@@ -237,7 +238,7 @@ class Trainer:
             The loss, the mean loss of each stage in the batch, and for several processes the signals that they heard;
             and how many images of each stage there are.
         """
-        processes, training, turns = self.processes, self.config.training, self.config.engine.accumulation
+        processes, training, turns = self.processes, self.config.training, self.config.engine.gradient_accumulation
         self.optimizer.zero_grad(set_to_none=True)
         figures, whole = torch.empty(0), ()
         for turn in range(turns):

@@ -21,6 +21,7 @@ from multistage_diffusion.files import is_leftover, read_json, remove_leftovers,
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
 from multistage_diffusion.process_group import ProcessGroup, join, local_device
+from multistage_diffusion.records import with_new_keys
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import (
     EMA_WEIGHTS,
@@ -181,15 +182,21 @@ class LoadedRun:
 
 
 def load_run(
-    path: str | Path, *, weights: str = "ema", ema_length: float | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    sigma_rel: float | None = None,
+    device: torch.device | str = "cpu",
+    ema_length: float | None = None,
 ) -> LoadedRun:
     """Load the newest checkpoint of a run, or a folder written by `Denoiser.save_pretrained`.
 
     Args:
         path: The run directory or the folder.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
-        ema_length: Relative width (sigma_rel) of another average, put together from the run's snapshots.
+        sigma_rel: Relative width of another average, put together from the run's snapshots.
         device: Where the weights go.
+        ema_length: The old name of `sigma_rel`.
 
     Returns:
         The denoiser in evaluation mode, and what is known of its run.
@@ -201,16 +208,19 @@ def load_run(
     folder = Path(path)
     if weights not in ("ema", "raw"):
         raise ConfigError(f"--weights must be ema or raw, got {weights}")
-    if ema_length is not None and weights == "raw":
-        raise ConfigError(f"--ema-length {ema_length} is the length of an average: leave --weights raw away")
+    if ema_length is not None:
+        warnings.warn("load_run's ema_length is now called sigma_rel", DeprecationWarning, stacklevel=2)
+        sigma_rel = ema_length
+    if sigma_rel is not None and weights == "raw":
+        raise ConfigError(f"--sigma-rel {sigma_rel} is the length of an average: leave --weights raw away")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} is not a run: it has no config.json; train one with msd train RECIPE --out {folder}"
         )
     document = read_json(folder / "config.json")
     if isinstance(document, dict) and "format" in document:
-        if ema_length is not None:
-            raise ConfigError(f"--ema-length needs the snapshots of a run, and {folder} is a saved model")
+        if sigma_rel is not None:
+            raise ConfigError(f"--sigma-rel needs the snapshots of a run, and {folder} is a saved model")
         return LoadedRun(Denoiser.from_pretrained(folder, device=device))
     config = from_dict(RunConfig, document, str(folder / "config.json"))
     checkpoint = newest(folder)
@@ -218,10 +228,10 @@ def load_run(
     shape = state["shape"]
     denoiser = build_denoiser(config, (shape[0], shape[1], shape[2]), Stages.load(folder / "stages.json"))
     rebuilt = None
-    if ema_length is None:
+    if sigma_rel is None:
         load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
     else:
-        rebuilt = rebuild(folder, checkpoint.path, ema_length, denoiser.network)
+        rebuilt = rebuild(folder, checkpoint.path, sigma_rel, denoiser.network)
     return LoadedRun(denoiser.to(device).eval(), config, checkpoint.step, tuple(state["stage_images"]), rebuilt)
 
 
@@ -300,9 +310,10 @@ def _changes(state: dict[str, Any], trainer: Trainer) -> list[str]:
         changes.append(f"with {state['threads']} threads and is continued with {torch.get_num_threads()}")
     if state["device"] != trainer.device.type:
         changes.append(f"on {state['device']} and is continued on {trainer.device.type}")
+    before = with_new_keys(state["engine"], section="engine")
     for key, value in _engine(trainer.config.engine, trainer.processes).items():
-        if (theirs := state["engine"][key]) != value:
-            changes.append(f"with engine.{key.replace('_', '-')} {theirs} and is continued with {value}")
+        if before[key] != value:
+            changes.append(f"with engine.{key.replace('_', '-')} {before[key]} and is continued with {value}")
     return changes
 
 

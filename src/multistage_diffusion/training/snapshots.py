@@ -138,7 +138,7 @@ def rebuild(run: Path, checkpoint: Path, length: float, network: nn.Module) -> C
             known |= {Profile(float(match[1]), images): path for match, path in files if match}
     if not known:
         raise ConfigError(
-            f"{run} tracked no average that another length could be made of: train with --training.ema-lengths 0.05 0.1"
+            f"{run} tracked no average that another length could be made of: train with --training.sigma-rel 0.05 0.1"
         )
     combination = combine(tuple(known), Profile(length, now))
     if combination.error > _FAR:
