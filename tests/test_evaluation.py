@@ -1,6 +1,8 @@
 """The held-out loss and the distances of a model."""
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +16,17 @@ from multistage_diffusion.config import ModelConfig, SamplingConfig
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import (
+    FeatureMetric,
+    ModelMetric,
     evaluate,
     evaluate_images,
     generated,
-    held_out,
     held_out_loss,
 )
+from multistage_diffusion.metrics import held_out
+from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.metrics.cost import network_cost
-from multistage_diffusion.metrics.features import SourceClassifier
+from multistage_diffusion.metrics.metric import Metric
 from multistage_diffusion.stages import Stages
 
 SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=3)
@@ -34,7 +39,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def extractor():
-    return SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
+    return Classifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
 
 
 def test_loss_of_the_constant_answer_has_a_closed_form():
@@ -42,8 +47,8 @@ def test_loss_of_the_constant_answer_has_a_closed_form():
     # the loss is E[(1 + 1/sigma^2) (s^2 (x0 + sigma eps) - x0)^2] = E[sigma^2 x0^2 + eps^2] / (1 + sigma^2) = 1.
     black = Images("black", torch.zeros(64, 1, 8, 8, dtype=torch.uint8))
     config = tiny.run_config().process.__class__(prediction="v")
-    denoiser = tiny.Denoiser(ModelConfig(architecture="unified", width=8, multipliers=(1,), blocks=1, attention=()),
-                             config, tiny.SHAPE)  # fmt: skip
+    model = ModelConfig(architecture="unified", width=8, multipliers=(1,), blocks=1, attention=())
+    denoiser = tiny.Denoiser(model, config, tiny.SHAPE)
     assert held_out_loss(denoiser.eval(), black, repeats=4).loss == pytest.approx(1.0, abs=0.02)
 
 
@@ -109,9 +114,8 @@ def test_a_conditional_model_draws_every_class(monkeypatch):
 
 
 def test_evaluation_names_what_it_was_measured_with():
-    document = evaluate(
-        tiny.denoiser(), tiny.images(40), metrics=["fd", "loss"], extractor=extractor, num=20, sampling=SAMPLING
-    )
+    evaluation = evaluate(tiny.denoiser(), tiny.images(40), features=extractor(), num=20, sampling=SAMPLING)
+    document = evaluation.to_dict()
     assert document["fd"] > 0 and document["loss"] > 0 and len(document["stage_loss"]) == 3
     assert document["features"]["name"] == "untrained" and "32 pixels" in document["features"]["resize"]
     assert document["reference"]["shape"] == [1, 8, 8]
@@ -119,7 +123,8 @@ def test_evaluation_names_what_it_was_measured_with():
 
 
 def test_cost_is_that_of_the_calls_and_of_the_images_of_each_stage():
-    document = evaluate(tiny.denoiser(), tiny.images(40), metrics=["loss"], sampling=SAMPLING, stage_images=(7, 0, 2))
+    evaluation = evaluate(tiny.denoiser(), tiny.images(40), sampling=SAMPLING, stage_images=(7, 0, 2))
+    document = evaluation.to_dict()
     cost = network_cost(tiny.MODEL, tiny.SHAPE)
     assert sum(document["stage_calls"]) == document["nfe"] == 3
     assert document["stage_gmacs"] == [stage.flops / 2e9 for stage in cost.stages]
@@ -136,28 +141,29 @@ def test_cost_is_that_of_the_calls_and_of_the_images_of_each_stage():
 def test_the_limit_comes_with_the_plain_distance_and_says_how_many_images():
     data = tiny.images(300)
     for num, more in ((255, []), (256, ["fd_infinity", "fd_infinity_images"])):
-        document = evaluate_images(data.take(torch.arange(num)), data, extractor(), ["fd"])
+        document = evaluate_images(data.take(torch.arange(num)), data, features=extractor()).to_dict()
         assert [key for key in document if key.startswith("fd_")] == more and document["samples"] == num
     assert document["fd_infinity_images"] == [128, 256]
 
 
 def test_only_inception_s_distance_is_called_fid(monkeypatch):
     data, named = tiny.images(60), extractor()
-    assert "fid" not in evaluate_images(data, data, named, ["fd"])
+    assert "fid" not in evaluate_images(data, data, features=named).figures
     named.name = "inception-v3"
-    document = evaluate_images(tiny.images(60, seed=1), data, named, ["fd", "kid"])
-    assert document["fid"] == document["fd"] > 0
-    assert "fid" not in evaluate_images(data, data, named, ["kid"])
+    evaluation = evaluate_images(tiny.images(60, seed=1), data, ["fd", "kid"], features=named)
+    assert evaluation.fid == evaluation.fd > 0
+    assert "fid" not in evaluate_images(data, data, ["kid"], features=named).figures
 
 
 def test_figures_do_not_depend_on_the_batch():
     metrics = ["fd", "kid", "is", "prdc"]
     data, features = tiny.images(40, labels=True), extractor()
     whole, parts = (
-        evaluate(tiny.denoiser(), data, metrics=metrics, extractor=lambda: features, num=30, sampling=SAMPLING,
-                 seed=5, batch_size=size)
+        evaluate(
+            tiny.denoiser(), data, metrics, features=features, num=30, sampling=SAMPLING, seed=5, batch_size=size
+        ).figures
         for size in (30, 7)
-    )  # fmt: skip
+    )
     for name in ("fd", "kid", "is"):
         assert parts[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-4)  # a pixel may be rounded the other way
     assert parts["prdc"] == pytest.approx(whole["prdc"], abs=0.1)
@@ -171,17 +177,18 @@ def test_figures_do_not_depend_on_the_kind_of_file(tmp_path):
     np.savez(tmp_path / "bytes.npz", images=data.images.numpy())
     np.savez(tmp_path / "floats.npz", images=data.floats().numpy())
     sources = [f"folder:{tmp_path}/pictures", f"npz:{tmp_path}/bytes.npz", f"npz:{tmp_path}/floats.npz"]
-    found = [evaluate_images(load_data(source, split="all"), real, features, ["fd", "kid", "prdc"])
-             for source in sources]  # fmt: skip
-    for name in ("fd", "kid", "prdc"):
-        for other in found[1:]:
-            assert other[name] == pytest.approx(found[0][name], abs=1e-9)
+    first, *others = (
+        evaluate_images(load_data(source, split="all"), real, ["fd", "kid", "prdc"], features=features).figures
+        for source in sources
+    )
+    for other in others:
+        for name in ("fd", "kid", "prdc"):
+            assert other[name] == pytest.approx(first[name], abs=1e-9)
 
 
 def test_images_against_themselves_are_at_distance_zero():
     data = tiny.images(200)
-    document = evaluate_images(data, data, extractor(), ["fd"])
-    assert document["fd"] == pytest.approx(0, abs=1e-6)
+    assert evaluate_images(data, data, features=extractor()).fd == pytest.approx(0, abs=1e-6)
 
 
 def test_mistakes_are_named():
@@ -190,4 +197,47 @@ def test_mistakes_are_named():
     with pytest.raises(ConfigError, match="need features, and no extractor"):
         evaluate(tiny.denoiser(), tiny.images(), metrics=["fd"])
     with pytest.raises(ConfigError, match="needs a run"):
-        evaluate_images(tiny.images(), tiny.images(), extractor(), ["loss"])
+        evaluate_images(tiny.images(), tiny.images(), ["loss"], features=extractor())
+    with pytest.raises(ConfigError, match="neither the name of a metric, nor"):
+        evaluate(tiny.denoiser(), tiny.images(), [Metric()])
+
+
+def test_the_defaults_measure_the_loss():
+    evaluation = evaluate(tiny.denoiser(), tiny.images(40))
+    assert evaluation.loss == held_out_loss(tiny.denoiser(), tiny.images(40)).loss
+    assert (evaluation.samples, evaluation.features, evaluation.sampling_seconds) == (0, None, None)
+    with pytest.warns(DeprecationWarning, match="to_dict"):
+        assert evaluation["loss"] == evaluation.loss
+    with pytest.raises(AttributeError, match="no figure fd; measured: loss, "):
+        evaluation.fd  # noqa: B018
+    assert copy.deepcopy(evaluation) == pickle.loads(pickle.dumps(evaluation)) == evaluation
+
+
+def test_features_by_name_are_trained_on_the_reference_where_nothing_else_is_given():
+    data = tiny.images(40, labels=True)
+    alone = evaluate(tiny.denoiser(), data, features="classifier", num=20, sampling=SAMPLING)
+    assert alone.fd > 0 and alone.features.accuracy is None and "by default on the reference" in alone.cautions[-1]
+    more = evaluate(tiny.denoiser(), data, ["fd"], features="classifier", train=data, num=20, sampling=SAMPLING)
+    assert more.features.accuracy is not None and more.fd == alone.fd
+    assert not any("on the reference" in line for line in more.cautions)
+
+
+def test_metrics_of_the_user_stand_beside_the_library_s():
+    class Shift(FeatureMetric):
+        name, keeps = "shift", "generated"
+
+        def measure(self, real, generated, *, seed):
+            return {"shift": float((real.mean() - generated.features.double().mean(0)).norm())}
+
+    class Bias(ModelMetric):
+        name = "bias"
+
+        def measure(self, denoiser, examples, **_):
+            x = examples.floats()
+            return {"bias": float((denoiser(x, torch.full((len(x),), 0.1)) - x).mean())}
+
+    evaluation = evaluate(
+        tiny.denoiser(), tiny.images(40), ["loss", Bias(), Shift()], features=extractor(), num=20, sampling=SAMPLING
+    )
+    assert next(iter(evaluation.figures)) == "shift" and evaluation.shift > 0 and evaluation.bias != 0
+    json.dumps(evaluation.to_dict(), allow_nan=False)

@@ -13,7 +13,7 @@ import ranks
 import tiny
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.evaluation import evaluate, evaluate_images
-from multistage_diffusion.metrics.features import SourceClassifier
+from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.process_group import SINGLE, join
 from multistage_diffusion.training.run import train
 
@@ -23,14 +23,13 @@ FIGURES = ("fd", "kid", "is", "is_std", "loss")
 
 def measure(num, processes=SINGLE):
     """Of a model, and of a set of images; in batches of 8."""
-    data, features = tiny.images(40), SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
+    data, features = tiny.images(40), Classifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
     sampling = SamplingConfig(solver="ddim", steps=2)
     model = evaluate(
-        tiny.denoiser(), data, metrics=METRICS, extractor=lambda: features, num=num, sampling=sampling, batch_size=8,
-        processes=processes,
-    )  # fmt: skip
-    images = evaluate_images(tiny.images(num, seed=1), data, features, METRICS[:-1], processes=processes)
-    return model, images
+        tiny.denoiser(), data, METRICS, features=features, num=num, sampling=sampling, batch_size=8, processes=processes
+    )
+    images = evaluate_images(tiny.images(num, seed=1), data, METRICS[:-1], features=features, processes=processes)
+    return model.to_dict(), images.to_dict()
 
 
 def measured(rank, num, cache):
@@ -45,7 +44,7 @@ def measured(rank, num, cache):
 def test_figures_do_not_depend_on_the_number_of_processes(size, num, tolerance, tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "alone"))
     documents = ranks.run(measured, tmp_path, num, tmp_path / "cache", size=size)
-    assert documents[1:] == [[{}, {}]] * (size - 1)
+    assert documents[1:] == documents[:1] * (size - 1)
     for shared, alone in zip(documents[0], measure(num), strict=True):
         assert shared.keys() == alone.keys() and shared["samples"] == num
         assert "loss" not in alone or shared["loss"] == alone["loss"]  # the same batches
@@ -76,9 +75,9 @@ import resource, sys
 import tiny
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.evaluation import evaluate
-from multistage_diffusion.metrics.features import SourceClassifier
-features = SourceClassifier("untrained", tiny.SHAPE, ("a", "b")).eval()
-evaluate(tiny.denoiser(tiny.SMALLEST), tiny.images(300), metrics=["fd", "is"], extractor=lambda: features,
+from multistage_diffusion.metrics.classifier import Classifier
+features = Classifier("untrained", tiny.SHAPE, ("a", "b")).eval()
+evaluate(tiny.denoiser(tiny.SMALLEST), tiny.images(300), ["fd", "is"], features=features,
          num=int(sys.argv[1]), sampling=SamplingConfig(solver="ddim", steps=1))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -1,9 +1,13 @@
 """The examples run."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
+
+import tiny
+from multistage_diffusion.training.run import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -35,3 +39,11 @@ def test_own_images(tmp_path, capsys):
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{index}.png")
     load("own_images").main(str(tmp_path / "pictures"), str(tmp_path / "run"), steps=2)
     assert "drew (16, 3, 32, 32) with 20 network calls" in capsys.readouterr().out
+
+
+def test_own_metric(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    train(tiny.run_config(steps=2), tmp_path / "run")
+    load("own_metric").main(str(tmp_path / "run"), num=20)
+    figures = ast.literal_eval(capsys.readouterr().out)
+    assert list(figures) == ["mean_shift", "psnr", "fd", "loss"] and all(value > 0 for value in figures.values())

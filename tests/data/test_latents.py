@@ -122,11 +122,7 @@ def test_a_run_from_images_to_images(tmp_path, capsys):
     for file in files:
         with Image.open(file) as picture:
             assert picture.size == (8, 8)
-    figures = evaluate(
-        loaded.denoiser, load_data("digits", split="test"), metrics=["loss"], sampling=config.sampling,
-        codec=codec,
-    )  # fmt: skip
-    assert figures["loss"] > 0
+    assert evaluate(loaded.denoiser, load_data("digits", split="test"), codec=codec).loss > 0
     summary = train(replace(config, training=replace(config.training, steps=3)), out)
     assert summary.resumed == 2 and summary.step == 3
 

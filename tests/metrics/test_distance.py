@@ -8,10 +8,11 @@ import scipy.linalg
 import torch
 
 from multistage_diffusion.errors import ConfigError, DataError, NumericsError
-from multistage_diffusion.metrics import distance
-from multistage_diffusion.metrics.distance import cautions, keeps_features, prdc, with_limit
+from multistage_diffusion.metrics import table
+from multistage_diffusion.metrics.distance import FrechetDistance, InceptionScore, KernelDistance, prdc
 from multistage_diffusion.metrics.extractor import Features
 from multistage_diffusion.metrics.statistics import Statistics
+from multistage_diffusion.metrics.table import METRICS, feature_metrics, keeps_features, with_followers
 
 
 def normal(count, features=8, seed=0, mean=0.0, scale=1.0):
@@ -28,9 +29,10 @@ def statistics(rows, batch=10_000, *, keep=True, classes=4, first=0):
 
 
 def measure(metrics, real, generated, batch=10_000, **options):
+    metrics = feature_metrics(metrics)
     kept = keeps_features(metrics)
     sets = [statistics(rows, batch, keep=keep) for rows, keep in zip((real, generated), kept, strict=True)]
-    return distance.measure(metrics, *sets, **options)
+    return table.measure(metrics, *sets, **options)
 
 
 def frechet_by_scipy(a, b):
@@ -84,7 +86,7 @@ def test_inception_score_by_hand():
     result = measure(["is"], rows, rows)
     assert result["is"] == pytest.approx(float(information.exp()), rel=1e-9)
     sure = statistics(torch.eye(4).repeat(10, 1) * 200)
-    assert distance.measure(["is"], Statistics(4, 4), sure) == {"is": pytest.approx(4.0), "is_std": 0.0}
+    assert table.measure([METRICS["is"]], Statistics(4, 4), sure) == {"is": pytest.approx(4.0), "is_std": 0.0}
 
 
 def test_figures_agree_with_torchmetrics():
@@ -114,18 +116,17 @@ def test_figures_agree_with_torchmetrics():
         metric.update(generated.float().double(), real=False)
         figure = metric.compute()
         assert ours[name] == pytest.approx(float(figure[0] if name == "kid" else figure), rel=1e-7)
-    alone = distance.measure(["is"], Statistics(16, 16), statistics(generated, classes=16))
+    alone = table.measure([METRICS["is"]], Statistics(16, 16), statistics(generated, classes=16))
     assert alone["is"] == pytest.approx(information, rel=1e-7)
 
 
-def test_a_tenth_of_the_images_makes_a_split(monkeypatch):
-    monkeypatch.setattr(distance, "_SUBSET", 20)
+def test_a_tenth_of_the_images_makes_a_split():
     rows = normal(203).float().double()
     scores = []
     for k in range(10):
         probability = rows[k::10, :4].softmax(1)
         scores.append((probability * (probability / probability.mean(0)).log()).sum(1).mean().exp())
-    result = measure(["is"], rows, rows, batch=7)
+    result = measure([InceptionScore(split_size=20)], rows, rows, batch=7)
     assert result["is"] == pytest.approx(float(torch.stack(scores).mean()), rel=1e-9)
     assert result["is_std"] == pytest.approx(float(torch.stack(scores).std()), rel=1e-9)
 
@@ -162,10 +163,9 @@ def test_prdc_of_extremes():
     assert set(far.values()) == {0.0}
 
 
-def test_batches_and_the_global_generator_do_not_matter(monkeypatch):
-    monkeypatch.setattr("multistage_diffusion.metrics.distance._SUBSET", 100)
+def test_batches_and_the_global_generator_do_not_matter():
     real, generated = normal(300), normal(400, seed=1, mean=0.2)
-    metrics = ["fd", "fd_infinity", "kid", "is", "prdc"]
+    metrics = ["fd", "fd_infinity", KernelDistance(subset_size=100), InceptionScore(split_size=100), "prdc"]
     torch.manual_seed(1)
     state = torch.get_rng_state()
     once = measure(metrics, real, generated, seed=3)
@@ -195,14 +195,18 @@ def test_too_little_is_refused_or_cautioned():
         DataError, match=r"fd_infinity needs at least 32 .*; raise num, or leave fd_infinity out of metrics$"
     ):
         measure(["fd_infinity"], rows, rows)
-    assert len(cautions(["fd"], 5, 0, 8)) == 2
-    assert cautions(["fd"], 16, 16, 8) == cautions(["is"], 5, 0, 8) == ()
+    assert len(FrechetDistance().cautions(5, 0, 8)) == 2
+    assert FrechetDistance().cautions(16, 16, 8) == InceptionScore().cautions(5, 0, 8) == ()
+    assert len(measure(["fd"], normal(20), normal(5))["cautions"]) == 1
 
 
 def test_the_limit_stands_beside_the_plain_figure_when_few_images_are_drawn():
-    assert with_limit(["fd", "kid"], 1_000, 64) == ("fd", "kid", "fd_infinity")
+    def names(metrics, count):
+        return [metric.name for metric in with_followers(feature_metrics(metrics), count, 64)]
+
+    assert names(["fd", "kid"], 1_000) == ["fd", "kid", "fd_infinity"]
     for metrics, count in ((["fd"], 255), (["fd"], 50_000), (["kid"], 1_000), (["fd_infinity", "fd"], 1_000)):
-        assert with_limit(metrics, count, 64) == tuple(metrics)  # too few, customary, not asked, asked
+        assert names(metrics, count) == metrics  # too few, customary, no fd, there already
 
 
 @pytest.mark.parametrize("sizes", [(37, 263), (150, 150), (0, 300)])
@@ -217,7 +221,7 @@ def test_sets_may_come_from_several_processes(sizes):
     parts[0].combine(lambda mine: mine + next(theirs), lambda rows: torch.cat((rows, parts[1].features)))
     assert torch.equal(parts[0].features, whole.features)
     metrics = ["fd", "fd_infinity", "kid", "is", "prdc"]
-    once, again = (distance.measure(metrics, statistics(real), seen) for seen in (whole, parts[0]))
+    once, again = (table.measure(feature_metrics(metrics), statistics(real), seen) for seen in (whole, parts[0]))
     for name, figure in once.items():
         assert again[name] == pytest.approx(figure, rel=1e-9)
     assert again["is"] == pytest.approx(once["is"], rel=1e-12)
@@ -226,11 +230,11 @@ def test_sets_may_come_from_several_processes(sizes):
 def test_wrong_input_is_refused():
     one = statistics(normal(5))
     with pytest.raises(ConfigError, match='no metric fid; did you mean "fd"'):
-        distance.measure(["fid"], one, one)
+        feature_metrics(["fid"])
     with pytest.raises(ConfigError, match="at least one metric"):
-        distance.measure([], one, one)
+        feature_metrics([])
     with pytest.raises(ConfigError, match="features that know classes"):
-        distance.measure(["is"], one, statistics(normal(5), classes=0))
+        table.measure([METRICS["is"]], one, statistics(normal(5), classes=0))
     with pytest.raises(DataError, match="must have 8 numbers, got 3"):
         one.update(Features(torch.zeros(2, 3), torch.zeros(2, 4)))
     with pytest.raises(NumericsError, match="hold NaN"):

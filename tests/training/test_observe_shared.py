@@ -16,7 +16,7 @@ import tiny
 from multistage_diffusion import process_group
 from multistage_diffusion.config import EngineConfig, LoggingConfig, SamplingConfig
 from multistage_diffusion.errors import NumericsError, UserError
-from multistage_diffusion.metrics.features import SourceClassifier
+from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.training import loop, observe
 from multistage_diffusion.training import run as runs_of
@@ -41,7 +41,7 @@ def config(parallel="ddp", logging=WATCHED):
 
 def life(rank, out, parallel="ddp", faults=(), logging=WATCHED):
     """Train; the warnings, the error, its exit code, and when it ended. Faults are (process, function, its words)."""
-    classifier = SourceClassifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
+    classifier = Classifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
     runs_of.load_parts = lambda config: (tiny.images(), tiny.images(6, seed=1))
     observe.load_extractor = lambda *words, **named: classifier
     os.environ["MSD_CACHE"] = f"{out}-cache"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from multistage_diffusion.data import Images
-    from multistage_diffusion.metrics.features import FeatureExtractor
     from multistage_diffusion.process_group import ProcessGroup
     from multistage_diffusion.training.run import LoadedRun
 
@@ -45,9 +44,10 @@ class Options(Compute):
     """Source of the real images; by default that of the run."""
     metrics: str = "fd,loss"
     """Metrics, separated by commas."""
-    features: str = "source"
-    """What sees the images: source (a classifier of the source's classes), efficientnet-lite0, inception or dinov2;
-    behind a colon a local file of its weights (dinov2: folder, or name on the hub)."""
+    features: str = "classifier"
+    """What the distances see the images with: classifier (a small one, trained on the labels of the source),
+    efficientnet-lite0, inception or dinov2; behind a colon a local file of its weights (dinov2: folder, or name on the
+    hub)."""
     num: int = 1_000
     """Generated images behind the distances, for a run."""
     reference: Literal["test", "train"] = "test"
@@ -123,11 +123,12 @@ def _shown(value: Any) -> str:
 def _measure(
     options: Options, metrics: Sequence[str], target: Path, device: torch.device, processes: ProcessGroup
 ) -> dict[str, Any]:
-    """The document, in the first process."""
+    """The document, the same in every process."""
     from multistage_diffusion.data import load_data
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.evaluation import evaluate, evaluate_images
     from multistage_diffusion.metrics.extractors import load_extractor
+    from multistage_diffusion.metrics.table import resolve
     from multistage_diffusion.training.run import load_run
 
     loaded = (
@@ -146,28 +147,33 @@ def _measure(
     )
     real = test if options.reference == "test" else train
 
-    def extractor() -> FeatureExtractor:
+    extractor = None
+    if resolve(metrics)[0]:
         with processes.local_main_first():  # a classifier is trained, or weights are downloaded, once
-            return load_extractor(options.features, train, test, device=device)
-
+            extractor = load_extractor(options.features, train, test, device=device)
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
-        document = evaluate_images(
-            load_data(f"folder:{pictures}", split="all"), real, extractor(), metrics, processes=processes
-        )
+        images = load_data(f"folder:{pictures}", split="all")
+        evaluation = evaluate_images(images, real, metrics, features=extractor or "classifier", processes=processes)
     else:
         loaded.denoiser.precision = options.precision
         codec = load_codec(target, device)
         if codec is None:
             _check_shape(loaded, real)
-        document = evaluate(
-            loaded.denoiser, real, metrics=metrics, extractor=extractor, num=options.num,
-            sampling=_sampling(loaded, options), seed=options.seed, batch_size=options.batch_size,
-            codec=codec, stage_images=loaded.stage_images, processes=processes,
-        )  # fmt: skip
-    if not processes.is_main:
-        return {}
-    return {"target": str(target), "step": loaded.step if loaded else None, **document}
+        evaluation = evaluate(
+            loaded.denoiser,
+            real,
+            metrics,
+            features=extractor,
+            num=options.num,
+            sampling=_sampling(loaded, options),
+            seed=options.seed,
+            batch_size=options.batch_size,
+            codec=codec,
+            stage_images=loaded.stage_images,
+            processes=processes,
+        )
+    return {"target": str(target), "step": loaded.step if loaded else None, **evaluation.to_dict()}
 
 
 def _sampling(loaded: LoadedRun, options: Options) -> SamplingConfig:

@@ -271,7 +271,7 @@ class LoggingConfig:
     """Steps between evaluations of the averaged weights on held-out images; 0 makes none."""
     metrics: tuple[str, ...] = ("fd", "loss")
     """What is evaluated, as in msd evaluate; loss alone draws no samples and needs no features."""
-    features: str = "source"
+    features: str = "classifier"
     """What sees the images for the distances, as in msd evaluate."""
     evaluate_images: int = 1_000
     """Generated images behind an evaluation's distances."""

@@ -1,4 +1,4 @@
-"""Images from seeds, streamed into the metrics; what several processes saw of them, put together."""
+"""Images from seeds, streamed into the metrics; statistics of several processes, put together."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
 from multistage_diffusion.data.examples import Codec
-from multistage_diffusion.metrics.distance import cautions, check_metrics, keeps_features, measure
+from multistage_diffusion.metrics import inception
 from multistage_diffusion.metrics.extractor import FeatureExtractor
+from multistage_diffusion.metrics.metric import Metric
 from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
+from multistage_diffusion.metrics.table import feature_metrics, keeps_features, measure
 from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.process_group import ProcessGroup
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import sample_batches
 
 
@@ -39,19 +41,25 @@ def generated(
         sampling: Solver, steps, spacing.
         seed: Seed of the first image.
         batch_size: Images at a time; changes no image.
-        codec: Decodes what a model of latents makes.
+        codec: Decodes the latents of a latent model.
 
     Yields:
         Batches in [-1, 1].
     """
     labels = None
     if denoiser.classes:
-        draws = rng.uniform(0, "class", torch.arange(seed, seed + num), 1)[:, 0]
-        labels = (draws * denoiser.classes).long()
+        u = rng.uniform(0, "class", torch.arange(seed, seed + num), 1)[:, 0]
+        labels = (u * denoiser.classes).long()
     for _, images in sample_batches(
-        denoiser, num, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing, seed=seed,
-        batch_size=batch_size, labels=labels,
-    ):  # fmt: skip
+        denoiser,
+        num,
+        solver=sampling.solver,
+        steps=sampling.steps,
+        spacing=sampling.spacing,
+        seed=seed,
+        batch_size=batch_size,
+        labels=labels,
+    ):
         yield to_uint8(images if codec is None else codec.decode(images)).float() / 127.5 - 1
 
 
@@ -59,106 +67,48 @@ def distances(
     extractor: FeatureExtractor,
     reference: Images,
     images: Iterable[Float[Tensor, "_ channels height width"]],
-    metrics: Sequence[str],
-    *,
-    batch_size: int = 500,
-) -> dict[str, Any]:
-    """Distances between a set of images and generated ones, streamed.
-
-    Args:
-        extractor: Gives the features.
-        reference: Real images; their statistics are kept in the cache.
-        images: Batches of generated images in [-1, 1].
-        metrics: Some of `metrics.distance.METRICS`.
-        batch_size: Real images at a time.
-
-    Returns:
-        One key a metric; `prdc` is four figures; `cautions` where there are too few images.
-    """
-    return compare(extractor, reference, observe(extractor, images, metrics), metrics, batch_size=batch_size)
-
-
-def observe(
-    extractor: FeatureExtractor,
-    images: Iterable[Float[Tensor, "_ channels height width"]],
-    metrics: Sequence[str],
+    metrics: Sequence[str | Metric],
     *,
     first: int = 0,
-) -> Statistics:
-    """Statistics of generated images, batch by batch.
+    processes: ProcessGroup = SINGLE,
+) -> dict[str, Any]:
+    """Figures of generated images against real ones, streamed.
 
     Args:
         extractor: Gives the features.
-        images: Batches of images in [-1, 1].
-        metrics: What they will be measured with.
-        first: Index of the first image in the whole set, for a process that makes a part of it.
+        reference: Real images; their statistics are kept in the cache.
+        images: Batches of generated images in [-1, 1]: the share of this process.
+        metrics: Metrics of features.
+        first: Index of the first image of this process in the whole set.
+        processes: The processes that share the images.
 
     Returns:
-        Their statistics.
+        Each metric's figures, `fid` before `fd` where the features are Inception's, and `cautions` where there are too
+        few images; the first process has them, and the others nothing.
 
     Raises:
-        ConfigError: No metric, or an unknown one.
+        ConfigError: Unknown metric, or one of a model.
+        PeerError: Another process failed with its share.
     """
-    check_metrics(metrics)
-    seen = Statistics(extractor.num_features, extractor.num_classes, keep=keeps_features(metrics)[1], first=first)
-    for batch in images:
-        seen.update(extractor(batch))
-    return seen
-
-
-def gather(seen: Statistics, processes: ProcessGroup) -> None:
-    """Make the statistics of all processes those of one set, in the first process.
-
-    Args:
-        seen: This process's; in the others they are spoilt.
-        processes: The processes, which come here at about the same time.
-    """
+    chosen = feature_metrics(metrics)
+    keep_real, keep_generated = keeps_features(chosen)
+    seen = Statistics(extractor.num_features, extractor.num_classes, keep=keep_generated, first=first)
+    with processes.all_or_none():
+        for batch in images:
+            seen.update(extractor(batch))
     if processes.size > 1:
         seen.combine(lambda part: processes.all_reduce(part.clone()), lambda rows: _join(rows, processes))
-
-
-def compare(
-    extractor: FeatureExtractor, reference: Images, seen: Statistics, metrics: Sequence[str], *, batch_size: int = 500
-) -> dict[str, Any]:
-    """Figures of generated images against real ones.
-
-    Args:
-        extractor: What the generated images were seen with.
-        reference: Real images; their statistics are kept in the cache.
-        seen: Statistics of the generated images.
-        metrics: Some of `metrics.distance.METRICS`.
-        batch_size: Real images at a time.
-
-    Returns:
-        One key a metric; `prdc` is four figures; `cautions` where there are too few images.
-    """
-    if set(metrics) == {"is"}:
-        real = Statistics(extractor.num_features, 0)
-    else:
-        real = reference_statistics(extractor, reference, keep=keeps_features(metrics)[0], batch_size=batch_size)
-    figures: dict[str, Any] = dict(measure(metrics, real, seen))
-    if lines := cautions(metrics, real.count, seen.count, extractor.num_features):
-        figures["cautions"] = list(lines)
+    with processes.all_or_none():
+        if not processes.is_main:
+            return {}
+        if any(metric.compares for metric in chosen):
+            real = reference_statistics(extractor, reference, keep=keep_real)
+        else:
+            real = Statistics(extractor.num_features, 0)
+        figures = measure(chosen, real, seen)
+    if extractor.name == inception.NAME and "fd" in figures:
+        figures = {"fid": figures["fd"], **figures}
     return figures
-
-
-def describe(extractor: FeatureExtractor) -> dict[str, Any]:
-    """What a distance was measured with, to stand beside the figure.
-
-    Args:
-        extractor: The feature extractor.
-
-    Returns:
-        Name, how it resizes images, number of features, test accuracy (none where it was not measured), hash of the
-        weights.
-    """
-    return {
-        "name": extractor.name,
-        "resize": extractor.resize,
-        "num_features": extractor.num_features,
-        "accuracy": extractor.accuracy,
-        "digest": extractor.digest,
-    }
 
 
 def _join(rows: Tensor, processes: ProcessGroup) -> Tensor:

@@ -1,11 +1,11 @@
-"""A model's figures, or those of a set of images, as one document."""
+"""What a model is worth, or a set of images: figures, what they were measured with, and what they cost."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,207 +14,296 @@ from torch import Tensor
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Codec
-from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.evaluation.held_out import held_out_loss
-from multistage_diffusion.evaluation.images import compare, describe, gather, generated, observe
-from multistage_diffusion.metrics import distance, inception
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.evaluation.images import distances, generated
+from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.metrics.cost import CONVENTION, network_cost
-from multistage_diffusion.metrics.distance import with_limit
-from multistage_diffusion.metrics.extractor import FeatureExtractor
+from multistage_diffusion.metrics.extractor import Description, FeatureExtractor
+from multistage_diffusion.metrics.extractors import load_extractor
+from multistage_diffusion.metrics.metric import FeatureMetric, Metric
+from multistage_diffusion.metrics.table import feature_metrics, resolve, with_followers
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import call_plan
-from multistage_diffusion.stages import Stages
 
-METRICS = (*distance.METRICS, "loss")
+_CAUTION = "the classifier was trained without held-out images, by default on the reference itself: give train"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images: `source` as the user wrote it, their number, shape, and SHA-256."""
+
+    source: str
+    images: int
+    shape: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """What an image costs to draw, and what training cost.
+
+    Attributes:
+        solver: The solver.
+        steps: Its steps.
+        precision: What the network computes in.
+        nfe: Network evaluations of an image.
+        stage_calls: Those in each stage.
+        stage_gmacs: 10^9 multiply-accumulates of one evaluation in each stage.
+        gflops_per_sample: 10^9 FLOPs of an image.
+        flops: How multiply-accumulates and FLOPs are counted.
+        training_images: Images that the model was trained on, if that is known.
+        training_pflops: 10^15 FLOPs of its training.
+    """
+
+    solver: str
+    steps: int
+    precision: str
+    nfe: int
+    stage_calls: tuple[int, ...]
+    stage_gmacs: tuple[float, ...]
+    gflops_per_sample: float
+    flops: str = CONVENTION
+    training_images: int | None = None
+    training_pflops: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. Every figure is an attribute by its key, too: `evaluation.fd`, `evaluation.loss_error`.
+
+    Attributes:
+        figures: Figures of the metrics by key; all values are such as JSON holds.
+        reference: The real images.
+        samples: Number of generated images; 0 where none was drawn.
+        seconds: Wall time of all.
+        features: What the distances were measured with.
+        cost: What an image costs to draw; none for a set of images.
+        sampling_seconds: Wall time of drawing.
+        cautions: What a reader must know of the figures, like too few images; one line each.
+    """
+
+    figures: dict[str, Any]
+    reference: Reference
+    samples: int
+    seconds: float
+    features: Description | None = None
+    cost: SampleCost | None = None
+    sampling_seconds: float | None = None
+    cautions: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        figures = vars(self).get("figures", {})
+        if name not in figures:
+            raise AttributeError(f"no figure {name}; measured: {', '.join(figures)}")
+        return figures[name]
+
+    def __getitem__(self, key: str) -> Any:
+        warnings.warn(f'evaluation["{key}"] becomes evaluation.to_dict()["{key}"]', DeprecationWarning, stacklevel=2)
+        return self.to_dict()[key]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document: figures and costs side by side, without what was not measured."""
+        document = {
+            **self.figures,
+            "cautions": list(self.cautions) or None,
+            "features": None if self.features is None else asdict(self.features),
+            "sampling_seconds": self.sampling_seconds,
+            "samples": self.samples,
+            "reference": {**asdict(self.reference), "shape": list(self.reference.shape)},
+        }
+        if self.cost is not None:
+            calls, gmacs = list(self.cost.stage_calls), list(self.cost.stage_gmacs)
+            document |= {**asdict(self.cost), "stage_calls": calls, "stage_gmacs": gmacs}
+        optional = {"cautions", "features", "sampling_seconds", "training_images", "training_pflops"}
+        document = {key: value for key, value in document.items() if value is not None or key not in optional}
+        return {**document, "seconds": self.seconds}
 
 
 def evaluate(
     denoiser: Denoiser,
     reference: Images,
+    metrics: Sequence[str | Metric] | None = None,
     *,
-    metrics: Sequence[str] = ("fd", "loss"),
-    extractor: Callable[[], FeatureExtractor] | None = None,
+    features: str | FeatureExtractor | None = None,
+    train: Images | None = None,
     num: int = 1_000,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008  (frozen)
     seed: int = 0,
     batch_size: int = 256,
-    stages: Stages | None = None,
     codec: Codec | None = None,
     stage_images: Sequence[int] | None = None,
     processes: ProcessGroup = SINGLE,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure a model.
 
     Args:
         denoiser: The model.
         reference: Real images, held out from its training.
-        metrics: Some of `METRICS`.
-        extractor: Makes the feature extractor; needed for all metrics but `loss`.
+        metrics: Names of `METRICS`, and metrics of your own; by default `loss`, and `fd` where `features` are given.
+        features: What the distances see the images with: a name like `classifier`, or an extractor.
+        train: Images to train the features `classifier` on; without them it is trained on the reference.
         num: Number of generated images.
         sampling: Solver, steps, spacing.
         seed: Seed of the first image, and of the held-out loss.
         batch_size: Images at a time; changes nothing but rounding.
-        stages: Partition for the losses by stage; by default the model's own.
-        codec: Autoencoder of a model of latents: its images are decoded, and its loss is that of latents.
+        codec: Autoencoder of a latent model: its images are decoded, and its loss is that of latents.
         stage_images: Images that each stage was trained on, for the training FLOPs.
         processes: The processes that share the work.
 
     Returns:
-        One key a metric, and what they were measured with and what it cost. `fd_infinity` is added to `fd` where fewer
-        images are drawn than is customary. Among several processes, the first has the document and the others nothing.
+        The figures, the same in every process. `fd_infinity` comes with `fd` where fewer images are drawn than is
+        customary.
 
     Raises:
-        ConfigError: Unknown metric, or no extractor where one is needed.
+        ConfigError: Unknown metric, or no features where a metric needs them.
         NumericsError: An image is not finite.
         PeerError: Another process failed with its share.
     """
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(f"no metric {name}{suggest(name, METRICS)}")
-    begin, document = time.perf_counter(), dict[str, Any]()
-    wanted = [name for name in metrics if name != "loss"]
-    if wanted:
-        if extractor is None:
-            raise ConfigError(f"metrics {', '.join(wanted)} need features, and no extractor was given")
-        document |= _drawn(denoiser, reference, wanted, extractor(), num, sampling, seed, batch_size, codec, processes)
-    if "loss" in metrics:
-        held_out = reference
+    begin, drawing = time.perf_counter(), _Clock()
+    of_features, of_model = resolve(metrics or (("loss",) if features is None else ("fd", "loss")))
+    figures, extractor = dict[str, Any](), None
+    if of_features:
+        if features is None:
+            names = ", ".join(metric.name for metric in of_features)
+            raise ConfigError(f'metrics {names} need features, and no extractor was given, like features="classifier"')
+        extractor = _extractor(features, reference, train, denoiser.device, processes)
+        part = processes.shard(num)
+        images = generated(denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, codec=codec)
+        images = drawing.timed(images) if part else ()
+        figures = _distances(extractor, reference, images, of_features, num, processes)
+    if of_model:
+        examples = reference
         if codec is not None:
             with processes.local_main_first():
-                held_out = codec.encode(reference)
-        loss = held_out_loss(denoiser, held_out, stages=stages, batch_size=batch_size, seed=seed, processes=processes)
-        document["loss"] = loss.loss
-        document["loss_error"] = loss.error
-        document["stage_loss"] = list(loss.stage_loss)
-        document["sigma_loss"] = [
-            {**asdict(part), "high": None if math.isinf(part.high) else part.high} for part in loss.bins
-        ]
-    if not processes.is_main:
-        return {}
-    return {
-        **document,
-        "samples": num if wanted else 0,
-        "reference": _about(reference),
-        **_cost(denoiser, sampling, stage_images),
-        "seconds": round(time.perf_counter() - begin, 3),
-    }
+                examples = codec.encode(reference)
+        with torch.no_grad():
+            for metric in of_model:
+                figures |= metric.measure(denoiser, examples, seed=seed, batch_size=batch_size, processes=processes)
+    spent = drawing.seconds if of_features else None
+    measured = _evaluation(figures, begin, spent, num if of_features else 0, reference, extractor, processes)
+    return replace(measured, cost=_cost(denoiser, sampling, stage_images))
 
 
 def evaluate_images(
     images: Images,
     reference: Images,
-    extractor: FeatureExtractor,
-    metrics: Sequence[str],
+    metrics: Sequence[str | Metric] = ("fd",),
     *,
+    features: str | FeatureExtractor = "classifier",
+    train: Images | None = None,
+    device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure a set of images, whoever made them.
 
     Args:
         images: The images.
         reference: Real images of the same shape.
-        extractor: Gives the features.
-        metrics: Some of `metrics.distance.METRICS`.
+        metrics: Metrics of features: names of `METRICS`, and metrics of your own.
+        features: As in `evaluate`.
+        train: As in `evaluate`.
+        device: Where features given by name are computed.
         processes: The processes that share the work.
 
     Returns:
-        One key a metric, and what they were measured with; the first process has it, and the others nothing.
+        The figures, the same in every process.
 
     Raises:
-        ConfigError: Unknown metric, or `loss`, which needs a model.
+        ConfigError: Unknown metric, or one like `loss`, which needs a model.
         PeerError: Another process failed with its share.
     """
-    if "loss" in metrics:
-        raise ConfigError("the metric loss needs a run: a folder of images has no denoiser")
     begin, part = time.perf_counter(), processes.shard(len(images))
+    chosen = feature_metrics(metrics)
+    extractor = _extractor(features, reference, train, device, processes)
     batches = (images.floats(rows) for rows in torch.arange(part.start, part.stop).split(500))
-    figures = _figures(extractor, reference, batches, metrics, len(images), processes)
-    if not processes.is_main:
-        return {}
-    return {
-        **figures,
-        "features": describe(extractor),
-        "samples": len(images),
-        "reference": _about(reference),
-        "seconds": round(time.perf_counter() - begin, 3),
-    }
+    figures = _distances(extractor, reference, batches, chosen, len(images), processes)
+    return _evaluation(figures, begin, None, len(images), reference, extractor, processes)
 
 
-def _drawn(
-    denoiser: Denoiser,
+def _extractor(
+    features: str | FeatureExtractor,
     reference: Images,
-    metrics: Sequence[str],
-    extractor: FeatureExtractor,
-    num: int,
-    sampling: SamplingConfig,
-    seed: int,
-    batch_size: int,
-    codec: Codec | None,
+    train: Images | None,
+    device: torch.device | str,
     processes: ProcessGroup,
-) -> dict[str, Any]:
-    """Figures of images that are drawn now, this process's share of them; what they were seen with, and the time."""
-    part, spent = processes.shard(num), [0.0]
-    images = generated(
-        denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, codec=codec
-    )  # fmt: skip
-    figures = _figures(extractor, reference, _timed(images, spent) if part else (), metrics, num, processes)
-    return {**figures, "features": describe(extractor), "sampling_seconds": round(spent[0], 3)}
+) -> FeatureExtractor:
+    if isinstance(features, FeatureExtractor):
+        return features
+    with processes.local_main_first():  # a classifier is trained, or weights are downloaded, once
+        if train is None:
+            return load_extractor(features, reference, device=device)
+        return load_extractor(features, train, reference, device=device)
 
 
-def _figures(
+def _distances(
     extractor: FeatureExtractor,
     reference: Images,
     images: Iterable[Tensor],
-    metrics: Sequence[str],
+    metrics: Sequence[FeatureMetric],
     num: int,
     processes: ProcessGroup,
 ) -> dict[str, Any]:
-    """Figures of all processes' images, in the first process; the Fréchet distance is FID with Inception's features."""
-    metrics = with_limit(metrics, num, extractor.num_features)
-    with processes.all_or_none():
-        seen = observe(extractor, images, metrics, first=processes.shard(num).start)
-    gather(seen, processes)
-    with processes.all_or_none():
-        figures = compare(extractor, reference, seen, metrics) if processes.is_main else {}
-    if extractor.name == inception.NAME and "fd" in figures:
-        figures = {"fid": figures["fd"], **figures}
+    """Figures of `num` images, of which these are the share of this process; in the first process."""
+    metrics = with_followers(metrics, num, extractor.num_features)
+    first = processes.shard(num).start
+    figures = distances(extractor, reference, images, metrics, first=first, processes=processes)
+    if isinstance(extractor, Classifier) and extractor.accuracy is None:
+        figures["cautions"] = [*figures.get("cautions", ()), _CAUTION]
     return figures
 
 
-def _timed(images: Iterator[Tensor], spent: list[float]) -> Iterator[Tensor]:
-    """The same images; adds the seconds that making them took."""
-    while True:
-        begin = time.perf_counter()
-        batch = next(images, None)
-        spent[0] += time.perf_counter() - begin
-        if batch is None:
-            return
-        yield batch
+def _evaluation(
+    figures: dict[str, Any],
+    begin: float,
+    sampling_seconds: float | None,
+    samples: int,
+    reference: Images,
+    extractor: FeatureExtractor | None,
+    processes: ProcessGroup,
+) -> Evaluation:
+    """The figures and times of the first process, in every process."""
+    times = [round(time.perf_counter() - begin, 3), None if sampling_seconds is None else round(sampling_seconds, 3)]
+    figures, times = processes.broadcast([figures, times])
+    return Evaluation(
+        {key: value for key, value in figures.items() if key != "cautions"},
+        Reference(reference.name, len(reference), reference.shape, reference.digest),
+        samples,
+        times[0],
+        features=None if extractor is None else extractor.describe(),
+        sampling_seconds=times[1],
+        cautions=tuple(figures.get("cautions", ())),
+    )
 
 
-def _about(reference: Images) -> dict[str, Any]:
-    return {
-        "source": reference.name, "images": len(reference), "shape": list(reference.shape), "digest": reference.digest,
-    }  # fmt: skip
+class _Clock:
+    """Adds up the seconds that a loop waits for its images."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, images: Iterator[Tensor]) -> Iterator[Tensor]:
+        while True:
+            begin = time.perf_counter()
+            batch = next(images, None)
+            self.seconds += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
 
 
-def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[int] | None) -> dict[str, Any]:
-    """What an image costs to draw, what training cost, and how that is counted."""
+def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[int] | None) -> SampleCost:
     cost = network_cost(denoiser.network.config, denoiser.shape)
     calls = call_plan(denoiser, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing)
-    stage_calls = [calls.count(k) for k in range(len(cost.stages))]
-    trained = {} if stage_images is None else {
-        "training_images": sum(stage_images), "training_pflops": cost.training_flops(stage_images) / 1e15,
-    }  # fmt: skip
-    return {
-        "solver": sampling.solver,
-        "steps": sampling.steps,
-        "precision": denoiser.precision,
-        "nfe": len(calls),
-        "stage_calls": stage_calls,
-        "stage_gmacs": [stage.gmacs for stage in cost.stages],
-        "gflops_per_sample": cost.flops(stage_calls) / 1e9,
-        **trained,
-        "flops": CONVENTION,
-    }
+    stage_calls = tuple(calls.count(k) for k in range(len(cost.stages)))
+    return SampleCost(
+        solver=sampling.solver,
+        steps=sampling.steps,
+        precision=denoiser.precision,
+        nfe=len(calls),
+        stage_calls=stage_calls,
+        stage_gmacs=tuple(stage.gmacs for stage in cost.stages),
+        gflops_per_sample=cost.flops(stage_calls) / 1e9,
+        training_images=None if stage_images is None else sum(stage_images),
+        training_pflops=None if stage_images is None else cost.training_flops(stage_images) / 1e15,
+    )

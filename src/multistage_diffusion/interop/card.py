@@ -9,11 +9,11 @@ from typing import Any
 
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.metrics.cost import network_cost
+from multistage_diffusion.metrics.table import SHOWN
 from multistage_diffusion.models.denoiser import Denoiser
 
 _TASK = "unconditional-image-generation"
 _DATASETS = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}
-_FIGURES = ("fid", "fd", "fd_infinity", "kid", "is", "precision", "recall", "density", "coverage", "loss")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _figures(results: Mapping[str, Any] | None) -> dict[str, float]:
     """The metrics among what was written, by name."""
     flat = {**(results or {})}
     flat.update(flat.pop("prdc", None) or {})
-    return {name: float(flat[name]) for name in _FIGURES if isinstance(flat.get(name), int | float)}
+    return {name: float(flat[name]) for name in SHOWN if isinstance(flat.get(name), int | float)}
 
 
 def _measured(results: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.metrics.extractor import Batch, FeatureExtractor, coloured_pixels
+from multistage_diffusion.metrics.extractor import FeatureExtractor, coloured_pixels
 
 DEFAULT = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. 2023 and Karras et al. 2024 use it
 _SIDE = 224
@@ -46,8 +46,8 @@ class DINOv2(FeatureExtractor):
                 f"the features dinov2 need transformers ({error}): pip install 'multistage-diffusion[dinov2]'"
             ) from error
         try:
-            model: Any = Dinov2Model.from_pretrained(str(Path(where).absolute()) if Path(where).is_dir() else where,
-                                                     use_safetensors=True)  # fmt: skip
+            place = str(Path(where).absolute()) if Path(where).is_dir() else where
+            model: Any = Dinov2Model.from_pretrained(place, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"cannot read DINOv2 at {where} ({' '.join(str(error).split())[:160]}); give a folder as dinov2:PATH"
@@ -56,18 +56,10 @@ class DINOv2(FeatureExtractor):
         self.num_features = int(model.config.hidden_size)
         self.name = f"dinov2-{model.config.num_hidden_layers}x{self.num_features}"
 
-    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch 0"]]:
-        """Features of a few images.
-
-        Args:
-            x: Images in [-1, 1].
-
-        Returns:
-            Features, and no logits.
-
-        Raises:
-            DataError: Neither grey nor coloured.
-        """
+    def see(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch 0"]]:
+        """Features of images in [-1, 1], and no logits."""
         x = F.interpolate(coloured_pixels(x) / 255.0, (_SIDE, _SIDE), mode="bicubic", antialias=True)
         mean, deviation = (torch.tensor(values, device=x.device)[:, None, None] for values in (_MEAN, _DEVIATION))
         features = self.model(pixel_values=(x - mean) / deviation).pooler_output

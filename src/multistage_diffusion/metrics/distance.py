@@ -1,4 +1,4 @@
-"""Distances between two sets of images, from their statistics, in float64 on the CPU.
+"""Distances between two sets of images, from statistics of their features, in float64 on the CPU.
 
 Written here, because the sums are cached, added over processes and reused: scipy and torchmetrics are what the tests
 compare with. Only figures from Inception features may be called FID, KID and IS in a report.
@@ -6,238 +6,185 @@ compare with. Only figures from Inception features may be called FID, KID and IS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.errors import ConfigError, DataError, suggest
+from multistage_diffusion.errors import ConfigError, DataError
+from multistage_diffusion.metrics.metric import FeatureMetric, Figures
 from multistage_diffusion.metrics.statistics import SPLITS, Statistics
 
-Metric: TypeAlias = Literal["fd", "fd_infinity", "kid", "is", "prdc"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-Figures: TypeAlias = dict[str, float | list[int] | dict[str, float]]
-
 CUSTOMARY = 50_000  # generated images behind published figures; with fewer, the plain Fréchet distance needs its limit
-_SUBSET = 1000  # images in a subset of the kernel distance and, at least, in a split of the inception score
-_SUBSETS = 100  # Binkowski et al. 2018
-_EXTRAPOLATED = 15  # sizes of the regression (Chong and Forsyth 2020)
 _NEIGHBOURS = 5  # Naeem et al. 2020
 _BLOCK = 1024  # rows of a distance matrix held at a time
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Refuse names that are no metric.
+class _Frechet(FeatureMetric):
+    """The squared 2-Wasserstein distance between normal distributions with the sets' means and covariances.
 
-    Args:
-        metrics: Names.
+    It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    Raises:
-        ConfigError: No metric, or an unknown one.
-    """
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(f"no metric {name}{suggest(name, METRICS)}")
-    if not metrics:
-        raise ConfigError(f"name at least one metric of {', '.join(METRICS)}")
-
-
-def keeps_features(metrics: Sequence[str]) -> tuple[bool, bool]:
-    """Which sets must keep their features for some metrics.
-
-    Args:
-        metrics: Some of `METRICS`.
-
-    Returns:
-        Whether the real and the generated images must.
-    """
-    both = bool({"kid", "prdc"} & set(metrics))
-    return both, both or "fd_infinity" in metrics
-
-
-def with_limit(metrics: Sequence[str], generated: int, num_features: int) -> tuple[str, ...]:
-    """Metrics with `fd_infinity` behind `fd` where the plain figure says much about the number of images.
-
-    Args:
-        metrics: Some of `METRICS`.
-        generated: Number of generated images.
-        num_features: Length of a feature vector.
-
-    Returns:
-        The metrics; more than asked if fewer than `CUSTOMARY` images are drawn, but enough for the regression.
-    """
-    if "fd" in metrics and "fd_infinity" not in metrics and 4 * num_features <= generated < CUSTOMARY:
-        return (*metrics, "fd_infinity")
-    return tuple(metrics)
-
-
-def measure(metrics: Sequence[str], real: Statistics, generated: Statistics, *, seed: int = 0) -> Figures:
-    """Figures of generated images against real ones.
-
-    Args:
-        metrics: Some of `METRICS`.
-        real: Statistics of the reference; with features where `keeps_features` says so. Not needed for `is`.
-        generated: Statistics of generated images, likewise.
-        seed: Of the random subsets.
-
-    Returns:
-        One key a metric, in the order asked; `kid_std` and `is_std` beside theirs, `fd_infinity_images` (least and most
-        images of the regression) beside `fd_infinity`; `prdc` holds its four.
-
-    Raises:
-        ConfigError: No metric, an unknown one, or `is` where the features know no classes.
-        DataError: Too few images for a metric.
-    """
-    check_metrics(metrics)
-    for kind, count, least in (
-        ("real", real.count, 0 if set(metrics) == {"is"} else 2),
-        ("generated", generated.count, 2),
-    ):
-        if count < least:
-            mend = "raise num" if kind == "generated" else "take a larger source"
-            raise DataError(f"at least 2 {kind} images are needed for a distance, got {count}; {mend}")
-    result: Figures = {}
-    for name in metrics:
-        match name:
-            case "fd":
-                result[name] = frechet_distance(real, generated)
-            case "fd_infinity":
-                result[name], result["fd_infinity_images"] = _limit(real, generated, seed)
-            case "kid":
-                result[name], result["kid_std"] = _kernel_distance(real.features, generated.features, seed)
-            case "is":
-                result[name], result["is_std"] = _inception_score(generated)
-            case _:
-                result[name] = prdc(real.features.double(), generated.features.double())
-    return result
-
-
-def cautions(metrics: Sequence[str], real: int, generated: int, num_features: int) -> tuple[str, ...]:
-    """Reasons to doubt the figures, for the report.
-
-    Args:
-        metrics: What was measured.
-        real: Number of real images.
-        generated: Number of generated images.
-        num_features: Length of a feature vector.
-
-    Returns:
-        One line each; none if there are enough images.
-    """
-    if not {"fd", "fd_infinity"} & set(metrics):
-        return ()
-    return tuple(
-        f"{count} {kind} images, fewer than 2 x {num_features} features: "
-        "the Fréchet distance says more about their number than about their quality"
-        for kind, count in (("real", real), ("generated", generated))
-        if count < 2 * num_features
-    )
-
-
-def frechet_distance(real: Statistics, generated: Statistics) -> float:
-    """Squared 2-Wasserstein distance between normal distributions of the sets' means and covariances.
-
-    Args:
-        real: One set.
-        generated: The other.
-
-    Returns:
-        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
+    With roots C1 = R1 R1^T and C2 = R2 R2^T, the eigenvalues of C1 C2 are those of (R1^T R2) (R1^T R2)^T, so that the
+    trace of its square root is the sum of the singular values of R1^T R2. That needs no root of the product, which is
+    not symmetric, and is exact to rounding where covariances are singular.
 
     Source: Heusel et al. 2017.
     """
-    return _frechet(real.mean(), _root(real.covariance()), generated.mean(), _root(generated.covariance()))
 
-
-def _frechet(mean: Tensor, root: Tensor, other_mean: Tensor, other_root: Tensor) -> float:
-    """The same from roots, C = R R^T: the trace of (C1 C2)^(1/2) is the sum of the singular values of R1^T R2.
-
-    That needs no root of a product, which is not symmetric, and is exact to rounding where covariances are singular.
-    """
-    cross = torch.linalg.svdvals(root.T @ other_root).sum()
-    distance = (mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * cross
-    return max(0.0, float(distance))
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """R with R R^T = C; eigenvalues that rounding made negative are 0."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp_min(0.0).sqrt()
-
-
-def _limit(real: Statistics, generated: Statistics, seed: int) -> tuple[float, list[int]]:
-    """The Fréchet distance of infinitely many generated images: its line in 1 / images, at 0; and the images used.
-
-    Source: Chong and Forsyth 2020, "Effectively unbiased FID". They use plain and quasi-random noise; we, subsets.
-    """
-    features, num_features = generated.features, len(generated.total)
-    count, least = len(features), 2 * num_features
-    if count < 2 * least:
-        raise DataError(
-            f"fd_infinity needs at least {2 * least} generated images (4 for each of {num_features} features), got "
-            f"{count}; raise num, or leave fd_infinity out of metrics"
+    def cautions(self, real: int, generated: int, num_features: int) -> tuple[str, ...]:
+        """With fewer than twice as many images as features, covariances are close to singular."""
+        return tuple(
+            f"{count} {kind} images, fewer than 2 x {num_features} features: "
+            "the Fréchet distance says more about their number than about their quality"
+            for kind, count in (("real", real), ("generated", generated))
+            if count < 2 * num_features
         )
-    sizes = torch.linspace(max(least, count // 10), count, _EXTRAPOLATED, dtype=torch.float64).long()
-    mean, root, distances = real.mean(), _root(real.covariance()), list[float]()
-    for i, size in enumerate(sizes.tolist()):
-        chosen = features[rng.permutation(seed, "fd-infinity", i, count)[:size]].double()
-        distances.append(_frechet(mean, root, chosen.mean(0), _root(chosen.T.cov())))
-    design = torch.stack((torch.ones(_EXTRAPOLATED, dtype=torch.float64), 1.0 / sizes.double()), dim=1)
-    line = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
-    return float(line[0, 0]), [int(sizes[0]), count]
 
 
-def _kernel_distance(real: Tensor, generated: Tensor, seed: int) -> tuple[float, float]:
-    """Unbiased squared maximum mean discrepancy with a cubic kernel: mean and deviation over random subsets.
+@final
+@dataclass(frozen=True)
+class FrechetDistance(_Frechet):
+    """The Fréchet distance of the images as they are; `fid` is the same number where the features are Inception's."""
+
+    name = "fd"
+    companions = ("fid",)
+    shown = ("fid", "fd")
+
+    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+        """`fd`."""
+        roots = (_root(each.covariance()) for each in (real, generated))
+        return {self.name: _frechet(real.mean(), generated.mean(), *roots)}
+
+    def followers(self, generated: int, num_features: int) -> tuple[FeatureMetric, ...]:
+        """The limit, where fewer images than is customary are drawn, but enough for its regression."""
+        return (FrechetDistanceLimit(),) if 4 * num_features <= generated < CUSTOMARY else ()
+
+
+@final
+@dataclass(frozen=True)
+class FrechetDistanceLimit(_Frechet):
+    """The Fréchet distance of infinitely many generated images.
+
+    The distance of n images is too large by about c / n, so it is measured for several n and the line through the
+    points (1 / n, distance) is read at 0.
+
+    Source: Chong and Forsyth 2020, "Effectively unbiased FID", who use plain and quasi-random noise; here, subsets.
+    """
+
+    sizes: int = 15
+
+    name = "fd_infinity"
+    keeps = "generated"
+
+    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+        """`fd_infinity`, and the least and the most images of the line: `fd_infinity_images`."""
+        features, num_features = generated.features, len(generated.total)
+        count, least = len(features), 2 * num_features
+        if count < 2 * least:
+            raise DataError(
+                f"fd_infinity needs at least {2 * least} generated images (4 for each of {num_features} features), "
+                f"got {count}; raise num, or leave fd_infinity out of metrics"
+            )
+        sizes = torch.linspace(max(least, count // 10), count, self.sizes, dtype=torch.float64).long()
+        mean, root, distances = real.mean(), _root(real.covariance()), list[float]()
+        for i, size in enumerate(sizes.tolist()):
+            chosen = features[rng.permutation(seed, "fd-infinity", i, count)[:size]].double()
+            distances.append(_frechet(mean, chosen.mean(0), root, _root(chosen.T.cov())))
+        design = torch.stack((torch.ones(self.sizes, dtype=torch.float64), 1.0 / sizes.double()), dim=1)
+        line = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
+        return {self.name: float(line[0, 0]), "fd_infinity_images": [int(sizes[0]), count]}
+
+
+@final
+@dataclass(frozen=True)
+class KernelDistance(FeatureMetric):
+    """Squared maximum mean discrepancy with the kernel k(x, y) = (x.y / d + 1)^3, over random subsets.
+
+    The unbiased estimate is the mean of k over pairs of different real images, plus that over pairs of different
+    generated ones, minus twice that over pairs of a real and a generated one.
 
     Source: Binkowski et al. 2018.
     """
-    size = min(_SUBSET, len(real), len(generated))
-    subsets = 1 if size == max(len(real), len(generated)) else _SUBSETS
-    found = []
-    for i in range(subsets):
-        x, y = (
-            rows[rng.permutation(seed, f"kid-{kind}", i, len(rows))[:size]].double()
-            for kind, rows in (("real", real), ("generated", generated))
-        )
-        within = sum(float(_kernel(rows, rows).fill_diagonal_(0.0).sum()) for rows in (x, y)) / (size * (size - 1))
-        found.append(within - 2 * float(_kernel(x, y).mean()))
-    values = torch.tensor(found, dtype=torch.float64)
-    return float(values.mean()), float(values.std(correction=0))
+
+    subset_size: int = 1000
+    subsets: int = 100
+
+    name = "kid"
+    companions = ("kid_std",)
+    keeps = "both"
+
+    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+        """Mean and standard deviation over the subsets: `kid`, `kid_std`."""
+        sets = {"real": real.features, "generated": generated.features}
+        counts = [len(rows) for rows in sets.values()]
+        size = min(self.subset_size, *counts)
+        values = []
+        for i in range(1 if size == max(counts) else self.subsets):
+            x, y = (
+                rows[rng.permutation(seed, f"kid-{kind}", i, len(rows))[:size]].double() for kind, rows in sets.items()
+            )
+            within = sum(float(_kernel(rows, rows).fill_diagonal_(0.0).sum()) for rows in (x, y)) / (size * (size - 1))
+            values.append(within - 2 * float(_kernel(x, y).mean()))
+        result = torch.tensor(values, dtype=torch.float64)
+        return {self.name: float(result.mean()), "kid_std": float(result.std(correction=0))}
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1.0) ** 3
+@final
+@dataclass(frozen=True)
+class InceptionScore(FeatureMetric):
+    """Exponential of the information that an image x gives about its class c, E_x KL(p(c | x) || p(c)).
 
+    That is E_x sum_c p log p - sum_c m log m with the mean probabilities m. Image i is in split i modulo 10; with fewer
+    than `split_size` images a split, all images are one split.
 
-def _inception_score(generated: Statistics) -> tuple[float, float]:
-    """Exponential of the information that an image gives about its class: mean and deviation over splits.
-
-    Source: Salimans et al. 2016. Every tenth image makes a split; they are one set where there are too few.
+    Source: Salimans et al. 2016.
     """
-    if generated.split_probability.shape[1] == 0:
-        raise ConfigError("the metric is needs features that know classes, like inception or source; these do not")
-    parts = [generated.split_count, generated.split_probability, generated.split_information]
-    if generated.count < SPLITS * _SUBSET:
-        parts = [part.sum(0, keepdim=True) for part in parts]
-    count, probability, information = parts
-    mean = probability / count[:, None]
-    scores = (information / count - torch.xlogy(mean, mean).sum(1)).exp()
-    return float(scores.mean()), float(scores.std()) if len(scores) > 1 else 0.0
+
+    split_size: int = 1000
+
+    name = "is"
+    companions = ("is_std",)
+    compares = False
+
+    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+        """Mean and standard deviation over the splits: `is`, `is_std`."""
+        if generated.split_probability.shape[1] == 0:
+            raise ConfigError(
+                "the metric is needs features that know classes, like inception or classifier; these do not"
+            )
+        parts = [generated.split_count, generated.split_probability, generated.split_information]
+        if generated.count < SPLITS * self.split_size:
+            parts = [part.sum(0, keepdim=True) for part in parts]
+        count, probability, information = parts
+        mean = probability / count[:, None]
+        scores = (information / count - torch.xlogy(mean, mean).sum(1)).exp()
+        return {self.name: float(scores.mean()), "is_std": float(scores.std()) if len(scores) > 1 else 0.0}
+
+
+@final
+@dataclass(frozen=True)
+class PrecisionRecall(FeatureMetric):
+    """Precision, recall, density and coverage: the function `prdc`."""
+
+    neighbours: int = _NEIGHBOURS
+
+    name = "prdc"
+    shown = ("precision", "recall", "density", "coverage")
+    keeps = "both"
+
+    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+        """`prdc`, which holds its four."""
+        return {self.name: prdc(real.features.double(), generated.features.double(), self.neighbours)}
 
 
 def prdc(
     real: Float[Tensor, "real features"], generated: Float[Tensor, "generated features"], neighbours: int = _NEIGHBOURS
 ) -> dict[str, float]:
     """Precision, recall, density and coverage: balls around each image, reaching to its k-th neighbour in its own set.
-
-    Args:
-        real: Features of the reference.
-        generated: Features of generated images.
-        neighbours: k.
 
     Returns:
         `precision`: share of generated images within a ball of a real one; `recall`: the reverse; `density`: balls of
@@ -273,3 +220,20 @@ def prdc(
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     """Distance of each row to its k-th neighbour among the others."""
     return torch.cat([torch.cdist(rows, features).kthvalue(neighbours + 1).values for rows in features.split(_BLOCK)])
+
+
+def _frechet(mean: Tensor, other_mean: Tensor, root: Tensor, other_root: Tensor) -> float:
+    """The Fréchet distance from means and roots of covariances."""
+    cross = torch.linalg.svdvals(root.T @ other_root).sum()
+    distance = (mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R with R R^T = C; eigenvalues that rounding made negative are 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1.0) ** 3

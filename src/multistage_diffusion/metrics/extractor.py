@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from multistage_diffusion.devices import full_precision
 from multistage_diffusion.errors import DataError, NumericsError
 
-Batch: TypeAlias = Float[Tensor, "batch channels height width"]
-
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor sees in a batch of images.
+    """What an extractor gives for a batch of images.
 
     Attributes:
         features: One row an image.
@@ -34,15 +32,31 @@ class Features:
     logits: Float[Tensor, "batch classes"]
 
 
-class FeatureExtractor(nn.Module, ABC):
-    """Features of images; an image's result does not depend on its batch-mates beyond rounding.
+@dataclass(frozen=True)
+class Description:
+    """What features are, to stand beside a figure: figures compare only where the digests are equal.
 
     Attributes:
         name: What the features are, like `digits-classifier`.
         resize: How images are resized for the network.
         num_features: Length of a feature vector.
+        accuracy: Share of held-out images whose class the network names right; none where nobody measured it.
+        digest: SHA-256 of the weights, in hexadecimal digits.
+    """
+
+    name: str
+    resize: str
+    num_features: int
+    accuracy: float | None
+    digest: str
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """Features of images; an image's result does not depend on its batch-mates beyond rounding.
+
+    Attributes:
+        name, resize, num_features, accuracy: As in `Description`.
         num_classes: Length of a row of logits; 0 for a network without classes.
-        accuracy: Share of the held-out images whose class it names right; none where nobody measured it.
         block: Images a forward pass.
     """
 
@@ -54,10 +68,14 @@ class FeatureExtractor(nn.Module, ABC):
     block: int = 64
 
     @abstractmethod
-    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+    def see(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
         """Features and logits of a few images in [-1, 1], on the device of the weights."""
 
-    def forward(self, images: Batch | UInt8[Tensor, "batch channels height width"]) -> Features:
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"] | UInt8[Tensor, "batch channels height width"]
+    ) -> Features:
         """Features and logits.
 
         Args:
@@ -78,26 +96,22 @@ class FeatureExtractor(nn.Module, ABC):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights, in hexadecimal digits: two figures compare only if it is the same."""
+        """SHA-256 of the weights, in hexadecimal digits."""
         return hashlib.sha256(save_tensors(self.weights())).hexdigest()
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights, on the CPU.
-
-        Returns:
-            A tensor for each name.
-        """
+        """The weights by name, on the CPU."""
         return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
 
+    def describe(self) -> Description:
+        """What stands beside a figure of these features."""
+        return Description(self.name, self.resize, self.num_features, self.accuracy, self.digest)
 
-def coloured_pixels(x: Batch) -> Float[Tensor, "batch 3 high wide"]:
-    """Images as networks for photographs see them.
 
-    Args:
-        x: Images in [-1, 1].
+def coloured_pixels(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Images in [-1, 1] as networks for photographs see them: three channels of whole numbers in 0..255.
 
-    Returns:
-        Three channels of whole numbers in 0..255; grey images become grey colours.
+    Grey images become grey colours.
 
     Raises:
         DataError: Neither 1 nor 3 channels.

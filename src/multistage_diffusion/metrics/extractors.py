@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 
 from multistage_diffusion.data import Images
 from multistage_diffusion.errors import ConfigError, DataError, suggest
+from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.extractor import FeatureExtractor
-from multistage_diffusion.metrics.features import source_features
 
-NAMES = ("source", "efficientnet-lite0", "inception", "dinov2")
+NAMES = ("classifier", "efficientnet-lite0", "inception", "dinov2")
 
 
-def load_extractor(name: str, train: Images, test: Images, *, device: torch.device | str = "cpu") -> FeatureExtractor:
+def load_extractor(
+    name: str, train: Images, test: Images | None = None, *, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
     """A feature extractor.
 
     Args:
         name: One of `NAMES`; behind a colon the file of its weights (`inception`, `efficientnet-lite0`) or its folder
             or name on the hub (`dinov2`).
-        train: Images to train the classifier `source` on.
+        train: Images to train the `classifier` on.
         test: Held-out images of the same source, for its accuracy.
         device: Where the extractor will work.
 
@@ -28,14 +31,17 @@ def load_extractor(name: str, train: Images, test: Images, *, device: torch.devi
         The extractor, in evaluation mode.
 
     Raises:
-        ConfigError: No such extractor, its weights or package are missing, or `source` has no labels to learn from.
+        ConfigError: No such extractor, its weights or package are missing, or `classifier` has no labels to learn from.
     """
     kind, _, where = name.partition(":")
     path = Path(where) if where else None
+    if kind == "source":
+        warnings.warn('the features "source" are called "classifier" now', DeprecationWarning, stacklevel=2)
+        kind = "classifier"
     match kind:
-        case "source":
+        case "classifier":
             try:
-                return source_features(train, test, device=device)
+                return classifier_features(train, test, device=device)
             except DataError as error:
                 others = ", ".join(NAMES[1:])
                 raise ConfigError(f"{error}; choose other features ({others})") from error

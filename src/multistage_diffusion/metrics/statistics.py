@@ -59,10 +59,7 @@ class Statistics:
         self._next = first
 
     def update(self, batch: Features) -> None:
-        """Take a batch.
-
-        Args:
-            batch: Features of some images.
+        """Take the features of some images.
 
         Raises:
             DataError: Features of another length.
@@ -73,10 +70,10 @@ class Statistics:
             raise DataError(f"features must have {len(self.total)} numbers, got {rows.shape[1]}")
         if not bool(rows.isfinite().all() and logits.isfinite().all()):
             raise NumericsError("the features of images hold NaN or infinite values")
-        wide = rows.double()
+        double = rows.double()
         self.count += len(rows)
-        self.total += wide.sum(0)
-        self.outer.addmm_(wide.T, wide)
+        self.total += double.sum(0)
+        self.outer.addmm_(double.T, double)
         if self.keep:
             self.kept.append(rows.float())
         if logits.shape[1]:
@@ -93,19 +90,11 @@ class Statistics:
         return torch.cat(self.kept) if self.kept else torch.zeros(0, len(self.total))
 
     def mean(self) -> Float[Tensor, " features"]:
-        """Mean of the features.
-
-        Returns:
-            float64.
-        """
+        """Mean of the features, float64."""
         return self.total / self.count
 
     def covariance(self) -> Float[Tensor, "features features"]:
-        """Unbiased covariance of the features.
-
-        Returns:
-            float64.
-        """
+        """Unbiased covariance of the features, float64: (sum x x^T - n m m^T) / (n - 1)."""
         mean = self.mean()
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
@@ -145,9 +134,9 @@ def reference_statistics(
     """
     key = hashlib.sha256(f"statistics 1 {images.digest} {extractor.name} {extractor.digest}".encode()).hexdigest()
     folder = (cache_directory() / "statistics" if cache is None else cache) / key[:32]
-    wanted = (_MOMENTS, _FEATURES) if keep else (_MOMENTS,)
+    files = (_MOMENTS, _FEATURES) if keep else (_MOMENTS,)
     result = Statistics(extractor.num_features, extractor.num_classes, keep=keep)
-    if check_directory(folder, wanted) is None:
+    if check_directory(folder, files) is None:
         moments = load_file(folder / _MOMENTS)
         result.count, result.total, result.outer = len(images), moments["total"], moments["outer"]
         result.kept = [load_file(folder / _FEATURES)["features"]] if keep else []

@@ -7,7 +7,6 @@ import io
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def fetch(published: Published, hint: str) -> Path:
     """The file: from the cache, or downloaded into it.
 
     Args:
-        published: What is wanted; it must have a URL.
+        published: The file, which must have a URL.
         hint: What to do without a network, for the message.
 
     Returns:
@@ -86,31 +85,17 @@ def read_weights(path: Path, published: Published, network: nn.Module) -> None:
         raise ConfigError(f"cannot read {path} as {published.name}: {error.strerror}") from error
     _check(content, published, str(path))
     tensors: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    place(tensors, network, str(path))
-
-
-def place(tensors: dict[str, Any], network: nn.Module, where: str) -> None:
-    """Give a network on the meta device its weights.
-
-    Args:
-        tensors: Weights by name, all of them.
-        network: Left in evaluation mode without gradients.
-        where: Where they came from, for the message.
-
-    Raises:
-        CheckpointError: The tensors are not those of the network.
-    """
     try:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{where} is of another network: {str(error).splitlines()[1].strip()[:200]}") from error
+        raise CheckpointError(f"{path} is of another network: {str(error).splitlines()[1].strip()[:200]}") from error
     network.eval().requires_grad_(False)
 
 
 def _check(content: bytes, published: Published, where: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != published.sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != published.sha256:
         raise ConfigError(
-            f"{where} is not {published.name} as published: SHA-256 {found[:12]}... of {len(content)} bytes instead of "
-            f"{published.sha256[:12]}... of {published.size}"
+            f"{where} is not {published.name} as published: SHA-256 {digest[:12]}... of {len(content)} bytes instead "
+            f"of {published.sha256[:12]}... of {published.size}"
         )

@@ -19,7 +19,7 @@ from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.metrics.cost import Cost, network_cost
-from multistage_diffusion.metrics.features import FeatureExtractor
+from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts

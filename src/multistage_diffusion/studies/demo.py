@@ -16,10 +16,11 @@ from multistage_diffusion.clustering import Clustering, cluster
 from multistage_diffusion.config import RunConfig, StagesConfig, check, to_dict
 from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.evaluation import describe, distances, generated, held_out_loss
+from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
+from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.cost import Cost, network_cost
-from multistage_diffusion.metrics.features import FeatureExtractor, source_features
+from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import Trace, sample
 from multistage_diffusion.stages import Stages
@@ -179,7 +180,7 @@ def run_demo(
     clustering = cluster(data, config.process, stages=len(config.model.decoder_widths), seed=options.seed)
     edges = clustering.stages.edges
     say(f"stages at sigma {', '.join(f'{edge:.3g}' for edge in edges)} in {clustering.seconds:.1f} s")
-    extractor = source_features(data, test)
+    extractor = classifier_features(data, test)
     say(f"features: {extractor.name}, {extractor.accuracy:.1%} of the held-out images named right")
     config = replace(
         config, stages=StagesConfig(edges=edges), training=replace(config.training, seed=options.seed)
@@ -195,8 +196,8 @@ def run_demo(
     batches = (data.floats(rows) for rows in torch.arange(len(data)).split(500))
     floor = distances(extractor, test, batches, ["fd"])["fd"]
     return DemoResult(
-        data.name, clustering, models, data.floats(torch.arange(options.shown)), describe(extractor), floor, len(test),
-        options, time.perf_counter() - begin,
+        data.name, clustering, models, data.floats(torch.arange(options.shown)), asdict(extractor.describe()), floor,
+        len(test), options, time.perf_counter() - begin,
     )  # fmt: skip
 
 

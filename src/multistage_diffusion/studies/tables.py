@@ -10,7 +10,8 @@ from typing import Any
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
-from multistage_diffusion.metrics.features import FeatureExtractor, source_features
+from multistage_diffusion.metrics.classifier import classifier_features
+from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.stages import Stages
@@ -44,7 +45,7 @@ class Lab:
     @cached_property
     def extractor(self) -> FeatureExtractor:
         """Features of the source's own classifier."""
-        return source_features(self.data, self.test, device=self.cells.device)
+        return classifier_features(self.data, self.test, device=self.cells.device)
 
     def runs(self, config: RunConfig, *, seeds: int | None = None, times: float = 1.0) -> list[Cell]:
         """A model's cells, one a seed.

@@ -16,11 +16,12 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.pictures import grid, png
-from multistage_diffusion.errors import ConfigError, NumericsError, PeerError, suggest
-from multistage_diffusion.evaluation import METRICS, evaluate
+from multistage_diffusion.errors import ConfigError, NumericsError, PeerError
+from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.files import write_atomic
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
+from multistage_diffusion.metrics.table import LOGGED, resolve
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import ProcessGroup
 from multistage_diffusion.sampling import is_out_of_memory, sample
@@ -28,7 +29,6 @@ from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.report import SAMPLES, Report
 
 _CELL = 64  # pixels of an image in a grid, at least
-_KEPT = ("stage_loss", "loss_error", "kid_std", "is_std", "fid", "fd_infinity", *METRICS)  # of a report
 _ASK_AFTER = 1.0  # seconds between questions whether another process gave up
 
 
@@ -37,17 +37,11 @@ class _Interrupted(Exception):  # noqa: N818  (no error)
 
 
 def require_metrics(names: Sequence[str]) -> None:
-    """Refuse metrics that do not exist, before anything is read.
-
-    Args:
-        names: What is to be measured.
-
-    Raises:
-        ConfigError: A name is not one of `evaluation.METRICS`.
-    """
-    for name in names:
-        if name not in METRICS:
-            raise ConfigError(f"logging.metrics: no metric {name}{suggest(name, METRICS)}")
+    """Refuse metrics that do not exist, before anything is read."""
+    try:
+        resolve(names)
+    except ConfigError as error:
+        raise ConfigError(f"logging.metrics: {error}") from error
 
 
 @final
@@ -77,7 +71,7 @@ class Observer:
         self._reference: Images | None = None
         if images is not None:
             self._reference = images[1]
-            if set(config.logging.metrics) - {"loss"}:
+            if resolve(config.logging.metrics)[0]:
                 self._extractor = load_extractor(config.logging.features, *images, device=device)
 
     def look(self, trainer: Trainer, report: Report) -> int | None:
@@ -134,14 +128,20 @@ class Observer:
     def _measure(self, denoiser: Denoiser, processes: ProcessGroup) -> dict[str, Any]:
         logging, extractor = self._config.logging, self._extractor
         assert self._reference is not None, "read before the first step"
-        document = evaluate(
-            denoiser, self._reference, metrics=logging.metrics, num=logging.evaluate_images,
-            extractor=None if extractor is None else lambda: extractor, sampling=self._config.sampling,
-            batch_size=logging.sample_batch, codec=self._codec, processes=processes,
-        )  # fmt: skip
-        figures = {key: value for key, value in document.items() if key in _KEPT}
-        if extractor is not None and document:
-            figures |= {"samples": document["samples"], "features": extractor.name}
+        evaluation = evaluate(
+            denoiser,
+            self._reference,
+            logging.metrics,
+            features=extractor,
+            num=logging.evaluate_images,
+            sampling=self._config.sampling,
+            batch_size=logging.sample_batch,
+            codec=self._codec,
+            processes=processes,
+        )
+        figures = {key: value for key, value in evaluation.figures.items() if key in LOGGED}
+        if extractor is not None:
+            figures |= {"samples": evaluation.samples, "features": extractor.name}
         return figures
 
 

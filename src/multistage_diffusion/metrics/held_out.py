@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.loss import denoising_loss
+from multistage_diffusion.metrics.metric import Figures, ModelMetric
 from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.stages import Stages
@@ -74,11 +76,11 @@ def held_out_loss(
     Args:
         denoiser: The model, in evaluation mode.
         data: Held-out images, or their latents.
-        stages: Partition for the losses by stage; by default the model's own.
-        repeats: Noise levels for each image; together they are a stratified draw from the training distribution.
+        stages: Partition for the losses by stage; by default that of the model.
+        repeats: Noise levels for each image; together they are a stratified sample of the training distribution.
         max_images: At most so many images are used, the first ones.
-        batch_size: Images at a time; changes nothing.
-        seed: Seed of noise and levels.
+        batch_size: Images at a time; changes no loss.
+        seed: Seed of noise and noise levels.
         processes: The processes that share the batches.
 
     Returns:
@@ -90,21 +92,23 @@ def held_out_loss(
     stages, device = stages or denoiser.stages, denoiser.device
     count = min(len(data), max_images)
     total = count * repeats
+    # Draw i is of image i modulo count. Its u is uniform in a cell of its own of total equal cells of [0, 1], dealt out
+    # at random, so that the levels icdf(u) are a stratified sample of the training distribution.
     index = torch.arange(total)
     cell = rng.permutation(seed, "held-out cells", 0, total)
     u = (cell + rng.uniform(seed, "held-out sigma", index, 1)[:, 0]) / total
     sigma = denoiser.process.icdf(u)
-    order, ours = sigma.argsort(), denoiser.stages.of(sigma)  # neighbours share a stage: few decoders run on a batch
+    order, stage = sigma.argsort(), denoiser.stages.of(sigma)  # in order, few decoders run on a batch
     losses = torch.zeros(total, dtype=torch.float64)
     with processes.all_or_none(), torch.inference_mode():
         for rows in order.split(batch_size)[processes.rank :: processes.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
             labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
-            counts = torch.bincount(ours[rows], minlength=len(denoiser.stages)).tolist()
-            found = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels, counts=counts)
-            losses[rows] = found.double().cpu()
-    processes.all_reduce(losses)  # zeros in place of the others' shares, so to the bit
+            counts = torch.bincount(stage[rows], minlength=len(denoiser.stages)).tolist()
+            loss = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels, counts=counts)
+            losses[rows] = loss.double().cpu()
+    processes.all_reduce(losses)  # zeros in place of other processes' shares, so the sum is exact
     stage = stages.of(sigma)
     parts = [losses[stage == k] for k in range(len(stages))]
     by_image = losses.reshape(repeats, count).mean(dim=0)
@@ -117,13 +121,53 @@ def held_out_loss(
     )
 
 
+@final
+@dataclass(frozen=True)
+class DenoisingLoss(ModelMetric):
+    """`held_out_loss` as a metric: `loss`, its standard error, and the losses by stage and by noise level.
+
+    Attributes:
+        stages, repeats, max_images: Those of `held_out_loss`.
+    """
+
+    stages: Stages | None = None
+    repeats: int = 8
+    max_images: int = 2_000
+
+    name = "loss"
+    companions = ("loss_error", "stage_loss")
+
+    def measure(
+        self, denoiser: Denoiser, examples: Examples, *, seed: int, batch_size: int, processes: ProcessGroup
+    ) -> Figures:
+        """The losses; `sigma_loss` is a list of records, and the highest noise level of the last one may be none."""
+        result = held_out_loss(
+            denoiser,
+            examples,
+            stages=self.stages,
+            repeats=self.repeats,
+            max_images=self.max_images,
+            batch_size=batch_size,
+            seed=seed,
+            processes=processes,
+        )
+        return {
+            self.name: result.loss,
+            "loss_error": result.error,
+            "stage_loss": list(result.stage_loss),
+            "sigma_loss": [
+                {**asdict(part), "high": None if math.isinf(part.high) else part.high} for part in result.bins
+            ],
+        }
+
+
 def _bins(sigma: Tensor, losses: Tensor) -> tuple[SigmaBin, ...]:
     """Losses between the levels of `BINS`."""
-    where, found = BINS.of(sigma), []
-    for k in where.unique().tolist():
-        part = losses[where == k]
-        found.append(SigmaBin(*BINS.bounds(k), float(part.mean()), _error(part), len(part)))
-    return tuple(found)
+    which, bins = BINS.of(sigma), []
+    for k in which.unique().tolist():
+        part = losses[which == k]
+        bins.append(SigmaBin(*BINS.bounds(k), float(part.mean()), _error(part), len(part)))
+    return tuple(bins)
 
 
 def _error(values: Tensor) -> float:

@@ -1,8 +1,7 @@
-"""A source's own features: a small classifier trained from its labels, made once and kept in the cache.
+"""Classifier features: those of a small network trained on the labels of a source, made once and kept in the cache.
 
-Distances between sets of images are measured between features. ImageNet features say little about 8 x 8 digits; the
-last hidden layer of a network that tells the source's classes apart does. It has 64 features, so that a few hundred
-images give a sane covariance.
+ImageNet features say little about 8 x 8 digits; the last hidden layer of a network that tells the source's classes
+apart says more. It has 64 features, so that a few hundred images give a usable covariance.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.data.cache import cache_directory
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError, NumericsError
 from multistage_diffusion.files import read_json, write_atomic, write_json
-from multistage_diffusion.metrics.extractor import Batch, FeatureExtractor
+from multistage_diffusion.metrics.extractor import FeatureExtractor
 
 VERSION = 1  # of everything below that decides the weights: raise it and cached classifiers are made anew
 NUM_FEATURES = 64
@@ -41,12 +40,12 @@ _MOST_SAMPLES = 250_000  # drawn in training, whatever the size of the set
 _PEAK_RATE = 3e-3
 _WARM_UP = 0.2  # share of the steps
 _WEIGHT_DECAY = 0.05
-_HIDDEN_SCALE = 0.3  # tried on digits: a smaller start tells damaged from held-out images better than 1
+_HIDDEN_SCALE = 0.3  # tried on digits: a smaller start separates damaged from held-out images better than 1
 _BLOCK = 256  # images a forward pass
 
 
 @final
-class SourceClassifier(FeatureExtractor):
+class Classifier(FeatureExtractor):
     """A small classifier of images of one shape.
 
     Its features are the last hidden layer before its activation, so that none is dead, scaled to mean 0 and variance 1
@@ -60,28 +59,23 @@ class SourceClassifier(FeatureExtractor):
     resize = f"to {_LARGEST_SIDE} pixels by averaging, larger images only"
     block = _BLOCK
 
-    def __init__(self, name: str, shape: tuple[int, int, int], classes: tuple[str, ...], accuracy: float = 0.0) -> None:
-        """Weights drawn from a fixed seed, without touching torch's generators.
-
-        Args:
-            name: What the features are.
-            shape: Channels, height and width of the images.
-            classes: Names of the classes.
-            accuracy: Share of held-out images named right.
-        """
+    def __init__(
+        self, name: str, shape: tuple[int, int, int], classes: tuple[str, ...], accuracy: float | None = None
+    ) -> None:
+        """Weights drawn from a fixed seed, without touching torch's generators."""
         super().__init__()
         self.name, self.shape, self.classes, self.accuracy = name, shape, classes, accuracy
         self.num_features, self.num_classes = NUM_FEATURES, len(classes)
         channels, height, width = shape[0], *_reduced(shape[1:])
         layers: list[nn.Module] = []
         with torch.device("meta"):  # so that torch's own initialisation draws nothing
-            for wide in (16, 32, 64) if min(height, width) > 16 else (32, 64):
-                layers.append(nn.Conv2d(channels, wide, 3, padding=1))
+            for filters in (16, 32, 64) if min(height, width) > 16 else (32, 64):
+                layers.append(nn.Conv2d(channels, filters, 3, padding=1))
                 if min(height, width) > _SMALLEST_SIDE:
                     layers.append(nn.MaxPool2d(2))
                     height, width = height // 2, width // 2
                 layers.append(nn.GELU())
-                channels = wide
+                channels = filters
             self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, NUM_FEATURES))
             self.head = nn.Linear(NUM_FEATURES, self.num_classes)
         self.to_empty(device="cpu")
@@ -89,32 +83,17 @@ class SourceClassifier(FeatureExtractor):
         self.spread = nn.Buffer(torch.ones(NUM_FEATURES))
         self._draw_weights()
 
-    def see(self, x: Batch) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
-        """Features and logits of a few images.
-
-        Args:
-            x: Images in [-1, 1].
-
-        Returns:
-            Both.
-
-        Raises:
-            DataError: Images of another shape.
-        """
+    def see(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """Features and logits of images in [-1, 1] of the right shape."""
         if tuple(x.shape[1:]) != self.shape:
             raise DataError(f"{self.name} is for images of shape {self.shape}, got {tuple(x.shape[1:])}")
         hidden = self._hidden(x)
         return (hidden - self.center) / self.spread, self._logits(hidden)
 
-    def train_logits(self, x: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits with their graph, for training.
-
-        Args:
-            x: Images in [-1, 1].
-
-        Returns:
-            Scores of the classes.
-        """
+    def train_logits(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits with their graph, for training."""
         return self._logits(self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -131,13 +110,13 @@ class SourceClassifier(FeatureExtractor):
             if parameter.dim() == 1:
                 nn.init.zeros_(parameter)
                 continue
-            drawn = rng.normal(_SEED, f"classifier/{name}", torch.zeros(1, dtype=torch.int64), parameter.shape)
-            parameter.data.copy_(drawn[0] * math.sqrt(2.0 / math.prod(parameter.shape[1:])))
+            normal = rng.normal(_SEED, f"classifier/{name}", torch.zeros(1, dtype=torch.int64), parameter.shape)
+            parameter.data.copy_(normal[0] * math.sqrt(2.0 / math.prod(parameter.shape[1:])))
         self.body[-1].get_parameter("weight").data.mul_(_HIDDEN_SCALE)
 
 
-def source_features(
-    train: Images, test: Images, *, device: torch.device | str = "cpu", cache: Path | None = None
+def classifier_features(
+    train: Images, test: Images | None = None, *, device: torch.device | str = "cpu", cache: Path | None = None
 ) -> FeatureExtractor:
     """The classifier of a source: from the cache, or trained now (digits: 2 seconds, Fashion-MNIST: about a minute).
 
@@ -145,7 +124,7 @@ def source_features(
 
     Args:
         train: Labelled images to train on.
-        test: Held-out images of the same source, for the accuracy.
+        test: Held-out images of the same source, for the accuracy; without them it is not measured.
         device: Where the extractor will work.
         cache: Folder of cached classifiers; by default `features` in the cache directory.
 
@@ -156,13 +135,14 @@ def source_features(
         DataError: The images have no labels or fewer than two classes, or the two sets do not match.
         NumericsError: Training diverged.
     """
-    if train.labels is None or test.labels is None or len(train.classes) < 2:
+    if train.labels is None or len(train.classes) < 2 or (test is not None and test.labels is None):
         raise DataError(f"{train.name}: features need labels of at least two classes, and this source has none")
-    if train.shape != test.shape or train.classes != test.classes:
+    if test is not None and (train.shape != test.shape or train.classes != test.classes):
         raise DataError(f"{train.name}: training and held-out images differ in shape or classes")
-    key = hashlib.sha256(f"{VERSION}/{train.digest}/{test.digest}".encode()).hexdigest()[:32]
+    tested = "" if test is None else test.digest
+    key = hashlib.sha256(f"{VERSION}/{train.digest}/{tested}".encode()).hexdigest()[:32]
     stem = (cache_directory() / "features" if cache is None else cache) / f"classifier-{key}"
-    fresh = SourceClassifier(f"{train.name.rpartition('/')[2]}-classifier", train.shape, train.classes)
+    fresh = Classifier(f"{train.name.rpartition('/')[2]}-classifier", train.shape, train.classes)
     extractor = _load(fresh, stem)
     if extractor is None:
         with _one_thread():
@@ -171,9 +151,9 @@ def source_features(
     return extractor.to(device).eval().requires_grad_(False)
 
 
-def _train(model: SourceClassifier, train: Images, test: Images) -> SourceClassifier:
+def _train(model: Classifier, train: Images, test: Images | None) -> Classifier:
     """AdamW with a linear warm-up and a cosine end; the order of the images is a pure function of the epoch."""
-    assert train.labels is not None and test.labels is not None
+    assert train.labels is not None
     steps = max(1, min(_EPOCHS * len(train), _MOST_SAMPLES) // _BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_RATE, weight_decay=_WEIGHT_DECAY)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps + 1, pct_start=_WARM_UP)
@@ -186,10 +166,11 @@ def _train(model: SourceClassifier, train: Images, test: Images) -> SourceClassi
     seen = torch.cat([model(train.pixels(rows)).features for rows in _blocks(train)]).double()
     model.center.copy_(seen.mean(0))
     model.spread.copy_(seen.std(0).clamp_min(1e-6))
-    named = torch.cat([model(test.pixels(rows)).logits.argmax(1) for rows in _blocks(test)])
     if not bool(model.head.weight.isfinite().all()):
         raise NumericsError(f"training {model.name} diverged")
-    model.accuracy = round(float(named.eq(test.labels).double().mean()), 6)
+    if test is not None and test.labels is not None:
+        named = torch.cat([model(test.pixels(rows)).logits.argmax(1) for rows in _blocks(test)])
+        model.accuracy = round(float(named.eq(test.labels).double().mean()), 6)
     return model
 
 
@@ -199,14 +180,14 @@ def _blocks(images: Images) -> tuple[Tensor, ...]:
 
 
 def _batches(count: int) -> Iterator[Tensor]:
-    """Indices of one batch after another, epoch after epoch, for ever."""
+    """Indices of one batch after another, epoch after epoch, without end."""
     for epoch in itertools.count():
         order = rng.permutation(_SEED, "classifier", epoch, count)
         yield from order.split(_BATCH)
 
 
-def _save(model: SourceClassifier, stem: Path) -> None:
-    """Weights, then the JSON that vouches for them; a cache that cannot be written only costs time."""
+def _save(model: Classifier, stem: Path) -> None:
+    """Weights, then the JSON with their SHA-256; a cache that cannot be written only costs time."""
     content = save_tensors(model.weights())
     document = {"name": model.name, "accuracy": model.accuracy, "sha256": hashlib.sha256(content).hexdigest()}
     with contextlib.suppress(CheckpointError):
@@ -214,13 +195,13 @@ def _save(model: SourceClassifier, stem: Path) -> None:
         write_json(stem.with_suffix(".json"), document)
 
 
-def _load(fresh: SourceClassifier, stem: Path) -> SourceClassifier | None:
+def _load(fresh: Classifier, stem: Path) -> Classifier | None:
     """The cached classifier, or None if there is none that is whole."""
     try:
         document: Any = read_json(stem.with_suffix(".json"))
         content = stem.with_suffix(".safetensors").read_bytes()
         accuracy = document["accuracy"]
-        if document["sha256"] != hashlib.sha256(content).hexdigest() or not isinstance(accuracy, float):
+        if document["sha256"] != hashlib.sha256(content).hexdigest() or not isinstance(accuracy, float | None):
             return None
         fresh.load_state_dict(load_tensors(content))
     except (ConfigError, OSError, KeyError, TypeError, RuntimeError, SafetensorError):

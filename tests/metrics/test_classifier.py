@@ -1,4 +1,4 @@
-"""The source's classifier: accuracy, determinism, cache, what it refuses."""
+"""Classifier features: accuracy, determinism, cache, what it refuses."""
 
 import json
 
@@ -11,8 +11,8 @@ from multistage_diffusion.data import Images, load_data, shards
 from multistage_diffusion.data.collection import Reading
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import DataError, NumericsError
-from multistage_diffusion.metrics import features
-from multistage_diffusion.metrics.features import SourceClassifier, source_features
+from multistage_diffusion.metrics import classifier
+from multistage_diffusion.metrics.classifier import Classifier, classifier_features
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def extractor(digits, tmp_path_factory):
-    return source_features(*digits, cache=tmp_path_factory.mktemp("cache"))
+    return classifier_features(*digits, cache=tmp_path_factory.mktemp("cache"))
 
 
 def two_bars(count, seed, classes=("upright", "lying")):
@@ -88,30 +88,30 @@ def test_training_repeats_to_the_bit_and_leaves_the_generator_alone(tmp_path):
     train, test = two_bars(80, 0), two_bars(20, 1)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    first = source_features(train, test, cache=tmp_path / "a")
+    first = classifier_features(train, test, cache=tmp_path / "a")
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        second = source_features(train, test, cache=tmp_path / "b")
+        second = classifier_features(train, test, cache=tmp_path / "b")
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
     assert first.digest == second.digest
     assert first.accuracy == second.accuracy == 1.0
-    other = source_features(two_bars(80, 2), test, cache=tmp_path / "a")
+    other = classifier_features(two_bars(80, 2), test, cache=tmp_path / "a")
     assert other.digest != first.digest
 
 
 def test_a_set_on_disk_is_never_held_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(features, "_MOST_SAMPLES", 640)
+    monkeypatch.setattr(classifier, "_MOST_SAMPLES", 640)
     convert("digits", tmp_path / "digits", None, Reading())
     found = []
     for number, source in enumerate(("digits", f"shards:{tmp_path}/digits")):
         train, test = (load_data(source, split=split) for split in ("train", "test"))
-        found.append(source_features(train, test, cache=tmp_path / str(number)))
+        found.append(classifier_features(train, test, cache=tmp_path / str(number)))
         monkeypatch.setattr(shards, "MAX_BYTES", 256 * 64)
     assert found[0].digest == found[1].digest
     assert found[0].accuracy == found[1].accuracy
@@ -119,13 +119,13 @@ def test_a_set_on_disk_is_never_held_whole(tmp_path, monkeypatch):
 
 def test_the_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch):
     train, test = two_bars(80, 0), two_bars(20, 1)
-    digest = source_features(train, test, cache=tmp_path).digest
+    digest = classifier_features(train, test, cache=tmp_path).digest
     (weights,) = tmp_path.glob("*.safetensors")
     (document,) = tmp_path.glob("*.json")
     assert json.loads(document.read_text())["accuracy"] == 1.0
     with monkeypatch.context() as patch:
-        patch.setattr("multistage_diffusion.metrics.features._train", None)  # so it cannot be trained again
-        assert source_features(train, test, cache=tmp_path).digest == digest
+        patch.setattr("multistage_diffusion.metrics.classifier._train", None)  # so it cannot be trained again
+        assert classifier_features(train, test, cache=tmp_path).digest == digest
     whole, written = weights.read_bytes(), document.read_text()
     flipped = bytearray(whole)
     flipped[-9] ^= 1
@@ -139,19 +139,19 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch):
     ]:
         weights.write_bytes(content)
         document.write_text(text)
-        assert source_features(train, test, cache=tmp_path).digest == digest
+        assert classifier_features(train, test, cache=tmp_path).digest == digest
         assert weights.read_bytes() == whole
         assert document.read_text() == written
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert source_features(two_bars(80, 0), two_bars(20, 1), cache=tmp_path / "file").accuracy == 1.0
+    assert classifier_features(two_bars(80, 0), two_bars(20, 1), cache=tmp_path / "file").accuracy == 1.0
 
 
 def test_large_and_oblong_images_are_averaged_down():
     for shape in ((3, 64, 64), (1, 48, 20), (3, 16, 16), (1, 4, 4), (1, 200, 5)):
-        extractor = SourceClassifier("x", shape, ("a", "b"))
+        extractor = Classifier("x", shape, ("a", "b"))
         assert extractor(torch.zeros(2, *shape)).features.shape == (2, 64)
 
 
@@ -164,6 +164,6 @@ def test_what_is_refused(extractor):
         extractor(torch.full((1, 1, 8, 8), torch.nan))
     plain = Images("plain", torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(DataError, match="features need labels"):
-        source_features(plain, plain)
+        classifier_features(plain, plain)
     with pytest.raises(DataError, match="differ in shape or classes"):
-        source_features(two_bars(4, 0), two_bars(4, 0, ("a", "b")))
+        classifier_features(two_bars(4, 0), two_bars(4, 0, ("a", "b")))
