@@ -34,9 +34,10 @@ from multistage_diffusion import recipe
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.interop.weights import unet_options, unet_weights
+from multistage_diffusion.runs import build_denoiser
 from multistage_diffusion.studies.cells import Cell
 from multistage_diffusion.studies.designs import unified
-from multistage_diffusion.training.loop import Trainer, build_denoiser
+from multistage_diffusion.training.run import build_trainer
 
 
 def peer(run: RunConfig, data: Images, device: torch.device) -> Iterator[None]:
@@ -69,7 +70,7 @@ def peer(run: RunConfig, data: Images, device: torch.device) -> Iterator[None]:
 
 def ours(run: RunConfig, data: Images, device: torch.device) -> Iterator[None]:
     """Steps of a run."""
-    for _ in Trainer(run, data, device).run(1_000_000):
+    for _ in build_trainer(run, data, device=device).run(1_000_000):
         yield
 
 

@@ -24,7 +24,8 @@ from multistage_diffusion.config import RunConfig, StagesConfig
 from multistage_diffusion.data import load_data
 from multistage_diffusion.studies.budgets import budget
 from multistage_diffusion.studies.cells import Cell, widths
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.run import build_trainer
+from multistage_diffusion.training.trainer import Trainer
 
 NETWORKS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # edges in sigma, decoder widths in encoder widths
     "unified": ((), (1.0,)),
@@ -67,7 +68,7 @@ def main() -> None:
         base = replace(base, training=replace(base.training, batch_size=options.batch))
     data = load_data("fashion-mnist", resolution=base.data.resolution)
     runs = {name: network(base, name) for name in NETWORKS}
-    trainers = {name: Trainer(run, data, device) for name, run in runs.items()}
+    trainers = {name: build_trainer(run, data, device=device) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in NETWORKS}
     for turn in range(options.turns + 3):
         for name, trainer in trainers.items():

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import multistage_diffusion as msd
-from multistage_diffusion.training.loop import StepResult
+from multistage_diffusion.training.trainer import StepResult
 
 
 def main(folder: str, out: str = "runs/own-images", steps: int = 2_000) -> None:

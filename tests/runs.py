@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors.torch
 
 import tiny
-from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
+from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
 from multistage_diffusion.training.run import train
 
 WALL_CLOCK = ("seconds", "images_per_second")

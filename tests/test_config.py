@@ -18,7 +18,7 @@ from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.noise import Process, process_by_kind
 from multistage_diffusion.recipes import RECIPES, recipe
 from multistage_diffusion.records import RENAMED
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.run import build_trainer
 
 SECTIONS = [item.name for item in fields(RunConfig)]
 
@@ -141,7 +141,7 @@ def test_any_document_is_refused_with_a_line_or_takes_a_step(changes):
     if model.blocks * len(model.multipliers) > 8 or model.classes:
         return
     try:
-        next(Trainer(config, tiny.images()).run(1))
+        next(build_trainer(config, tiny.images()).run(1))
     except (ConfigError, NumericsError) as error:
         assert "\n" not in str(error)
 

@@ -48,7 +48,7 @@ def test_loss_of_the_constant_answer_has_a_closed_form():
     black = Images("black", torch.zeros(64, 1, 8, 8, dtype=torch.uint8))
     config = tiny.run_config().process.__class__(prediction="v")
     model = ModelConfig(architecture="unified", width=8, multipliers=(1,), blocks=1, attention=())
-    denoiser = tiny.Denoiser(model, config, tiny.SHAPE)
+    denoiser = tiny.Denoiser.from_backbone(model, config, tiny.SHAPE)
     assert held_out_loss(denoiser.eval(), black, repeats=4).loss == pytest.approx(1.0, abs=0.02)
 
 

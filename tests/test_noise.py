@@ -199,9 +199,7 @@ def test_edm_input_and_target_have_unit_variance():
 
 
 def test_what_the_networks_are_told():
-    assert VP().preconditioning(
-        within(VP(), 1.0)
-    ).c_noise.item() == pytest.approx(999)
+    assert VP().preconditioning(within(VP(), 1.0)).c_noise.item() == pytest.approx(999)
     ldm = LDM()
     close(ldm.preconditioning(ldm.sigma(float64(0.0, 442.0, 999.0))).c_noise, float64(0.0, 442.0, 999.0), 1e-6)
     flow = Flow()
@@ -244,8 +242,16 @@ def test_wrong_schedules_are_refused():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(VP, {"beta_max": 5000.0}), (VP, {"t_min": 1e-40}), (VE, {"sigma_max": 1e20}), (EDM, {"sigma_min": 1e-20}),
-     (Cosine, {"t_min": 0.0}), (LDM, {"beta_first": 1e-40}), (LDM, {"beta_last": 1 - 1e-12}), (Flow, {"t_min": 1e-16})],
+    [
+        (VP, {"beta_max": 5000.0}),
+        (VP, {"t_min": 1e-40}),
+        (VE, {"sigma_max": 1e20}),
+        (EDM, {"sigma_min": 1e-20}),
+        (Cosine, {"t_min": 0.0}),
+        (LDM, {"beta_first": 1e-40}),
+        (LDM, {"beta_last": 1 - 1e-12}),
+        (Flow, {"t_min": 1e-16}),
+    ],
 )
 def test_levels_that_float32_cannot_square_are_refused(kind, options):
     with pytest.raises(ConfigError, match="process must be"):

@@ -3,9 +3,8 @@
 import pytest
 
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.models.presets import PRESETS, preset
-from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.noise import EDM, VP
+from multistage_diffusion.presets import PRESETS, preset
 from multistage_diffusion.recipes import RECIPES, half_life, recipe
 from multistage_diffusion.stages import Stages
 
@@ -55,5 +54,5 @@ def test_unknown_recipes_name_the_nearest():
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
 def test_small_recipes_fit_in_a_laptop(name):
     found = preset(name)
-    network = MultiDecoderUNet(found.model, found.shape)
+    network = found.model.network(found.shape)
     assert sum(p.numel() for p in network.parameters()) < 2e6

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import EDM, VP, sigma_schedule
 from multistage_diffusion.sampling import (
     SOLVERS,
@@ -76,7 +76,7 @@ def tiny(stages=Stages(EDGES), process="edm", architecture="multistage", classes
         classes=classes,
     )
     torch.manual_seed(0)
-    denoiser = Denoiser(config, process, (1, 8, 8), stages)
+    denoiser = Denoiser.from_backbone(config, process, (1, 8, 8), stages)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.normal_(0, 0.1)

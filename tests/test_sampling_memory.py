@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.sampling import Trace, is_out_of_memory, sample
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from multistage_diffusion.config import DataConfig, ModelConfig, RunConfig, StagesConfig, TrainingConfig
 from multistage_diffusion.data import Images
-from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 
@@ -41,7 +41,7 @@ def run_config(model: ModelConfig = SMALLEST, **training: Any) -> RunConfig:
 def denoiser(model: ModelConfig = MODEL, process: Any = "vp", shape: tuple[int, int, int] = SHAPE) -> Denoiser:
     """With random weights everywhere: fresh layers that end a residual branch are zero, and would hide mistakes."""
     stages = Stages() if model.architecture == "unified" else Stages(EDGES[: len(model.decoder_widths) - 1])
-    return randomise(Denoiser(model, process, shape, stages)).eval()
+    return randomise(Denoiser.from_backbone(model, process, shape, stages)).eval()
 
 
 def randomise(module: Any, seed: int = 0) -> Any:

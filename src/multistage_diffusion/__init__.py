@@ -16,50 +16,96 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from multistage_diffusion.backbones import Backbone, UNet
     from multistage_diffusion.clustering import cluster
-    from multistage_diffusion.config import ModelConfig, RunConfig
-    from multistage_diffusion.data import load_data
+    from multistage_diffusion.conditioning import Conditioning
+    from multistage_diffusion.config import EngineConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+    from multistage_diffusion.data import Images, load_data
+    from multistage_diffusion.denoiser import Denoiser
     from multistage_diffusion.evaluation import evaluate
-    from multistage_diffusion.models.denoiser import Denoiser
-    from multistage_diffusion.models.presets import preset
-    from multistage_diffusion.models.unet import MultiDecoderUNet
+    from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
+    from multistage_diffusion.multidecoder import MultiDecoder
+    from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, Process
+    from multistage_diffusion.presets import preset
     from multistage_diffusion.recipes import recipe
+    from multistage_diffusion.runs import Run, build_denoiser, load_run
     from multistage_diffusion.sampling import sample
     from multistage_diffusion.stages import Stages
-    from multistage_diffusion.training.run import load_run, train
+    from multistage_diffusion.training.run import build_trainer, fit, train
+    from multistage_diffusion.training.trainer import Trainer
 
+# Public names by chapter, and the modules that they come from.
+_HOMES = {
+    # noise levels
+    **dict.fromkeys(("Process", "VP", "Cosine", "VE", "EDM", "LDM", "Flow"), "noise"),
+    "Stages": "stages",
+    "cluster": "clustering",
+    # networks
+    "Backbone": "backbones",
+    "UNet": "backbones",
+    "ModelConfig": "config",
+    "MultiDecoder": "multidecoder",
+    "Conditioning": "conditioning",
+    "Denoiser": "denoiser",
+    "network_cost": "metrics.cost",
+    "denoiser_cost": "metrics.cost",
+    # data
+    "Images": "data",
+    "load_data": "data",
+    # training
+    "RunConfig": "config",
+    "TrainingConfig": "config",
+    "EngineConfig": "config",
+    "LoggingConfig": "config",
+    "Trainer": "training.trainer",
+    "train": "training.run",
+    "fit": "training.run",
+    "build_trainer": "training.run",
+    "build_denoiser": "runs",
+    "recipe": "recipes",
+    "preset": "presets",
+    # use
+    "Run": "runs",
+    "load_run": "runs",
+    "sample": "sampling",
+    "evaluate": "evaluation",
+}
 __all__ = [
+    "EDM",
+    "LDM",
+    "VE",
+    "VP",
+    "Backbone",
+    "Conditioning",
+    "Cosine",
     "Denoiser",
+    "EngineConfig",
+    "Flow",
+    "Images",
+    "LoggingConfig",
     "ModelConfig",
-    "MultiDecoderUNet",
+    "MultiDecoder",
+    "Process",
+    "Run",
     "RunConfig",
     "Stages",
+    "Trainer",
+    "TrainingConfig",
+    "UNet",
+    "build_denoiser",
+    "build_trainer",
     "cluster",
+    "denoiser_cost",
     "evaluate",
+    "fit",
     "load_data",
     "load_run",
+    "network_cost",
     "preset",
     "recipe",
     "sample",
     "train",
 ]
-
-_HOMES = {
-    "Denoiser": "models.denoiser",
-    "ModelConfig": "config",
-    "MultiDecoderUNet": "models.unet",
-    "RunConfig": "config",
-    "Stages": "stages",
-    "cluster": "clustering",
-    "evaluate": "evaluation",
-    "load_data": "data",
-    "load_run": "training.run",
-    "make_process": "noise",
-    "preset": "models.presets",
-    "recipe": "recipes",
-    "sample": "sampling",
-    "train": "training.run",
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from multistage_diffusion import presets
 from multistage_diffusion.config import DataConfig, RunConfig, SamplingConfig, StagesConfig, TrainingConfig
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.models import presets
-from multistage_diffusion.models.presets import Preset
+from multistage_diffusion.presets import Preset
 
 FLOW_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="uniform-t")
 LDM_SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t")

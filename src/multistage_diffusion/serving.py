@@ -28,8 +28,8 @@ from torch import Tensor
 from multistage_diffusion.config import SamplingConfig, Solver, check, from_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, UserError
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import Spacing
 from multistage_diffusion.sampling import SOLVERS, SolverStep, call_plan, sample
 

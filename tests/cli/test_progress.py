@@ -8,7 +8,7 @@ from rich.console import Console
 import tiny
 from multistage_diffusion.cli import progress
 from multistage_diffusion.cli.progress import reading_progress, training_progress
-from multistage_diffusion.training.loop import StepResult
+from multistage_diffusion.training.trainer import StepResult
 
 
 def result(step, loss=0.5):

@@ -12,8 +12,8 @@ import tiny
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import RunConfig, from_dict
 from multistage_diffusion.recipes import RECIPES, recipe
-from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, RAW, list_checkpoints
-from multistage_diffusion.training.run import load_run
+from multistage_diffusion.runs import load_run
+from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, list_checkpoints
 from runs import tensors
 
 SMALL = ["--model.width", "8", "--model.decoder-widths", "8", "8", "4", "--model.blocks", "1", "--model.attention",
@@ -199,9 +199,7 @@ def test_an_average_of_another_length_is_exported_and_drawn_from(tmp_path, capsy
     out = tmp_path / "run"
     averages = ["--training.sigma-rel", "0.05", "0.1", "--training.ema-snapshot-every", "1"]
     assert dispatch(["train", "digits", "--out", str(out), *SMALL, *averages]) == 0
-    found, err = document(
-        ["export", str(out), "--sigma-rel", "0.07", "--out", str(tmp_path / "w.safetensors")], capsys
-    )
+    found, err = document(["export", str(out), "--sigma-rel", "0.07", "--out", str(tmp_path / "w.safetensors")], capsys)
     assert found["ema_length"] == 0.07 and 0 < found["ema_error"] < 0.1 and "of length 0.07" in err
     stored = safetensors.torch.load_file(list_checkpoints(out / "checkpoints")[-1].path / EMA_WEIGHTS)
     exported = safetensors.torch.load_file(tmp_path / "w.safetensors")

@@ -12,7 +12,7 @@ from multistage_diffusion.clustering import cluster, plots
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.data import load_data
 from multistage_diffusion.data.pictures import STAGE_COLOURS
-from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 
@@ -42,11 +42,11 @@ def test_gradients_of_a_short_run_and_of_a_unified_run(tmp_path, capsys):
     words = ["digits", "--method", "gradient", "--samples", "200", "--json"]
     assert dispatch(["cluster", *words, "--proxy-steps", "2"]) == 0
     assert len(json.loads(capsys.readouterr().out)["edges"]) == 2
-    Denoiser(SMALLEST, "vp", SHAPE, STAGES).save_pretrained(tmp_path / "staged")
+    Denoiser.from_backbone(SMALLEST, "vp", SHAPE, STAGES).save_pretrained(tmp_path / "staged")
     assert dispatch(["cluster", *words, "--run", str(tmp_path / "staged")]) == 2
     assert "run must be a unified run" in capsys.readouterr().err
     run = tmp_path / "unified"
-    Denoiser(replace(SMALLEST, architecture="unified"), "vp", SHAPE).save_pretrained(run)
+    Denoiser.from_backbone(replace(SMALLEST, architecture="unified"), "vp", SHAPE).save_pretrained(run)
     assert dispatch(["cluster", *words, "--run", str(run)]) == 0
     assert dispatch(["cluster", *words, "--run", str(run), "--process", "edm"]) == 2
     assert dispatch(["cluster", *words, "--run", str(tmp_path / "nothing")]) == 2

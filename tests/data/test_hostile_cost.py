@@ -12,7 +12,7 @@ import tiny
 from multistage_diffusion.data.collection import Reading
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.files import sha256
-from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.training.run import train
 
 MEASURE = '''
@@ -51,7 +51,7 @@ CHECKPOINTS = """
 from multistage_diffusion.data.sources import load_data
 from multistage_diffusion.errors import CheckpointError, DataError
 from multistage_diffusion.training.checkpoint import newest_valid
-from multistage_diffusion.training.run import load_run
+from multistage_diffusion.runs import load_run
 
 load_run(here / "run" / "model")
 load_data(f"shards:{here}/digits")

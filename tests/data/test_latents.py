@@ -19,8 +19,9 @@ from multistage_diffusion.data.latents import encode, load_codec, load_examples
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.noise import LDM
+from multistage_diffusion.runs import load_run
 from multistage_diffusion.training.autoencoder import AutoencoderConfig, reconstruction_error, train_autoencoder
-from multistage_diffusion.training.run import load_run, train
+from multistage_diffusion.training.run import train
 
 BLOCKS = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 2,
           "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip

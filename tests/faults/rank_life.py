@@ -16,7 +16,7 @@ def install(fault: str, folder: Path) -> None:
 
     from multistage_diffusion.errors import DataError
     from multistage_diffusion.training.batches import Batches
-    from multistage_diffusion.training.loop import Trainer
+    from multistage_diffusion.training.trainer import Trainer
 
     when, kind = fault.split(":")
     make, made = Batches.__call__, Trainer.__init__

@@ -12,7 +12,7 @@ from test_stop import wait_for
 
 import tiny
 from multistage_diffusion.files import is_leftover
-from multistage_diffusion.training.checkpoint import list_checkpoints, newest_valid
+from multistage_diffusion.runs.checkpoints import list_checkpoints, newest_valid
 from runs import log, tensors
 
 STEPS = ["--training.steps", "4", "--training.save-every", "2", "--training.keep", "1"]

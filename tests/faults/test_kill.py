@@ -12,7 +12,7 @@ import pytest
 from lives import MODEL
 
 import tiny
-from multistage_diffusion.training.checkpoint import list_checkpoints, newest_valid
+from multistage_diffusion.runs.checkpoints import list_checkpoints, newest_valid
 from runs import log, tensors
 
 SAVE_EVERY = 4

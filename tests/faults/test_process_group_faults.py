@@ -13,7 +13,7 @@ from rank_life import life
 
 import ranks
 import tiny
-from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from runs import log, tensors
 
 SAVE_EVERY = 4

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import tiny
-from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.training.guard import SIGNALS
 from runs import log, tensors
 

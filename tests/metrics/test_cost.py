@@ -9,15 +9,14 @@ import tiny
 from multistage_diffusion.clustering.levels import time_shares
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.metrics.cost import network_cost
-from multistage_diffusion.models.presets import preset
-from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.noise import EDM, VP
+from multistage_diffusion.presets import preset
 from multistage_diffusion.stages import Stages
 
 
 def hand_count(model, shape, stage):
     """2 FLOPs a multiply-accumulate, of convolutions, linear layers and the two products inside attention, by hooks."""
-    network, total = MultiDecoderUNet(model, shape), []
+    network, total = model.network(shape), []
 
     def convolution(module, inputs, output):
         total.append(2 * output[0].numel() * module.weight[0].numel())
@@ -49,7 +48,7 @@ def test_flops_are_those_counted_by_hand(resampling, heads):
 @pytest.mark.parametrize("architecture", ["multistage", "separate", "unified"])
 def test_parameters_add_up(architecture):
     model = tiny.architecture(architecture, tiny.SMALLEST)
-    cost, network = network_cost(model, tiny.SHAPE), MultiDecoderUNet(model, tiny.SHAPE)
+    cost, network = network_cost(model, tiny.SHAPE), model.network(tiny.SHAPE)
     assert cost.parameters == sum(p.numel() for p in network.parameters())
     encoders = 3 if architecture == "separate" else 1
     for stage, decoder in zip(cost.stages, cost.decoders, strict=True):

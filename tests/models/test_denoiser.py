@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tiny
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
 from waits import Waits
@@ -90,7 +90,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(architecture, tmp_path):
     back = Denoiser.from_pretrained(tmp_path / "model")
     assert tiny.bits_equal(back.state_dict(), denoise.state_dict())
     assert (back.shape, back.stages, back.classes, back.training) == (denoise.shape, denoise.stages, 3, False)
-    assert (back.process, back.network.config) == (denoise.process, model)
+    assert (back.process, back.backbone) == (denoise.process, model)
     sigma = torch.tensor(SIGMAS, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     assert torch.equal(back(batch(), sigma, labels), denoise(batch(), sigma, labels))
@@ -99,7 +99,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(architecture, tmp_path):
 
 def test_the_provenance_of_the_stages_travels_along(tmp_path):
     stages = Stages(tiny.EDGES, {"method": "optimal-denoiser", "alpha": 0.9})
-    Denoiser(tiny.MODEL, "vp", tiny.SHAPE, stages).save_pretrained(tmp_path / "model")
+    Denoiser.from_backbone(tiny.MODEL, "vp", tiny.SHAPE, stages).save_pretrained(tmp_path / "model")
     assert Denoiser.from_pretrained(tmp_path / "model").stages.provenance == stages.provenance
 
 
@@ -184,6 +184,6 @@ def test_strange_configurations_are_refused_with_one_line(key, value, part, tmp_
 
 
 def test_as_many_decoders_as_stages():
-    with pytest.raises(ConfigError, match="must hold 2 widths"):
-        Denoiser(tiny.MODEL, "vp", tiny.SHAPE, Stages((1.0,)))
-    assert len(Denoiser(tiny.architecture("unified"), "vp", tiny.SHAPE, Stages(tiny.EDGES)).stages) == 1
+    with pytest.raises(ConfigError, match="must be 2 widths"):
+        Denoiser.from_backbone(tiny.MODEL, "vp", tiny.SHAPE, Stages((1.0,)))
+    assert len(Denoiser.from_backbone(tiny.architecture("unified"), "vp", tiny.SHAPE, Stages(tiny.EDGES)).stages) == 1

@@ -8,8 +8,7 @@ import torch
 from multistage_diffusion.clustering.levels import time_shares
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import network_cost
-from multistage_diffusion.models.presets import PRESETS, preset
-from multistage_diffusion.models.unet import MultiDecoderUNet
+from multistage_diffusion.presets import PRESETS, preset
 from multistage_diffusion.sampling import sampling_shares
 from multistage_diffusion.stages import Stages
 
@@ -71,8 +70,8 @@ def shapes(module):
 def test_a_decoder_as_wide_as_the_encoder_has_the_unified_decoders_parameters(name):
     found, alone = preset(name), preset(name, "unified")
     with torch.device("meta"):
-        staged = MultiDecoderUNet(replace(found.model, decoder_widths=(found.model.width, 8)), found.shape)
-        unified = MultiDecoderUNet(alone.model, alone.shape)
+        staged = replace(found.model, decoder_widths=(found.model.width, 8)).network(found.shape)
+        unified = alone.model.network(alone.shape)
     assert shapes(staged.encoders[0]) == shapes(unified.encoders[0])
     assert shapes(staged.decoders[0]) == shapes(unified.decoders[0])
 
@@ -84,7 +83,7 @@ def attentions(module):
 def test_every_ldm_decoder_has_its_attention():  # the published second and third decoders lost theirs
     found = preset("ldm-celebahq")
     with torch.device("meta"):
-        network = MultiDecoderUNet(found.model, found.shape)
+        network = found.model.network(found.shape)
     assert [attentions(decoder) for decoder in network.decoders] == [9, 9, 9]  # three levels of three blocks
 
 

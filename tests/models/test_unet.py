@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import tiny
+from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.models.presets import PRESETS, preset
-from multistage_diffusion.models.unet import MultiDecoderUNet
+from multistage_diffusion.multidecoder import MultiDecoder
+from multistage_diffusion.presets import PRESETS, preset
 
 VARIANTS = {
     "block": tiny.MODEL,
@@ -20,8 +21,8 @@ VARIANTS = {
 ORDERS = [[2, 0, 1, 0, 2], [1, 1, 1, 1, 1]]
 
 
-def network(model: ModelConfig = tiny.MODEL, shape=tiny.SHAPE) -> MultiDecoderUNet:
-    return tiny.randomise(MultiDecoderUNet(model, shape)).eval()
+def network(model: ModelConfig = tiny.MODEL, shape=tiny.SHAPE) -> MultiDecoder:
+    return tiny.randomise(model.network(shape)).eval()
 
 
 def batch(count=7, shape=tiny.SHAPE, seed=0):
@@ -75,7 +76,7 @@ def test_every_parameter_gets_a_gradient_in_a_mixed_batch(variant, architecture)
     unet = network(replace(tiny.architecture(architecture, VARIANTS[variant]), classes=3))
     x, c_noise = batch()
     counts = [7] if architecture == "unified" else [3, 2, 2]
-    unet(x, c_noise, counts, torch.arange(7) % 4).square().sum().backward()
+    unet(x, c_noise, counts, Conditioning(torch.arange(7) % 4)).square().sum().backward()
     still = [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert still == []
 
@@ -121,12 +122,12 @@ def test_labels_matter_and_none_is_the_last_one():
     unet = network(replace(tiny.MODEL, classes=3))
     x, c_noise = batch(4)
     same = x[:1].expand(4, -1, -1, -1), c_noise[:1].expand(4)
-    outputs = unet(*same, [4, 0, 0], torch.arange(4))
+    outputs = unet(*same, [4, 0, 0], Conditioning(torch.arange(4)))
     assert min((outputs[a] - outputs[b]).abs().max() for a in range(4) for b in range(a)) > 1e-3
     torch.testing.assert_close(unet(*same, 0), outputs[3:].expand(4, -1, -1, -1))
     stage, labels = torch.tensor([2, 0, 1, 0]), torch.tensor([1, 3, 0, 2])
-    alone = [unet(x[i : i + 1], c_noise[i : i + 1], int(stage[i]), labels[i : i + 1]) for i in range(4)]
-    torch.testing.assert_close(unet(x, c_noise, stage, labels), torch.cat(alone), rtol=1e-5, atol=1e-5)
+    alone = [unet(x[i : i + 1], c_noise[i : i + 1], int(stage[i]), Conditioning(labels[i : i + 1])) for i in range(4)]
+    torch.testing.assert_close(unet(x, c_noise, stage, Conditioning(labels)), torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -140,9 +141,9 @@ def test_the_noise_level_matters():
 def test_a_fresh_network_predicts_zero_and_its_seed_is_the_only_chance():
     x, c_noise = batch()
     torch.manual_seed(3)
-    first = MultiDecoderUNet(tiny.MODEL, tiny.SHAPE)
+    first = tiny.MODEL.network(tiny.SHAPE)
     torch.manual_seed(3)
-    second = MultiDecoderUNet(tiny.MODEL, tiny.SHAPE)
+    second = tiny.MODEL.network(tiny.SHAPE)
     assert tiny.bits_equal(first.state_dict(), second.state_dict())
     assert first(x, c_noise, 0).abs().max() == 0
 
@@ -165,7 +166,7 @@ def test_every_preset_builds_and_runs_without_memory(name, architecture):
     found = preset(name, architecture)
     assert len(found.model.decoder_widths) == len(found.edges) + 1
     with torch.device("meta"):
-        unet = MultiDecoderUNet(found.model, found.shape)
+        unet = found.model.network(found.shape)
         counts = [2] if architecture == "unified" else [1, 0, 1]
         assert unet(torch.empty(2, *found.shape), torch.empty(2), counts).shape == (2, *found.shape)
 
@@ -179,9 +180,9 @@ def test_images_need_not_be_square():
 
 def test_images_that_cannot_be_halved_are_refused():
     with pytest.raises(ConfigError, match=r"cannot be halved 1 times .* set data.resolution to a multiple of 2"):
-        MultiDecoderUNet(tiny.MODEL, (1, 7, 8))
+        tiny.MODEL.network((1, 7, 8))
 
 
 def test_heads_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(ConfigError, match=r"model\.head-channels 5 must divide the 16"):
-        MultiDecoderUNet(replace(tiny.MODEL, head_channels=5), tiny.SHAPE)
+        replace(tiny.MODEL, head_channels=5).network(tiny.SHAPE)

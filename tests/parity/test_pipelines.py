@@ -23,14 +23,15 @@ from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.data.autoencoder import Autoencoder
 from multistage_diffusion.data.latents import LatentCodec
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.interop.export import export
 from multistage_diffusion.interop.pipeline import MultistagePipeline, MultistageUNet
 from multistage_diffusion.interop.schedulers import level
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, sigma_schedule
+from multistage_diffusion.runs import load_run
 from multistage_diffusion.sampling import dpmpp_2m, euler
-from multistage_diffusion.training.run import load_run, train
+from multistage_diffusion.training.run import train
 
 pytestmark = pytest.mark.filterwarnings(  # of diffusers itself
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"

@@ -11,10 +11,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 import tiny
 from multistage_diffusion.cli import dispatch
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.interop.diffusers import from_diffusers, load_diffusers, process_from_scheduler
-from multistage_diffusion.models.denoiser import Denoiser
-from multistage_diffusion.models.presets import preset
+from multistage_diffusion.presets import preset
 from multistage_diffusion.stages import Stages
 
 DOWN, ATTENDING, UP, UP_ATTENDING = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
@@ -73,7 +73,7 @@ def test_the_published_sizes(options, parameters):
 def test_the_latent_diffusion_preset_is_the_published_network():
     names = preset("ldm-celebahq", "unified").model
     theirs = UNet2DModel(**SMALL).config
-    assert from_diffusers(unet(**SMALL)).network.config == replace(
+    assert from_diffusers(unet(**SMALL)).backbone == replace(
         names, width=32, decoder_widths=(32,), multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16,
         groups=theirs["norm_num_groups"],
     )  # fmt: skip

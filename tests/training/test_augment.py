@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import tiny
+from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import DataConfig
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.training.augment import LABELS, _draw, _resample, augment, warp
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.run import build_trainer
 
 INDEX = torch.arange(400)
 
@@ -98,7 +99,7 @@ def test_labels_say_how_often_and_how_much():
 def test_a_run_trains_with_it_and_zeros_are_no_augmentation():
     data = DataConfig(source="digits", augment_probability=0.5)
     config = replace(tiny.run_config(), data=data, model=replace(tiny.SMALLEST, augment_labels=LABELS))
-    trainer = Trainer(config, tiny.images())
+    trainer = build_trainer(config, tiny.images())
     for _ in trainer.run(3):
         pass
     denoiser = trainer.denoiser.eval()
@@ -106,8 +107,8 @@ def test_a_run_trains_with_it_and_zeros_are_no_augmentation():
     x = torch.randn(2, *tiny.SHAPE)
     with torch.no_grad():
         plain = denoiser(x, 1.0)
-        assert torch.equal(denoiser(x, 1.0, augment=torch.zeros(2, LABELS)), plain)
-        assert not torch.equal(denoiser(x, 1.0, augment=torch.ones(2, LABELS)), plain)
+        assert torch.equal(denoiser(x, 1.0, Conditioning(augment=torch.zeros(2, LABELS))), plain)
+        assert not torch.equal(denoiser(x, 1.0, Conditioning(augment=torch.ones(2, LABELS))), plain)
 
 
 def test_the_network_must_be_told():

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.loss import denoising_loss
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import EDM, LDM, VE, VP, Flow
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches, stage_counts
@@ -183,12 +184,12 @@ def test_making_a_batch_and_its_loss_wait_for_no_device(process, kind):
         process, data=data, batches=kind, flip=True, classes=3, augment_probability=0.5, device=torch.device("meta")
     )
     model = replace(tiny.SMALLEST, classes=3, augment_labels=9)
-    denoise = Denoiser(model, process, tiny.SHAPE, STAGES).to("meta")
+    denoise = Denoiser.from_backbone(model, process, tiny.SHAPE, STAGES).to("meta")
 
     def losses(step):
         batch = made(step)
-        told = {"augment": batch.augment, "counts": batch.counts}
-        return denoising_loss(denoise, batch.images, batch.noise, batch.sigma, batch.labels, **told)
+        conditioning = Conditioning(batch.labels, batch.augment)
+        return denoising_loss(denoise, batch.images, batch.noise, batch.sigma, conditioning, counts=batch.counts)
 
     losses(0)  # moves what every step needs
     with Waits() as waits:

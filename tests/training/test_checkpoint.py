@@ -4,7 +4,7 @@ import pytest
 
 import tiny
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.training.checkpoint import list_checkpoints, newest
+from multistage_diffusion.runs.checkpoints import list_checkpoints, newest
 from multistage_diffusion.training.run import train
 from runs import train_until
 

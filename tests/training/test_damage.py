@@ -12,7 +12,8 @@ import torch
 import tiny
 from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.files import check_directory, remove_leftovers
-from multistage_diffusion.training.checkpoint import (
+from multistage_diffusion.runs import load_run
+from multistage_diffusion.runs.checkpoints import (
     EMA_WEIGHTS,
     OPTIMIZER,
     RAW,
@@ -21,11 +22,9 @@ from multistage_diffusion.training.checkpoint import (
     list_checkpoints,
     newest,
     newest_valid,
-    prune,
-    restore_checkpoint,
 )
-from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.training.run import load_run, train
+from multistage_diffusion.training.checkpoint import prune, restore_checkpoint
+from multistage_diffusion.training.run import build_trainer, train
 from runs import same_run, train_until
 
 FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE, "config.json", "manifest.json")
@@ -156,7 +155,7 @@ def test_files_of_another_network_are_refused_even_with_a_right_manifest(file, f
         tensors[name] = tensors[name][:1].clone()  # would broadcast
         safetensors.torch.save_file(tensors, copy / file)
     with pytest.raises(CheckpointError) as caught:
-        restore_checkpoint(Checkpoint(copy, 8), Trainer(tiny.run_config(), tiny.images()))
+        restore_checkpoint(Checkpoint(copy, 8), build_trainer(tiny.run_config(), tiny.images()))
     assert "\n" not in str(caught.value)
 
 

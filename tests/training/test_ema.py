@@ -9,16 +9,15 @@ from torch import nn
 
 import tiny
 from multistage_diffusion.config import EngineConfig
-from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, RAW, list_checkpoints
+from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, list_checkpoints
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
-from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.training.run import train
+from multistage_diffusion.training.run import build_trainer, train
 
 
 @pytest.mark.parametrize(("half_life", "ramp_up"), [(20.0, None), (1000.0, 0.05)])
 def test_it_equals_a_recomputation_from_the_checkpoints(half_life, ramp_up, tmp_path):
     config = tiny.run_config(steps=20, save_every=1, keep=20, ema_half_life=half_life, ema_ramp_up=ramp_up)
-    start = Trainer(config, tiny.images()).denoiser.network.state_dict()
+    start = build_trainer(config, tiny.images()).denoiser.network.state_dict()
     average = {name: tensor.double() for name, tensor in start.items()}
     train(config, tmp_path / "run", data=tiny.images())
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
@@ -86,7 +85,7 @@ def test_copies_and_restores_are_exact_and_strict():
 
 
 def test_saving_and_averaging_leave_the_trained_weights_alone(tmp_path):
-    trainer = Trainer(tiny.run_config(), tiny.images())
+    trainer = build_trainer(tiny.run_config(), tiny.images())
     list(trainer.run(3))
     before = {name: tensor.clone() for name, tensor in trainer.denoiser.state_dict().items()}
     averaged = trainer.averaged()

@@ -14,9 +14,9 @@ from multistage_diffusion.errors import NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.noise import EDM, VP, Flow
-from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
-from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.training.run import train
+from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, OPTIMIZER, RAW, list_checkpoints
+from multistage_diffusion.training.run import build_trainer, train
+from multistage_diffusion.training.trainer import Trainer
 from waits import Waits
 
 
@@ -29,7 +29,7 @@ def learnable(count=64):
 @pytest.mark.parametrize("process", [VP(), EDM(), Flow()], ids=lambda config: config.kind)
 def test_it_learns(process):
     config = tiny.run_config(batch_size=16, learning_rate=5e-3, warmup_images=0)
-    losses = [result.loss for result in Trainer(replace(config, process=process), learnable()).run(30)]
+    losses = [result.loss for result in build_trainer(replace(config, process=process), learnable()).run(30)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
@@ -40,9 +40,9 @@ def test_a_fresh_network_has_the_loss_of_predicting_nothing():
 
 
 def test_warm_up_clipping_and_the_learning_rate():
-    results = list(Trainer(tiny.run_config(warmup_images=12, learning_rate=0.3), tiny.images()).run(4))
+    results = list(build_trainer(tiny.run_config(warmup_images=12, learning_rate=0.3), tiny.images()).run(4))
     assert [result.learning_rate for result in results] == pytest.approx([0.1, 0.2, 0.3, 0.3])
-    trainer = Trainer(tiny.run_config(clip_norm=1e-3), tiny.images())
+    trainer = build_trainer(tiny.run_config(clip_norm=1e-3), tiny.images())
     result = next(trainer.run(1))
     parameters = trainer.denoiser.network.parameters()
     norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
@@ -54,7 +54,7 @@ def test_a_step_reads_the_device_once_and_only_clips_when_asked(monkeypatch):
     clip = torch.nn.utils.clip_grads_with_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *words: scaled.append(clip(*words)))
     for clip_norm in (None, 0.1):
-        trainer = Trainer(tiny.run_config(clip_norm=clip_norm), tiny.images())
+        trainer = build_trainer(tiny.run_config(clip_norm=clip_norm), tiny.images())
         with Waits() as waits:
             next(trainer.run(1))
         assert waits.reads == ["tolist"]
@@ -69,7 +69,7 @@ def test_nobody_elses_generator_is_touched(dropout, monkeypatch):
     fork = torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda **named: forks.append(named) or fork(**named))
     before = torch.get_rng_state()
-    trainer = Trainer(tiny.run_config(replace(tiny.SMALLEST, dropout=dropout)), tiny.images())
+    trainer = build_trainer(tiny.run_config(replace(tiny.SMALLEST, dropout=dropout)), tiny.images())
     made = len(forks)
     list(trainer.run(2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -78,7 +78,7 @@ def test_nobody_elses_generator_is_touched(dropout, monkeypatch):
 
 
 def test_the_loss_is_the_weighted_mean_of_its_stages():
-    trainer = Trainer(tiny.run_config(batch_size=7), tiny.images())
+    trainer = build_trainer(tiny.run_config(batch_size=7), tiny.images())
     batch = trainer.batches(0)
     result = next(trainer.run(1))
     shares = trainer.batches.shares
@@ -89,7 +89,7 @@ def test_the_loss_is_the_weighted_mean_of_its_stages():
 
 
 def test_a_single_stage_batch_moves_no_other_decoder():
-    trainer = Trainer(tiny.run_config(batches="single-uniform", weight_decay=0.1), tiny.images())
+    trainer = build_trainer(tiny.run_config(batches="single-uniform", weight_decay=0.1), tiny.images())
     for _ in range(6):
         before = [
             {n: p.clone() for n, p in decoder.named_parameters()} for decoder in trainer.denoiser.network.decoders
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(rate, tmp_pat
 
 
 def test_the_stage_of_a_bad_loss_is_named_and_nothing_moves():
-    trainer = Trainer(tiny.run_config(), tiny.images())
+    trainer = build_trainer(tiny.run_config(), tiny.images())
     list(trainer.run(2))
     with torch.no_grad():
         next(trainer.denoiser.network.decoders[1].parameters()).fill_(math.nan)
@@ -163,7 +163,7 @@ def test_the_stage_of_a_bad_loss_is_named_and_nothing_moves():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
-    trainer = Trainer(tiny.run_config(), tiny.images())
+    trainer = build_trainer(tiny.run_config(), tiny.images())
     stem = trainer.denoiser.network.encoders[0].stem
     stem.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NumericsError, match=r"gradient norm is (nan|inf) at step 1; the weights were not updated"):

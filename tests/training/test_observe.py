@@ -14,16 +14,17 @@ from PIL import Image
 import tiny
 from multistage_diffusion.config import LoggingConfig, SamplingConfig
 from multistage_diffusion.data import to_uint8
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.metrics.classifier import Classifier
-from multistage_diffusion.models.denoiser import Denoiser, load_weights
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.sampling import sample
 from multistage_diffusion.training import observe
 from multistage_diffusion.training import run as runs_of
-from multistage_diffusion.training.checkpoint import EMA_WEIGHTS, list_checkpoints
 from multistage_diffusion.training.guard import StoppedError
-from multistage_diffusion.training.loop import Trainer, build_denoiser
 from multistage_diffusion.training.run import train
+from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.weights import load_weights
 from runs import PowerError, log, same_run, tensors
 
 

@@ -15,15 +15,15 @@ import ranks
 import tiny
 from multistage_diffusion import process_group
 from multistage_diffusion.config import EngineConfig, LoggingConfig, SamplingConfig
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import NumericsError, UserError
 from multistage_diffusion.metrics.classifier import Classifier
-from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.runs import load_run
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.training import loop, observe
 from multistage_diffusion.training import run as runs_of
-from multistage_diffusion.training.checkpoint import list_checkpoints
-from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.training.run import load_run, train
-from multistage_diffusion.training.snapshots import list_snapshots
+from multistage_diffusion.training.run import train
+from multistage_diffusion.training.trainer import Trainer
 from runs import log, tensors
 
 WATCHED = LoggingConfig(

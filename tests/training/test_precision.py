@@ -10,10 +10,9 @@ import ranks
 import tiny
 from multistage_diffusion.config import EngineConfig
 from multistage_diffusion.errors import ConfigError, NumericsError
-from multistage_diffusion.training.checkpoint import list_checkpoints
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.training.precision import LossScale
-from multistage_diffusion.training.run import train
+from multistage_diffusion.training.run import build_trainer, train
 from runs import log, same_run, tensors, train_until
 
 
@@ -22,7 +21,7 @@ def configuration(model=tiny.SMALLEST, **engine):
 
 
 def trainer(model=tiny.SMALLEST, **engine):
-    made = Trainer(configuration(model, **engine), tiny.images())
+    made = build_trainer(configuration(model, **engine), tiny.images())
     tiny.randomise(made.denoiser.network)
     return made
 
@@ -120,7 +119,7 @@ def test_engines_that_cannot_be(options, message):
 
 def test_dropout_masks_belong_to_the_image():
     from multistage_diffusion import rng
-    from multistage_diffusion.models.layers import Dropout
+    from multistage_diffusion.backbones.layers import Dropout
 
     layer = Dropout(0.13)
     x, number = torch.ones(256, 16, 8, 8), rng.bits(0, "dropout", torch.arange(256), 1)[:, 0]
@@ -142,10 +141,10 @@ def test_dropout_masks_belong_to_the_image():
 
 def compiled(rank, backend):
     """Under no test hook, which torch.compile could not look through."""
-    from multistage_diffusion.models.unet import MultiDecoderUNet
+    from multistage_diffusion.multidecoder import MultiDecoder
 
-    whole = MultiDecoderUNet.compile_parts
-    MultiDecoderUNet.compile_parts = lambda self: whole(self, backend)
+    whole = MultiDecoder.compile_parts
+    MultiDecoder.compile_parts = lambda self: whole(self, backend)
     model = replace(tiny.MODEL, dropout=0.3)
     runs = [list(trainer(model, compile=on, activation_checkpointing=on).run(3)) for on in (True, False)]
     return [[(result.loss, result.gradient_norm) for result in results] for results in runs]
@@ -160,10 +159,9 @@ def test_compiled_parts_compute_the_same(backend, tmp_path):
 
 
 def compiled_many(rank, networks):
-    from multistage_diffusion.models.unet import MultiDecoderUNet
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else a decoder is left as it is, with a line in a log
-    kept = [MultiDecoderUNet(replace(tiny.MODEL, dropout=0.3), tiny.SHAPE) for _ in range(networks)]
+    kept = [replace(tiny.MODEL, dropout=0.3).network(tiny.SHAPE) for _ in range(networks)]
     for network in kept:
         network.compile_parts("eager")
         for each in (1, 2):
@@ -177,15 +175,17 @@ def test_no_decoder_of_many_networks_is_left_uncompiled(tmp_path):
 
 
 def compiled_among_others(rank, kind):
-    from multistage_diffusion.models.unet import MultiDecoderUNet
+    from multistage_diffusion.multidecoder import MultiDecoder
     from multistage_diffusion.process_group import join
 
-    whole = MultiDecoderUNet.compile_parts
-    MultiDecoderUNet.compile_parts = lambda self: whole(self, "aot_eager")
+    whole = MultiDecoder.compile_parts
+    MultiDecoder.compile_parts = lambda self: whole(self, "aot_eager")
     with join(torch.device("cpu"), 5.0) as processes:
         found = []
         for on in (True, False):
-            made = Trainer(configuration(tiny.MODEL, compile=on, parallel=kind), tiny.images(), processes=processes)
+            made = build_trainer(
+                configuration(tiny.MODEL, compile=on, parallel=kind), tiny.images(), processes=processes
+            )
             found.append([(result.loss, result.gradient_norm) for result in made.run(3)])
     return found
 

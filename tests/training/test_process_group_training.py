@@ -13,7 +13,7 @@ from multistage_diffusion.process_group import ProcessGroup, join
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
 from multistage_diffusion.training.distributed import gather
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.trainer import Trainer
 from runs import tensors
 
 CASES = [("ddp", "mixed", 1), ("ddp", "single-uniform", 2), ("fsdp", "mixed", 2), ("fsdp", "single-uniform", 1)]

@@ -9,10 +9,11 @@ import torch
 import tiny
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.runs import load_run
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training import run
-from multistage_diffusion.training.checkpoint import list_checkpoints
-from multistage_diffusion.training.run import load_run, train
+from multistage_diffusion.training.run import train
 from runs import log, same_run, tensors, train_until
 
 

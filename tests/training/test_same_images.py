@@ -17,9 +17,9 @@ from multistage_diffusion.data.collection import Reading
 from multistage_diffusion.data.feed import make_feed
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import ConfigError, DataError
+from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
-from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import train
 from runs import log, same_run, train_until
 

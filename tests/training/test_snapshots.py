@@ -13,11 +13,18 @@ from torch import nn
 
 import tiny
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.training.checkpoint import RAW, list_checkpoints
-from multistage_diffusion.training.ema import EMA, Power, power_exponent, relative_width
-from multistage_diffusion.training.loop import Trainer
-from multistage_diffusion.training.run import load_run, train
-from multistage_diffusion.training.snapshots import Profile, combine, file_name, list_snapshots
+from multistage_diffusion.runs import load_run
+from multistage_diffusion.runs.averages import (
+    Profile,
+    combine,
+    file_name,
+    list_snapshots,
+    power_exponent,
+    relative_width,
+)
+from multistage_diffusion.runs.checkpoints import RAW, list_checkpoints
+from multistage_diffusion.training.ema import EMA, Power
+from multistage_diffusion.training.run import build_trainer, train
 from runs import PowerError, same_run, tensors
 from waits import Waits
 
@@ -117,7 +124,7 @@ def tracked_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("averages") / "run"
     config = tiny.run_config(steps=80, save_every=80, sigma_rel=LENGTHS, ema_snapshot_every=5)
     train(config, folder, data=tiny.images())
-    trainer, power = Trainer(config, tiny.images()), Power(0.075)
+    trainer, power = build_trainer(config, tiny.images()), Power(0.075)
     average = {name: tensor.detach().double() for name, tensor in trainer.denoiser.network.named_parameters()}
     for result in trainer.run(80):  # the same steps to the bit
         kept = power.decay(result.images, 4)

@@ -10,10 +10,10 @@ import torch
 import tiny
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import EngineConfig
-from multistage_diffusion.models.unet import Decoder
+from multistage_diffusion.multidecoder import Decoder
 from multistage_diffusion.training import profile as module
-from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.profile import profile
+from multistage_diffusion.training.run import build_trainer
 
 BEFORE, AFTER = ["batch", "forward: input"], ["norm of the gradient, figures", "clipping", "optimiser", "averages"]
 
@@ -63,7 +63,7 @@ def test_a_slow_part_is_the_one_that_is_slow(monkeypatch):
 
 
 def test_watching_changes_nothing():
-    watched, alone = (Trainer(tiny.run_config(), tiny.images()) for _ in range(2))
+    watched, alone = (build_trainer(tiny.run_config(), tiny.images()) for _ in range(2))
     module._listen(watched, module._Clock(torch.device("cpu")))
     watched.lap("")
     assert list(watched.run(3)) == list(alone.run(3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -18,14 +17,15 @@ from multistage_diffusion.allocation.laws import (
     allocate_training,
     fit_law,
 )
-from multistage_diffusion.config import ModelConfig, RunConfig, check
+from multistage_diffusion.backbones import Backbone
+from multistage_diffusion.config import RunConfig, check
 from multistage_diffusion.data import Images
 from multistage_diffusion.evaluation import held_out_loss
 from multistage_diffusion.metrics.cost import StageCost, network_cost
 from multistage_diffusion.noise import sigma_schedule
 from multistage_diffusion.sampling import find_solver, plan
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.run import build_trainer
 
 Say = Callable[[str], None]
 Purpose = Literal["training", "sampling"]
@@ -105,7 +105,7 @@ def allocate(
     Raises:
         ConfigError: The budget is too small for any widths.
     """
-    base, candidates = config.model.width, candidate_widths(config.model)
+    base, candidates = config.model.capacity, candidate_widths(config.model)
     stages, (unit, scale) = Stages(config.stages.edges), _UNITS[purpose]
 
     def choose(laws: Sequence[Law], widths: Sequence[int], longest: float) -> Allocation:
@@ -156,8 +156,8 @@ def run_proxies(
     stages, measurements = Stages(config.stages.edges), []
     repeats = max(8, -(-_NOISE_LEVELS // len(test)))
     for width in widths:
-        model = replace(config.model, architecture="multistage", decoder_widths=(width,) * len(stages))
-        trainer = Trainer(replace(config, model=model), data, device, stages)
+        model = config.model.with_capacities((width,) * len(stages))
+        trainer = build_trainer(replace(config, model=model), data, stages, device=device)
         for point in range(points):
             for _ in trainer.run(max(1, round(steps * 0.5 ** (1 - point / max(points - 1, 1))))):
                 pass
@@ -177,25 +177,20 @@ def split(data: Images, seed: int) -> tuple[Images, Images]:
     return data.take(order[held_out:]), data.take(order[:held_out])
 
 
-def candidate_widths(model: ModelConfig) -> tuple[int, ...]:
+def candidate_widths(model: Backbone) -> tuple[int, ...]:
     """Decoder widths to choose from: the encoder's own, and multiples of a step that grows with it.
 
     At most 64 widths, increasing, up to 1.5 times the encoder's; each holds the network's attention heads whole.
     """
-    unit = _unit(model)
-    step = max(unit, model.width // 16 // unit * unit)
-    return tuple(sorted({*range(step, int(model.width * _WIDEST) + 1, step), model.width}))
+    unit = model.capacity_unit
+    step = max(unit, model.capacity // 16 // unit * unit)
+    return tuple(sorted({*range(step, int(model.capacity * _WIDEST) + 1, step), model.capacity}))
 
 
-def proxy_widths(model: ModelConfig) -> tuple[int, ...]:
+def proxy_widths(model: Backbone) -> tuple[int, ...]:
     """Decoder widths of the proxy runs: a quarter, half, three quarters and five quarters of the encoder's."""
-    unit = _unit(model)
-    return tuple(sorted({max(1, round(model.width * share / unit)) * unit for share in PROXY_SHARES}))
-
-
-def _unit(model: ModelConfig) -> int:
-    """What a decoder's width must be a multiple of."""
-    return math.lcm(4, model.head_channels or 4)
+    unit = model.capacity_unit
+    return tuple(sorted({max(1, round(model.capacity * share / unit)) * unit for share in PROXY_SHARES}))
 
 
 def widths_for_training(
@@ -232,6 +227,6 @@ def _flops(
     read: Callable[[StageCost], float],
 ) -> list[list[float]]:
     """FLOPs of a stage at each candidate width; all stages have the same encoder, so the rows are equal."""
-    model = replace(config.model, architecture="multistage", decoder_widths=tuple(candidates))
+    model = config.model.with_capacities(tuple(candidates))
     row = [float(read(cost)) for cost in network_cost(model, shape).stages]
     return [row] * stages

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.clustering import Clustering
     from multistage_diffusion.data.examples import Examples
-    from multistage_diffusion.models.denoiser import Denoiser
+    from multistage_diffusion.denoiser import Denoiser
     from multistage_diffusion.noise import Process
 
 
@@ -177,7 +177,7 @@ def _allocate(
         options.process,
     )  # fmt: skip
     edges = found.stages.edges
-    model = replace(base.model, architecture="multistage", decoder_widths=(base.model.width,) * (len(edges) + 1))
+    model = base.model.with_capacities((base.model.capacity,) * (len(edges) + 1))
     config = replace(base, data=source, stages=StagesConfig(edges=edges), model=model)
     assert options.allocate is not None and isinstance(data, Images)  # latents were refused
     choice = allocate(
@@ -208,8 +208,8 @@ def _draw(options: Options, data: Examples, found: Clustering) -> None:
 def _network(options: Options, data: Examples, process: Process, device: torch.device) -> Denoiser:
     """The trained network whose gradients are compared: a run's, or a small unified one trained for a moment."""
     from multistage_diffusion.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-    from multistage_diffusion.training.loop import Trainer
-    from multistage_diffusion.training.run import load_run
+    from multistage_diffusion.runs import load_run
+    from multistage_diffusion.training.run import build_trainer
 
     if options.run is not None:
         denoiser = load_run(options.run, device=device).denoiser
@@ -229,7 +229,7 @@ def _network(options: Options, data: Examples, process: Process, device: torch.d
         seed=options.seed,
     )  # fmt: skip
     config = RunConfig(data=DataConfig(source=data.name), process=process, model=model, training=training)
-    trainer = Trainer(config, data, device)
+    trainer = build_trainer(config, data, device=device)
     for _ in trainer.run(options.proxy_steps):
         pass
     return trainer.averaged()

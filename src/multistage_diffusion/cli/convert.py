@@ -97,7 +97,7 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.interop.card import Facts, model_card
     from multistage_diffusion.interop.export import export
-    from multistage_diffusion.training.run import load_run
+    from multistage_diffusion.runs import load_run
 
     loaded = load_run(options.source, weights=options.weights)
     results = Path(options.source) / "results.json"

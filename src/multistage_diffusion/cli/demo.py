@@ -15,7 +15,7 @@ from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.recipes import recipe
 
 if TYPE_CHECKING:
-    from multistage_diffusion.training.loop import StepResult
+    from multistage_diffusion.training.trainer import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)

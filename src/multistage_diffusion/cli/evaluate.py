@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.data import Images
     from multistage_diffusion.process_group import ProcessGroup
-    from multistage_diffusion.training.run import LoadedRun
+    from multistage_diffusion.runs import LoadedRun
 
 _MINUTES = 10.0  # that processes wait for one another where they add up what they saw
 
@@ -129,7 +129,7 @@ def _measure(
     from multistage_diffusion.evaluation import evaluate, evaluate_images
     from multistage_diffusion.metrics.extractors import load_extractor
     from multistage_diffusion.metrics.table import resolve
-    from multistage_diffusion.training.run import load_run
+    from multistage_diffusion.runs import load_run
 
     loaded = (
         load_run(target, weights=options.weights, sigma_rel=options.sigma_rel, device=device)

@@ -44,12 +44,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     import safetensors.torch
 
     from multistage_diffusion.files import sha256, write_atomic
-    from multistage_diffusion.training.run import load_run
+    from multistage_diffusion.runs import load_run
 
     loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel)
     denoiser, path = loaded.denoiser, Path(options.out)
     about = {
-        "model": to_dict(denoiser.network.config),
+        "model": to_dict(denoiser.backbone),
         "process": to_dict(denoiser.process),
         "edges": list(denoiser.stages.edges),
         "shape": list(denoiser.shape),

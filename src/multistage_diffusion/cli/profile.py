@@ -14,7 +14,7 @@ from multistage_diffusion.cli.common import Common
 from multistage_diffusion.config import Architecture, RunConfig, SamplingConfig, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
-from multistage_diffusion.models.presets import Preset, preset
+from multistage_diffusion.presets import Preset, preset
 from multistage_diffusion.recipes import recipe
 
 
@@ -54,9 +54,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.stages import Stages
 
     unified = found.model.architecture == "unified"
-    if not unified and len(found.model.decoder_widths) != len(found.edges) + 1:
+    if not unified and len(found.model.capacities) != len(found.edges) + 1:
         raise ConfigError(
-            f"{options.target} has {len(found.model.decoder_widths)} model.decoder-widths for {len(found.edges) + 1} "
+            f"{options.target} has {len(found.model.capacities)} model.decoder-widths for {len(found.edges) + 1} "
             "stages; it can only be profiled as unified"
         )
     cost = network_cost(found.model, found.shape)
@@ -101,13 +101,13 @@ def _find(target: str, architecture: Architecture | None) -> tuple[Preset, Sampl
         return preset(target, architecture), recipe(target).sampling
     sampling, document = SamplingConfig(), read_json(Path(target) / "config.json")
     if isinstance(document, dict) and "format" in document:
-        from multistage_diffusion.models.denoiser import Denoiser
+        from multistage_diffusion.denoiser import Denoiser
 
         denoiser = Denoiser.from_pretrained(target)
-        model, process = denoiser.network.config, denoiser.process
+        model, process = denoiser.backbone, denoiser.process
         edges, shape = denoiser.stages.edges, denoiser.shape
     else:
-        from multistage_diffusion.training.checkpoint import newest_state
+        from multistage_diffusion.runs.checkpoints import newest_state
 
         config = from_dict(RunConfig, document, f"{target}/config.json")
         model, process, edges, sampling = config.model, config.process, config.stages.edges, config.sampling

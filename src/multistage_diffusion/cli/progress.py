@@ -16,7 +16,7 @@ from multistage_diffusion.config import TrainingConfig
 if TYPE_CHECKING:
     import torch
 
-    from multistage_diffusion.training.loop import StepResult
+    from multistage_diffusion.training.trainer import StepResult
 
 _PATIENCE = 5.0  # seconds that nobody asks what is going on
 

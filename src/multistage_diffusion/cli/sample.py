@@ -85,8 +85,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.data.pictures import grid, picture, png, stack
     from multistage_diffusion.files import whole_directory
+    from multistage_diffusion.runs import load_run
     from multistage_diffusion.sampling import Trace, sample
-    from multistage_diffusion.training.run import load_run
 
     loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
     loaded.denoiser.precision = options.precision

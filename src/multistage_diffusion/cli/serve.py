@@ -49,8 +49,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     from multistage_diffusion.config import SamplingConfig
     from multistage_diffusion.data.latents import load_codec
+    from multistage_diffusion.runs import load_run
     from multistage_diffusion.serving import LOCAL, Server
-    from multistage_diffusion.training.run import load_run
 
     loaded = load_run(options.run, weights=options.weights, device=device)
     token = None if options.host in LOCAL else secrets.token_urlsafe(16)

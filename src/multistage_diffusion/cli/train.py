@@ -21,7 +21,7 @@ from multistage_diffusion.recipes import RECIPES, recipe
 from multistage_diffusion.records import with_new_keys
 
 if TYPE_CHECKING:
-    from multistage_diffusion.training.loop import StepResult
+    from multistage_diffusion.training.trainer import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +191,11 @@ def _with_stages(base: RunConfig, file: str) -> RunConfig:
     if not isinstance(edges, list):
         raise ConfigError(f'{file}: "edges" must be a list of noise levels sigma, like {{"edges": [0.5, 3.0]}}')
     if widths is None:
-        same = len(base.model.decoder_widths) == len(edges) + 1
-        widths = list(base.model.decoder_widths) if same else [base.model.width] * (len(edges) + 1)
+        same = len(base.model.capacities) == len(edges) + 1
+        widths = list(base.model.capacities) if same else [base.model.capacity] * (len(edges) + 1)
     changed = to_dict(base)
-    changed["stages"]["edges"], changed["model"]["decoder_widths"] = edges, widths
+    changed["stages"]["edges"] = edges
+    changed["model"][base.model.capacity_option.replace("-", "_")] = widths
     return from_dict(RunConfig, changed, file)
 
 

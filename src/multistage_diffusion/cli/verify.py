@@ -39,9 +39,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         ConfigError: No such run.
         CheckpointError: Something is damaged; with `--json` the document says what, and is printed first.
     """
-    from multistage_diffusion.models.denoiser import CONFIG, WEIGHTS
-    from multistage_diffusion.training.checkpoint import list_checkpoints
-    from multistage_diffusion.training.snapshots import list_snapshots
+    from multistage_diffusion.denoiser import CONFIG, WEIGHTS
+    from multistage_diffusion.runs.averages import list_snapshots
+    from multistage_diffusion.runs.checkpoints import list_checkpoints
 
     folder = Path(options.run)
     if not (folder / "config.json").is_file():

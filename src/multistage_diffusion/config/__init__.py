@@ -3,8 +3,8 @@
 Recipes return a whole `RunConfig`; the command line changes single fields; a run's `config.json` holds it whole.
 """
 
+from multistage_diffusion.backbones import Architecture, Backbone, UNet
 from multistage_diffusion.config.run import (
-    Architecture,
     DataConfig,
     EngineConfig,
     LoggingConfig,
@@ -20,6 +20,7 @@ from multistage_diffusion.records import check, flat, from_dict, old_names, to_d
 
 __all__ = [
     "Architecture",
+    "Backbone",
     "DataConfig",
     "EngineConfig",
     "LoggingConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "Solver",
     "StagesConfig",
     "TrainingConfig",
+    "UNet",
     "check",
     "flat",
     "from_dict",

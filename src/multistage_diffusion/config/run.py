@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from multistage_diffusion.backbones import Backbone, UNet
 from multistage_diffusion.noise import VP, Process, Spacing
 from multistage_diffusion.records import check, check_numbers
 
-Architecture = Literal["multistage", "unified", "separate"]
+ModelConfig = UNet  # its name in version 0.1
 Precision = Literal["fp32", "bf16", "fp16"]
 Solver = Literal[
     "heun", "euler", "ddim", "ancestral", "dpm-1", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "sde-dpmpp-2m"
@@ -75,71 +75,6 @@ class StagesConfig:
         check_numbers(self, "stages")
         increasing = all(low < high for low, high in zip((0.0, *self.edges), self.edges, strict=False))
         check(increasing, "stages.edges", "positive and increasing in sigma", self.edges)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The multi-decoder U-Net (the networks of the paper are presets: docs/architecture.md)."""
-
-    architecture: Architecture = "multistage"
-    """multistage: one encoder, a decoder per stage; separate: an encoder per stage too; unified: one network."""
-    width: int = 128
-    """Base width (channels) of the encoder."""
-    decoder_widths: tuple[int, ...] = (128,)
-    """Base width of each stage's decoder, low to high noise; unified uses the encoder's width."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """Width of each resolution level, as a multiple of the base width."""
-    blocks: int = 4
-    """Residual blocks a level in the encoder; the decoders have one more."""
-    attention: tuple[int, ...] = (16,)
-    """Resolutions in pixels at which there is self-attention."""
-    decoder_attention: Literal["last", "all"] = "last"
-    """Attention after the last block of a decoder's level, or after each."""
-    head_channels: int | None = None
-    """Channels of an attention head; by default one head."""
-    middle: Literal["encoder", "decoder"] = "encoder"
-    """Who owns the blocks at the lowest resolution between the two."""
-    resampling: Literal["block", "conv", "conv-after"] = "block"
-    """Resample inside a residual block, or by a strided / upsampled convolution; conv-after: the strided one is padded
-    right and below only (DDPM)."""
-    filter: Literal["box", "fir"] = "box"
-    """Resampling filter inside residual blocks: average and nearest, or FIR 1, 3, 3, 1."""
-    input_pyramid: bool = False
-    """Feed the downsampled input to each level of the encoder (NCSN++)."""
-    skip_scale: float = math.sqrt(0.5)
-    """Scale of a residual block's output."""
-    groups: int = 16
-    """Largest number of groups in a group norm."""
-    norm_eps: float = 1e-6
-    """Epsilon of a group norm."""
-    dropout: float = 0.1
-    """Dropout in residual blocks."""
-    frequency_shift: Literal[0, 1] = 1
-    """1: sinusoids of the noise level from frequency 1 to 1/10000 (DDPM); 0: the last left out (latent diffusion)."""
-    classes: int = 0
-    """Number of class labels; 0 trains an unconditional network."""
-    augment_labels: int = 0
-    """Numbers that tell the network how an image was augmented; 9 for data.augment-probability, else 0."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "model")
-        widths = (self.width, *self.decoder_widths)
-        check(all(4 <= width <= 8192 and width % 4 == 0 for width in widths), "model.width and model.decoder-widths",
-              "multiples of 4 up to 8192", widths)  # fmt: skip
-        check(1 <= len(self.decoder_widths) <= 64, "model.decoder-widths", "one width a stage, 64 at most",
-              self.decoder_widths)  # fmt: skip
-        check(1 <= len(self.multipliers) <= 12 and all(1 <= factor <= 64 for factor in self.multipliers),
-              "model.multipliers", "1 to 12 numbers in 1..64", self.multipliers)  # fmt: skip
-        check(1 <= self.blocks <= 64, "model.blocks", "in 1..64", self.blocks)
-        check(all(pixels >= 1 for pixels in self.attention), "model.attention", "positive", self.attention)
-        check(self.head_channels is None or self.head_channels >= 1, "model.head-channels", "at least 1",
-              self.head_channels)  # fmt: skip
-        check(self.skip_scale > 0, "model.skip-scale", "positive", self.skip_scale)
-        check(self.norm_eps > 0, "model.norm-eps", "positive", self.norm_eps)
-        check(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
-        check(self.groups >= 1, "model.groups", "at least 1", self.groups)
-        check(0 <= self.classes <= 1_000_000, "model.classes", "in 0..1000000", self.classes)
-        check(self.augment_labels in (0, 9), "model.augment-labels", "0 or 9", self.augment_labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +232,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     process: Process = field(default_factory=VP)
     stages: StagesConfig = field(default_factory=StagesConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Backbone = field(default_factory=UNet)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -305,12 +240,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         stages = len(self.edges) + 1
-        if self.model.architecture != "unified":
-            check(len(self.model.decoder_widths) == stages, "model.decoder-widths",
-                  f"{stages} widths, one for each stage that stages.edges {self.stages.edges} cut",
-                  self.model.decoder_widths)  # fmt: skip
-            check(stages <= self.training.batch_size, "training.batch-size", f"at least {stages}, the number of stages",
-                  self.training.batch_size)  # fmt: skip
+        self.model.require_stages(stages, self.stages.edges)
+        few = stages <= self.training.batch_size
+        check(few, "training.batch-size", f"at least {stages}, the number of stages", self.training.batch_size)
         check(self.engine.gradient_accumulation <= self.training.batch_size, "engine.gradient-accumulation",
               f"at most training.batch-size {self.training.batch_size}", self.engine.gradient_accumulation)  # fmt: skip
         check((self.data.augment_probability > 0) == (self.model.augment_labels > 0), "model.augment-labels",

@@ -14,12 +14,12 @@ from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
 from multistage_diffusion.data.examples import Codec
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.metrics import inception
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.metric import Metric
 from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
 from multistage_diffusion.metrics.table import feature_metrics, keeps_features, measure
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import sample_batches
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Codec
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation.images import distances, generated
 from multistage_diffusion.metrics.classifier import Classifier
@@ -22,7 +23,6 @@ from multistage_diffusion.metrics.extractor import Description, FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.metrics.metric import FeatureMetric, Metric
 from multistage_diffusion.metrics.table import feature_metrics, resolve, with_followers
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import call_plan
 
@@ -293,7 +293,7 @@ class _Clock:
 
 
 def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[int] | None) -> SampleCost:
-    cost = network_cost(denoiser.network.config, denoiser.shape)
+    cost = network_cost(denoiser.backbone, denoiser.shape)
     calls = call_plan(denoiser, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing)
     stage_calls = tuple(calls.count(k) for k in range(len(cost.stages)))
     return SampleCost(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from multistage_diffusion.config import DataConfig
-from multistage_diffusion.metrics.cost import network_cost
+from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
 from multistage_diffusion.metrics.table import SHOWN
-from multistage_diffusion.models.denoiser import Denoiser
 
 _TASK = "unconditional-image-generation"
 _DATASETS = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}
@@ -52,7 +52,7 @@ def model_card(denoiser: Denoiser, facts: Facts) -> str:
     sections = [_front(facts), f"# {facts.name}", _about(denoiser, facts), "## Use", _usage(denoiser, facts)]
     sections += ["## Stages", _stages(denoiser)]
     if facts.step is not None and facts.stage_images is not None:
-        flops = network_cost(denoiser.network.config, denoiser.shape).training_flops(facts.stage_images)
+        flops = denoiser_cost(denoiser).training_flops(facts.stage_images)
         sections += ["## Training", f"{facts.step} steps, {sum(facts.stage_images)} images, {flops / 1e15:.3g} PFLOPs "
                      "(forward and backward, 2 a multiply-accumulate, attention included)."]  # fmt: skip
     if figures := _figures(facts.results):
@@ -82,7 +82,7 @@ def _front(facts: Facts) -> str:
 
 
 def _about(denoiser: Denoiser, facts: Facts) -> str:
-    config, (channels, high, wide) = denoiser.network.config, denoiser.shape
+    config, (channels, high, wide) = denoiser.backbone, denoiser.shape
     latent = facts.data is not None and facts.data.autoencoder is not None
     classes = f" of {config.classes} classes" if config.classes else ""
     source = facts.data.source if facts.data is not None and ":" not in facts.data.source else None
@@ -107,7 +107,7 @@ def _usage(denoiser: Denoiser, facts: Facts) -> str:
 
 
 def _stages(denoiser: Denoiser) -> str:
-    cost = network_cost(denoiser.network.config, denoiser.shape)
+    cost = network_cost(denoiser.backbone, denoiser.shape)
     shares = denoiser.stages.shares(denoiser.process)
     rows = [
         "| stage | noise levels sigma | parameters in use | GFLOPs an image | share of training |",

@@ -18,11 +18,11 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.data.autoencoder import load_autoencoder
 from multistage_diffusion.data.latents import RECORD, LatentCodec
+from multistage_diffusion.denoiser import UNDIVIDED, Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.interop.schedulers import process_from_scheduler
 from multistage_diffusion.interop.weights import complete, model_config, our_weights
-from multistage_diffusion.models.denoiser import UNDIVIDED, Denoiser
 from multistage_diffusion.noise import LDM, Process
 from multistage_diffusion.stages import Stages
 
@@ -95,7 +95,7 @@ def convert(
     if not isinstance(size, int):
         raise ConfigError(f"the U-Net's sample_size is {size}; give the resolution in pixels a side")
     model = model_config(found, size, len(stages))
-    denoiser = Denoiser(model, process or LDM(), (found["in_channels"], size, size), stages)
+    denoiser = Denoiser.from_backbone(model, process or LDM(), (found["in_channels"], size, size), stages)
     state = our_weights(model, size, weights, sines_first=not found["flip_sin_to_cos"])
     try:
         denoiser.network.load_state_dict(state)

@@ -12,11 +12,11 @@ import torch
 
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.data.latents import LatentCodec
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import whole_directory
 from multistage_diffusion.interop.schedulers import level, scheduler_options
 from multistage_diffusion.interop.weights import misfit, unet_options, unet_weights
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow
 from multistage_diffusion.sampling import dpmpp_2m, euler
 
@@ -77,7 +77,7 @@ def export(
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    reason = misfit(denoiser.network)
+    reason = misfit(denoiser)
     if reason is None and not isinstance(denoiser.process, VP | Cosine | LDM):
         reason = f"no standard pipeline draws from a process {denoiser.process.kind}"
     vae = None
@@ -120,8 +120,8 @@ def _standard(denoiser: Denoiser, vae: Any) -> Any:
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    unet = UNet2DModel(**unet_options(denoiser.network))
-    unet.load_state_dict(unet_weights(denoiser.network))
+    unet = UNet2DModel(**unet_options(denoiser))
+    unet.load_state_dict(unet_weights(denoiser))
     scheduler = DDIMScheduler(clip_sample=False, **scheduler_options(denoiser.process))
     if vae is None:
         return DDIMPipeline(unet=unet.eval(), scheduler=scheduler)
@@ -139,7 +139,7 @@ def _multistage(denoiser: Denoiser, vae: Any) -> Any:
 
     process = denoiser.process
     unet = MultistageUNet(
-        model=to_dict(denoiser.network.config), process=to_dict(process), edges=list(denoiser.stages.edges),
+        model=to_dict(denoiser.backbone), process=to_dict(process), edges=list(denoiser.stages.edges),
         shape=list(denoiser.shape),
     )  # fmt: skip
     unet.network.load_state_dict(denoiser.network.state_dict())

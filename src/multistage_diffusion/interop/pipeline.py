@@ -19,10 +19,10 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import ModelConfig, from_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.interop.schedulers import level, require_fit
-from multistage_diffusion.models.unet import MultiDecoderUNet
 from multistage_diffusion.noise import Flow, Process
 from multistage_diffusion.stages import Stages
 
@@ -56,7 +56,7 @@ class MultistageUNet(ModelMixin, ConfigMixin):
         self.stages = Stages(tuple(edges))
         channels, height, width = shape
         config = from_dict(ModelConfig, model, "the network's model", "model")
-        self.network = MultiDecoderUNet(config, (channels, height, width))
+        self.network = config.network((channels, height, width))
         if len(self.network.decoders) != len(self.stages):
             raise ConfigError(f"{len(self.network.decoders)} decoders do not fit the stage edges {edges}")
 
@@ -82,7 +82,7 @@ class MultistageUNet(ModelMixin, ConfigMixin):
         known = torch.as_tensor(timestep).detach().cpu().double()
         sigma = level(self.process, known)
         stage = self.stages.of(sigma).to(sample.device) if sigma.numel() > 1 else self.stages.of(sigma.item())
-        output = self.network(sample, time, stage, class_labels)
+        output = self.network(sample, time, stage, Conditioning(class_labels))
         return UNetOutput(sample=output) if return_dict else (output,)
 
 
@@ -142,7 +142,7 @@ class MultistagePipeline(DiffusionPipeline):
         require_fit(self.scheduler.config, process)
         labels = self._labels(class_labels, batch_size, guidance_scale)
         low, high = guidance_interval or (0.0, float("inf"))
-        shape = (batch_size, *self.unet.network.shape)
+        shape = (batch_size, *self.unet.shape)
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -175,7 +175,7 @@ class MultistagePipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(steps, device=device)
 
     def _labels(self, classes: int | list[int] | None, batch_size: int, guidance: float) -> Tensor | None:
-        known = self.unet.network.config.classes
+        known = self.unet.backbone.classes
         if classes is None:
             if guidance != 1:
                 raise ConfigError(f"guidance_scale {guidance} needs class_labels")
@@ -190,7 +190,7 @@ class MultistagePipeline(DiffusionPipeline):
         x = x.to(self.unet.dtype)
         if labels is None or guidance == 1:
             return self.unet(x, time, labels, return_dict=False)[0].float()
-        both = torch.cat((torch.full_like(labels, self.unet.network.config.classes), labels))
+        both = torch.cat((torch.full_like(labels, self.unet.backbone.classes), labels))
         without, given = self.unet(torch.cat((x, x)), time, both, return_dict=False)[0].float().chunk(2)
         return torch.lerp(without, given, guidance)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.config import ModelConfig
+from multistage_diffusion.backbones import UNet
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.models.unet import MultiDecoderUNet
 
 # What our blocks are, in diffusers' words; what a configuration does not say has diffusers' default.
 _REQUIRED: dict[str, Any] = {
@@ -47,7 +47,7 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**_DEFAULTS, **_REQUIRED, **options}
 
 
-def model_config(options: Mapping[str, Any], size: int, stages: int) -> ModelConfig:
+def model_config(options: Mapping[str, Any], size: int, stages: int) -> UNet:
     """Our configuration of a `UNet2DModel`.
 
     Args:
@@ -82,7 +82,7 @@ def model_config(options: Mapping[str, Any], size: int, stages: int) -> ModelCon
         raise ConfigError(
             f"the U-Net maps {options['in_channels']} channels to {options['out_channels']}, not the same"
         )
-    return ModelConfig(
+    return UNet(
         architecture="unified" if stages == 1 else "multistage", width=widths[0], decoder_widths=(widths[0],) * stages,
         multipliers=tuple(width // widths[0] for width in widths), blocks=options["layers_per_block"],
         attention=tuple(size >> level for level, attend in enumerate(attends) if attend), decoder_attention="all",
@@ -92,18 +92,20 @@ def model_config(options: Mapping[str, Any], size: int, stages: int) -> ModelCon
     )  # fmt: skip
 
 
-def misfit(network: MultiDecoderUNet) -> str | None:
-    """Why a network cannot be a `UNet2DModel`.
+def misfit(denoiser: Denoiser) -> str | None:
+    """Why a denoiser's network cannot be a `UNet2DModel`.
 
     Args:
-        network: The network.
+        denoiser: The denoiser.
 
     Returns:
         The first reason; none if it can.
     """
-    config, (_, high, wide) = network.config, network.shape
+    config, network, (_, height, width) = denoiser.backbone, denoiser.network, denoiser.shape
+    if not isinstance(config, UNet):
+        return "its network is not a U-Net of this package"
     groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
-    widths = [config.width * factor for factor, attends in _levels(config, high) if attends] or [config.width]
+    widths = [config.width * factor for factor, attends in _resolutions(config, height) if attends] or [config.width]
     widest = config.width * config.multipliers[-1]  # the middle block attends too
     reasons = {
         f"it has {len(network.decoders)} stages": len(network.decoders) > 1,
@@ -117,25 +119,26 @@ def misfit(network: MultiDecoderUNet) -> str | None:
         f"its group norms have {sorted(groups)} groups, not one number": len(groups) > 1,
         f"its attention heads are wider than {min(widths)} channels": config.head_channels is not None
         and config.head_channels > min(*widths, widest),
-        f"its images are {high}x{wide}": high != wide,
+        f"its images are {height}x{width}": height != width,
     }
     return next((reason for reason, found in reasons.items() if found), None)
 
 
-def unet_options(network: MultiDecoderUNet) -> dict[str, Any]:
-    """The options of the `UNet2DModel` that a network is.
+def unet_options(denoiser: Denoiser) -> dict[str, Any]:
+    """The options of the `UNet2DModel` that a denoiser's network is.
 
     Args:
-        network: A network without misfit.
+        denoiser: A denoiser without misfit.
 
     Returns:
         Arguments for its constructor.
     """
-    config, (channels, high, _) = network.config, network.shape
-    attends = [attend for _, attend in _levels(config, high)]
-    norm = next(module for module in network.modules() if isinstance(module, nn.GroupNorm))
+    config, (channels, height, _) = denoiser.backbone, denoiser.shape
+    assert isinstance(config, UNet)
+    attends = [attend for _, attend in _resolutions(config, height)]
+    norm = next(module for module in denoiser.network.modules() if isinstance(module, nn.GroupNorm))
     return {
-        "sample_size": high, "in_channels": channels, "out_channels": channels,
+        "sample_size": height, "in_channels": channels, "out_channels": channels,
         "block_out_channels": [config.width * factor for factor in config.multipliers],
         "layers_per_block": config.blocks,
         "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
@@ -146,9 +149,7 @@ def unet_options(network: MultiDecoderUNet) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def our_weights(
-    model: ModelConfig, size: int, weights: Mapping[str, Tensor], *, sines_first: bool
-) -> dict[str, Tensor]:
+def our_weights(model: UNet, size: int, weights: Mapping[str, Tensor], *, sines_first: bool) -> dict[str, Tensor]:
     """A `UNet2DModel`'s weights by our names; every decoder gets a copy of its own.
 
     Args:
@@ -185,17 +186,18 @@ def our_weights(
     return state
 
 
-def unet_weights(network: MultiDecoderUNet) -> dict[str, Tensor]:
-    """The weights of the `UNet2DModel` that a network is, cosines before sines.
+def unet_weights(denoiser: Denoiser) -> dict[str, Tensor]:
+    """The weights of the `UNet2DModel` that a denoiser's network is, cosines before sines.
 
     Args:
-        network: A network without misfit.
+        denoiser: A denoiser without misfit.
 
     Returns:
         Its state by diffusers' names.
     """
-    state, found = network.state_dict(), dict[str, Tensor]()
-    for part, ours, theirs in _layers(network.config, network.shape[1]):
+    assert isinstance(denoiser.backbone, UNet)
+    state, found = denoiser.network.state_dict(), dict[str, Tensor]()
+    for part, ours, theirs in _layers(denoiser.backbone, denoiser.shape[1]):
         for kind in ("weight", "bias"):
             tensor = state.get(f"{part}.0.{ours}.{kind}")
             if tensor is None:  # a block that needs no shortcut
@@ -207,14 +209,14 @@ def unet_weights(network: MultiDecoderUNet) -> dict[str, Tensor]:
     return found
 
 
-def _levels(model: ModelConfig, size: int) -> list[tuple[int, bool]]:
-    """Multiplier of each level, and whether it attends."""
+def _resolutions(model: UNet, size: int) -> list[tuple[int, bool]]:
+    """Multiplier of each resolution, and whether it attends."""
     return [(factor, size >> level in model.attention) for level, factor in enumerate(model.multipliers)]
 
 
-def _layers(model: ModelConfig, size: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _layers(model: UNet, size: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Each layer: the part of our network, our name in it, and theirs; three of theirs are one of ours in attention."""
-    attends = [attend for _, attend in _levels(model, size)]
+    attends = [attend for _, attend in _resolutions(model, size)]
     last = len(attends) - 1
     yield "encoders", "stem", ("conv_in",)
     yield "encoders", "embedding.first", ("time_embedding.linear_1",)

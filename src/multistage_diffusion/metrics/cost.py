@@ -6,6 +6,7 @@ no attention on the CPU's fused kernels, so the network is built and run without
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from multistage_diffusion.config import ModelConfig
-from multistage_diffusion.models.layers import Attention
-from multistage_diffusion.models.unet import MultiDecoderUNet
+from multistage_diffusion.backbones import Backbone
+from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.multidecoder import MultiDecoder
 
 CONVENTION = (
     "GMACs: 10^9 multiply-accumulates of every matrix product and convolution of one image's forward pass, attention "
@@ -111,50 +112,66 @@ class Cost:
         return math.fsum(count * stage.training_flops for count, stage in zip(images, self.stages, strict=True))
 
 
-@lru_cache(maxsize=64)
-def network_cost(config: ModelConfig, shape: tuple[int, int, int]) -> Cost:
-    """Count the parameters and FLOPs of a network, without memory for its weights.
+def network_cost(network: Backbone | MultiDecoder, shape: tuple[int, int, int]) -> Cost:
+    """Count the parameters and FLOPs of a network.
 
     Args:
-        config: The network.
+        network: A backbone's record, for which no memory is taken; or any network, of which a copy is counted.
         shape: (C, H, W) of an image.
 
     Returns:
         Its cost.
     """
+    if isinstance(network, Backbone):
+        return _backbone_cost(network, shape)
+    return _count(copy.deepcopy(network).to("meta"), shape)
+
+
+def denoiser_cost(denoiser: Denoiser) -> Cost:
+    """Count the parameters and FLOPs of a denoiser's network."""
+    return network_cost(denoiser.backbone if denoiser.backbone.builds else denoiser.network, denoiser.shape)
+
+
+@lru_cache(maxsize=64)
+def _backbone_cost(backbone: Backbone, shape: tuple[int, int, int]) -> Cost:
     with torch.device("meta"):
-        network = MultiDecoderUNet(config, shape)
-        x, c_noise = torch.empty(1, *shape), torch.empty(1)
-    attention = [(name, part) for name, part in network.named_modules() if isinstance(part, Attention)]
-    hidden = {part for _, block in attention for part in block.modules()}
-    added, stages = list[int](), list[StageCost]()
+        network = backbone.network(shape)
+    return _count(network, shape)
+
+
+def _count(network: MultiDecoder, shape: tuple[int, int, int]) -> Cost:
+    """Count a network on the meta device, which is changed by hooks and not to be used afterwards."""
+    x, c_noise = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    attention = [part for part in network.modules() if getattr(part, "is_attention", False)]
+    inside = {part for block in attention for part in block.modules()}
+    added, spent = list[int](), list[int]()  # biases of convolutions, and FLOPs of attention
+    counter = FlopCounterMode(display=False)
+    for block in attention:
+        block.register_forward_pre_hook(lambda module, inputs: spent.append(-counter.get_total_flops()))
+        block.register_forward_hook(lambda module, inputs, output: spent.append(counter.get_total_flops()))
     for part in network.modules():
-        if isinstance(part, nn.Conv2d) and part.bias is not None and part not in hidden:
+        if isinstance(part, nn.Conv2d) and part.bias is not None and part not in inside:
             part.register_forward_hook(lambda module, inputs, output: added.append(output.numel()))
+    stages = list[StageCost]()
     for stage, decoder in enumerate(network.decoders):
         added.clear()
-        with FlopCounterMode(display=False) as forward:
+        spent.clear()
+        with (counter := FlopCounterMode(display=False)):
             output = network(x, c_noise, stage)
+        forward = counter.get_total_flops()
         with FlopCounterMode(display=False) as backward:
             output.sum().backward()
-        counts = forward.get_flop_counts()
-        inside = sum(
-            sum(counts[f"MultiDecoderUNet.{name}"].values())
-            for name, _ in attention
-            if f"MultiDecoderUNet.{name}" in counts
-        )
-        total = forward.get_total_flops()
         stages.append(
             StageCost(
-                parameters=_count(network.encoder(stage)) + _count(decoder),
-                flops=total,
-                training_flops=total + backward.get_total_flops(),
-                flops_without_attention=total - inside,
+                parameters=_parameters(network.encoder(stage)) + _parameters(decoder),
+                flops=forward,
+                training_flops=forward + backward.get_total_flops(),
+                flops_without_attention=forward - sum(spent),
                 additions=sum(added),
             )
         )
-    return Cost(_count(network.encoders), tuple(map(_count, network.decoders)), tuple(stages))
+    return Cost(_parameters(network.encoders), tuple(map(_parameters, network.decoders)), tuple(stages))
 
 
-def _count(module: nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

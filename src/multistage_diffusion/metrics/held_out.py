@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion import rng
+from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.metric import Figures, ModelMetric
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.stages import Stages
 
@@ -106,7 +107,7 @@ def held_out_loss(
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
             labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
             counts = torch.bincount(stage[rows], minlength=len(denoiser.stages)).tolist()
-            loss = denoising_loss(denoiser, images, noise, sigma[rows].to(device), labels, counts=counts)
+            loss = denoising_loss(denoiser, images, noise, sigma[rows].to(device), Conditioning(labels), counts=counts)
             losses[rows] = loss.double().cpu()
     processes.all_reduce(losses)  # zeros in place of other processes' shares, so the sum is exact
     stage = stages.of(sigma)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.metrics.statistics import Statistics
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import ProcessGroup
 
 Figures: TypeAlias = Mapping[str, Any]

@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.config import check
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import sigma_schedule
+from multistage_diffusion.records import check
 from multistage_diffusion.sampling.steps import Callback
 from multistage_diffusion.sampling.table import Solver, find_solver, plan
 
@@ -203,7 +203,7 @@ class _Call:
                 raise _Stopped
             stage = self.denoiser.stages.of(sigma)
             if self.offload and held != [stage]:
-                self.denoiser.hold(stage)
+                self.denoiser.offload(stage)
                 held[:] = [stage]
             if labels is None or self.guidance == 1 or not self.interval[0] <= sigma <= self.interval[1]:
                 return self.denoiser(x, sigma, labels)
@@ -270,7 +270,7 @@ def _batches(
             start += batch_size
     finally:
         if call.offload:
-            call.denoiser.hold(None)
+            call.denoiser.offload(None)
 
 
 def _draw(

@@ -11,7 +11,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from multistage_diffusion.config import check
+from multistage_diffusion.records import check
 from multistage_diffusion.sampling.steps import (
     Callback,
     Denoise,

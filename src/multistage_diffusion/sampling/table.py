@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from multistage_diffusion.config import check
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise import Process, Spacing, sigma_schedule
+from multistage_diffusion.records import check
 from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
 from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
 from multistage_diffusion.sampling.steps import Levels, Run

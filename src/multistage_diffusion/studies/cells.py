@@ -13,19 +13,20 @@ from typing import Any
 
 import torch
 
-from multistage_diffusion.config import ModelConfig, RunConfig, SamplingConfig, StagesConfig, to_dict
+from multistage_diffusion.config import Backbone, RunConfig, SamplingConfig, StagesConfig, to_dict
 from multistage_diffusion.data import Images
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.extractor import FeatureExtractor
-from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.runs import load_run
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts
 from multistage_diffusion.training.guard import BusyError, lock
-from multistage_diffusion.training.loop import StepResult
-from multistage_diffusion.training.run import load_run, train
+from multistage_diffusion.training.run import train
+from multistage_diffusion.training.trainer import StepResult
 
 Say = Callable[[str], None]
 Watch = Callable[[StepResult, int], None]
@@ -88,8 +89,7 @@ def cell(config: RunConfig, tflops: float, points: int) -> Cell:
         The cell; a unified network has neither edges nor decoder widths.
     """
     if config.model.architecture == "unified":
-        model = replace(config.model, decoder_widths=(config.model.width,))
-        config = replace(config, stages=StagesConfig(), model=model)
+        config = replace(config, stages=StagesConfig(), model=config.model.unified())
     return Cell(config, tflops, points)
 
 
@@ -126,7 +126,7 @@ class Cells:
             "version": _VERSION, "config": distinct(cell.config), "tflops": cell.tflops, "points": cell.points
         }  # fmt: skip
         text = json.dumps({**document, "data": self.data.digest}, sort_keys=True)
-        name = f"{cell.config.model.architecture}-{'-'.join(map(str, cell.config.model.decoder_widths))}"
+        name = f"{cell.config.model.architecture}-{'-'.join(map(str, cell.config.model.capacities))}"
         return self.folder / f"{name}-seed{cell.config.training.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def done(self, cell: Cell) -> bool:
@@ -224,7 +224,7 @@ class Cells:
             })  # fmt: skip
 
 
-def widths(model: ModelConfig, *factors: float) -> tuple[int, ...]:
+def widths(model: Backbone, *factors: float) -> tuple[int, ...]:
     """Decoder widths as multiples of the encoder's, rounded to whole groups of 4 channels, 4 at least.
 
     Args:
@@ -234,7 +234,7 @@ def widths(model: ModelConfig, *factors: float) -> tuple[int, ...]:
     Returns:
         The widths.
     """
-    return tuple(max(4, 4 * round(model.width * factor / 4)) for factor in factors)
+    return tuple(model.nearest_capacity(model.capacity * factor) for factor in factors)
 
 
 def distinct(config: RunConfig) -> dict[str, Any]:

@@ -15,18 +15,19 @@ from torch import Tensor
 from multistage_diffusion.clustering import Clustering, cluster
 from multistage_diffusion.config import RunConfig, StagesConfig, check, to_dict
 from multistage_diffusion.data import Images, load_parts
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.extractor import FeatureExtractor
-from multistage_diffusion.models.denoiser import Denoiser
+from multistage_diffusion.runs import load_run
 from multistage_diffusion.sampling import Trace, sample
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts
-from multistage_diffusion.training.loop import StepResult
-from multistage_diffusion.training.run import TrainingSummary, load_run, train
+from multistage_diffusion.training.run import TrainingSummary, train
+from multistage_diffusion.training.trainer import StepResult
 
 ARCHITECTURES = ("multistage", "unified")
 CLAIM, RESULTS = "demo.json", "results.json"
@@ -177,7 +178,7 @@ def run_demo(
         raise ConfigError("the demo compares models of images; recipes of latents are trained with msd train")
     data, test = load_parts(config.data)
     say(f"{config.data.source}: {len(data)} training and {len(test)} held-out images of {data.shape}")
-    clustering = cluster(data, config.process, stages=len(config.model.decoder_widths), seed=options.seed)
+    clustering = cluster(data, config.process, stages=len(config.model.capacities), seed=options.seed)
     edges = clustering.stages.edges
     say(f"stages at sigma {', '.join(f'{edge:.3g}' for edge in edges)} in {clustering.seconds:.1f} s")
     extractor = classifier_features(data, test)

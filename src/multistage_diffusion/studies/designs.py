@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from multistage_diffusion.allocation import allocate, proxy_widths
+from multistage_diffusion.backbones import Architecture
 from multistage_diffusion.clustering import cluster
 from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
-from multistage_diffusion.config.run import Architecture
 from multistage_diffusion.data import Images
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
@@ -98,7 +98,7 @@ class Finder:
         the budget.
         """
         edges = self.edges(stages=4, measure="training")
-        base = _multistage(self.budget.base, edges, (self.budget.base.model.width,) * 4)
+        base = _multistage(self.budget.base, edges, (self.budget.base.model.capacity,) * 4)
 
         def find() -> dict[str, Any]:
             self.say("decoder widths by proxy runs")
@@ -114,7 +114,7 @@ class Finder:
             return choice.to_dict()
 
         def stand_in() -> dict[str, Any]:
-            return {"decoder_widths": list(base.model.decoder_widths)}
+            return {"decoder_widths": list(base.model.capacities)}
 
         found = self._kept(f"widths-{self.budget.tflops:g}", find, stand_in)
         return _multistage(self.budget.base, edges, tuple(found["decoder_widths"]))
@@ -252,5 +252,5 @@ def _multistage(
     base: RunConfig, edges: tuple[float, ...], decoder_widths: tuple[int, ...],
     architecture: Architecture = "multistage",
 ) -> RunConfig:  # fmt: skip
-    model = replace(base.model, architecture=architecture, decoder_widths=decoder_widths)
+    model = replace(base.model.with_capacities(decoder_widths), architecture=architecture)
     return replace(base, stages=StagesConfig(edges=edges), model=model)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion import rng
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.loss import denoising_loss
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.cells import Cell
 from multistage_diffusion.studies.designs import Variants
@@ -99,7 +99,7 @@ def stage_gradients(denoiser: Denoiser, images: Tensor, stages: Stages, stage: i
     every = [weight.requires_grad_() for group in weights.values() for weight in group]
     sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in every]
     for rows in torch.arange(len(images), device=images.device).split(_BATCH):
-        loss = denoising_loss(denoiser, images[rows], noise[rows], sigma[rows], None).sum() / len(images)
+        loss = denoising_loss(denoiser, images[rows], noise[rows], sigma[rows]).sum() / len(images)
         for total, gradient in zip(sums, torch.autograd.grad(loss, every, allow_unused=True), strict=True):
             if gradient is not None:
                 total += gradient

@@ -11,8 +11,8 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import to_uint8
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.evaluation import distances
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.noise import sigma_schedule
 from multistage_diffusion.sampling import find_solver
 from multistage_diffusion.stages import Stages

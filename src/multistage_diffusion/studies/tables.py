@@ -9,10 +9,10 @@ from typing import Any
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.extractor import FeatureExtractor
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.budgets import Budget
@@ -132,8 +132,8 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "architecture": model.architecture,
         "edges": list(first.config.edges),
-        "width": model.width,
-        "decoder_widths": list(model.decoder_widths),
+        "width": model.capacity,
+        "decoder_widths": list(model.capacities),
         "shares": list(first.shares),
         "parameters": cost.parameters,
         "mflops": cost.flops(first.shares) / 1e6,

@@ -35,8 +35,9 @@ class Batch:
             paper).
         index: (B,) global sample indices, int64.
         counts: How many images each stage has here.
-        whole: How many images each stage has in the whole batch, of which this may be a part.
-        real: Whether each stage's images here count; not those that fill up a part to which no image of a stage fell.
+        batch_counts: How many images each stage has in the whole batch, of which this may be a micro-batch.
+        counted: Whether each stage's images here count; not those that fill up a micro-batch without an image of a
+            stage.
         labels: (B,) classes, `classes` for a hidden one, int64; none for an unconditional network.
         augment: (B, 9) how each image was augmented, float32; none without EDM's augmentation.
     """
@@ -47,36 +48,41 @@ class Batch:
     weight: Tensor
     index: Tensor
     counts: tuple[int, ...]
-    whole: tuple[int, ...]
-    real: tuple[bool, ...]
+    batch_counts: tuple[int, ...]
+    counted: tuple[bool, ...]
     labels: Tensor | None
     augment: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The rows of a batch that one part has: every n-th, so that parts differ by one row at most, a stage and in all.
+class _MicroBatch:
+    """The rows of a batch that one of n micro-batches has.
 
-    A part to which no row of a stage falls repeats one with weight 0, so that each part uses the same decoders.
+    It has every n-th row, so that micro-batches differ by one row at most, in each stage and in all.
+
+    A stage of which no row falls to a micro-batch gives it one of its rows with weight 0, so that every micro-batch
+    uses the same decoders: DDP wants a gradient of each parameter, and FSDP gathers the same parts everywhere.
     """
 
     rows: Tensor
-    real: Tensor
+    weight: Tensor
     counts: tuple[int, ...]
-    stages: tuple[bool, ...]
+    counted: tuple[bool, ...]
 
     @classmethod
-    def of(cls, whole: tuple[int, ...], part: int, parts: int, device: torch.device) -> _Part:
+    def of(cls, batch_counts: tuple[int, ...], index: int, total: int, device: torch.device) -> _MicroBatch:
+        """Rows of a batch whose stages lie side by side, `batch_counts` rows each."""
         rows: list[int] = []
-        counts, real, start = [], [], 0
-        for count in whole:
-            own = [row for row in range(start, start + count) if row % parts == part]
-            real.append(bool(own))
-            rows += (own := own or [start] * (count > 0))
-            counts.append(len(own))
+        counts, counted, start = [], [], 0
+        for count in batch_counts:
+            selected = [row for row in range(start, start + count) if row % total == index]
+            counted.append(bool(selected))
+            selected = selected or [start] * (count > 0)
+            rows += selected
+            counts.append(len(selected))
             start += count
-        mask = torch.tensor(real, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
-        return cls(torch.tensor(rows, device=device), mask.to(device), tuple(counts), tuple(real))
+        weight = torch.tensor(counted, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
+        return cls(torch.tensor(rows, device=device), weight.to(device), tuple(counts), tuple(counted))
 
 
 def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
@@ -159,57 +165,62 @@ class Batches:
         self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
         self._weight = self._weights().to(device)
         self._orders: dict[int, Tensor] = {}
-        self._parts: dict[tuple[tuple[int, ...], int, int, torch.device], _Part] = {}
+        self._micro_batches: dict[tuple[tuple[int, ...], int, int, torch.device], _MicroBatch] = {}
 
-    def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """The batch of a step, or a part of it.
+    def __call__(self, step: int, index: int = 0, total: int = 1) -> Batch:
+        """The batch of a step, or a micro-batch of it.
 
         Args:
             step: Steps taken before, from 0.
-            part: Which part, from 0.
-            parts: How many parts the batch is cut into. All have the same stages.
+            index: Which micro-batch, from 0.
+            total: How many micro-batches the batch is cut into. All have the same stages.
 
         Returns:
-            Always the same images, noise and levels for the same (data, configuration, step); the parts share them.
+            Always the same images, noise and noise levels for the same (data, configuration, step), shared by the
+            micro-batches.
         """
         size, seed = self.config.batch_size, self.config.seed
-        index = torch.arange(step * size, (step + 1) * size, device=self.device)
-        whole = counts = self._split(step)
-        real = tuple(count > 0 for count in whole)
-        chosen = self._pick(step, part, parts)
-        # Levels of a stage are drawn together, in cells; each part then makes the images and noise of its own rows.
-        sigma = self.process.icdf(self._levels(whole, rng.uniform(seed, "sigma", index, 1)[:, 0]))
+        sample = torch.arange(step * size, (step + 1) * size, device=self.device)  # global sample indices
+        batch_counts = counts = self._split(step)
+        counted = tuple(count > 0 for count in batch_counts)
+        picked = self._pick(step, index, total)
+        # The noise levels of a stage are stratified over all of its rows, so each micro-batch draws them all; images
+        # and noise it makes for its own rows alone.
+        sigma = self.process.icdf(self._positions(batch_counts, rng.uniform(seed, "sigma", sample, 1)[:, 0]))
         weight = self._weight
-        if parts > 1:
-            cut = self._part(whole, part, parts, self.device)
-            index, sigma = index[cut.rows], sigma[cut.rows]
-            weight, counts, real = weight[cut.rows] * cut.real, cut.counts, cut.stages
-        images = self._feed.floats(chosen)
+        if total > 1:
+            part = self._micro_batch(batch_counts, index, total, self.device)
+            sample, sigma = sample[part.rows], sigma[part.rows]
+            weight, counts, counted = weight[part.rows] * part.weight, part.counts, part.counted
+        images = self._feed.floats(picked)
         for later in range(step + 1, step + 1 + self._feed.ahead):
-            self._feed.prefetch(self._pick(later, part, parts))
+            self._feed.prefetch(self._pick(later, index, total))
         if self.flip:
-            mirrored = rng.bits(seed, "flip", index, 1)[:, :, None, None] < 0
+            mirrored = rng.bits(seed, "flip", sample, 1)[:, :, None, None] < 0
             images = torch.where(mirrored, images.flip(3), images)
-        told = None
+        numbers = None
         if self.augment_probability:
-            images, told = augment(images, seed, index, self.augment_probability)
+            images, numbers = augment(images, seed, sample, self.augment_probability)
         labels = None
         if self._labels is not None:
-            hidden = rng.uniform(seed, "label", index, 1)[:, 0] < self.config.label_dropout
-            known = self._labels[chosen].to(self.device, non_blocking=True)
-            labels = torch.where(hidden, self.classes, known)
-        noise = rng.normal(seed, "noise", index, images.shape[1:])
-        return Batch(images, noise, sigma, weight, index, counts, whole, real, labels, told)
+            hidden = rng.uniform(seed, "label", sample, 1)[:, 0] < self.config.label_dropout
+            labels = torch.where(hidden, self.classes, self._labels[picked].to(self.device, non_blocking=True))
+        noise = rng.normal(seed, "noise", sample, images.shape[1:])
+        return Batch(images, noise, sigma, weight, sample, counts, batch_counts, counted, labels, numbers)
 
-    def _part(self, whole: tuple[int, ...], part: int, parts: int, device: torch.device) -> _Part:
-        """Which rows a part has; moved to a device once for each of the few ways that stages fill a batch."""
-        key = (whole, part, parts, device)
-        if key not in self._parts:
-            self._parts[key] = _Part.of(whole, part, parts, device)
-        return self._parts[key]
+    def _micro_batch(self, batch_counts: tuple[int, ...], index: int, total: int, device: torch.device) -> _MicroBatch:
+        """The rows of a micro-batch; moved to a device once for each of the few ways that stages fill a batch."""
+        key = (batch_counts, index, total, device)
+        if key not in self._micro_batches:
+            self._micro_batches[key] = _MicroBatch.of(batch_counts, index, total, device)
+        return self._micro_batches[key]
 
     def _weights(self) -> Tensor:
-        """The weight of each row; the same in every step, so that none waits for a copy to the device."""
+        """The weight of each row; the same in every step, so that none waits for a copy to the device.
+
+        Stage k has the share p_k of the training distribution and n_k of the batch's B rows. With the weight
+        p_k B / n_k the mean of weight * loss over the rows is sum_k p_k (mean loss of stage k), without bias.
+        """
         size = self.config.batch_size
         if self.config.batches != "mixed":
             return torch.ones(size)
@@ -227,8 +238,11 @@ class Batches:
             stage = sum(draw > edge for edge in self._cdf[1:-1])
         return tuple(self.config.batch_size if k == stage else 0 for k in range(len(self.shares)))
 
-    def _levels(self, counts: tuple[int, ...], draws: Tensor) -> Float[Tensor, " batch"]:
-        """Positions in the training distribution: a stage's interval cut into as many cells as rows, one draw each."""
+    def _positions(self, counts: tuple[int, ...], draws: Tensor) -> Float[Tensor, " batch"]:
+        """Positions u in the training distribution: a stage's interval cut into as many cells as rows, one draw each.
+
+        Row i of n in stage k, with its interval [a, b] of the cumulative distribution, is at a + (b - a) (i + draw)/n.
+        """
         positions = []
         for stage, rows in enumerate(draws.split(counts)):
             cell = (torch.arange(len(rows), device=draws.device) + rows) / max(len(rows), 1)
@@ -238,17 +252,18 @@ class Batches:
     def _edge(self, index: int, like: Tensor) -> Tensor:
         return torch.full_like(like, self._cdf[index])
 
-    def _pick(self, step: int, part: int, parts: int) -> Int[Tensor, " rows"]:
+    def _pick(self, step: int, index: int, total: int) -> Int[Tensor, " rows"]:
         """Which images: every epoch is a fresh order of all of them; a batch may span epochs."""
-        size, total = self.config.batch_size, self._total
-        position, picked = step * size, []
+        size, position, picked = self.config.batch_size, step * self.config.batch_size, []
         while size > 0:
-            epoch, start = divmod(position, total)
+            epoch, start = divmod(position, self._total)
             rows = self._order(epoch)[start : start + size]
             picked.append(rows)
             position, size = position + len(rows), size - len(rows)
         whole = torch.cat(picked)
-        return whole if parts == 1 else whole[self._part(self._split(step), part, parts, self._feed.device).rows]
+        return (
+            whole if total == 1 else whole[self._micro_batch(self._split(step), index, total, self._feed.device).rows]
+        )
 
     def _order(self, epoch: int) -> Int[Tensor, " images"]:
         """The order of an epoch; two are kept, for what is read ahead of the end of one."""

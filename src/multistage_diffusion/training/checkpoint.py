@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +13,33 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from multistage_diffusion.config import to_dict
-from multistage_diffusion.errors import CheckpointError, ConfigError, NumericsError
-from multistage_diffusion.files import check_directory, read_json, whole_directory
-from multistage_diffusion.models.denoiser import CONFIG, read_weights
+from multistage_diffusion.denoiser import CONFIG
+from multistage_diffusion.errors import CheckpointError, NumericsError
+from multistage_diffusion.files import whole_directory
+from multistage_diffusion.runs.averages import file_name
+from multistage_diffusion.runs.checkpoints import (
+    EMA_WEIGHTS,
+    OPTIMIZER,
+    RAW,
+    STATE,
+    Checkpoint,
+    list_checkpoints,
+)
 from multistage_diffusion.training.distributed import gather, put
 from multistage_diffusion.training.ema import EMA
-from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.precision import LossScale
-from multistage_diffusion.training.snapshots import file_name
-
-RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
-FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE, CONFIG)
-_STATE_KEYS = {"step", "stage_images", "shape"}
-_NAME = re.compile(r"step-(\d{8,})")
+from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.weights import read_weights
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk.
-
-    Attributes:
-        path: Its directory.
-        step: Steps taken when it was written.
-    """
-
-    path: Path
-    step: int
-
-    def damage(self) -> str | None:
-        """What is wrong with it, naming the file; none if every file agrees with the manifest."""
-        return check_directory(self.path, FILES)
-
-    def state(self) -> dict[str, Any]:
-        """Its `state.json`.
-
-        Raises:
-            CheckpointError: It is unreadable, or not one of ours.
-        """
-        try:
-            document = read_json(self.path / STATE)
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from error
-        if not isinstance(document, dict) or not _STATE_KEYS <= document.keys():
-            raise CheckpointError(f"{self.path / STATE} lacks entries: it must have {', '.join(sorted(_STATE_KEYS))}")
-        return document
-
-
-def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest first, valid or not.
-
-    Args:
-        folder: The run's `checkpoints` folder; may be missing.
-
-    Returns:
-        Checkpoints by increasing step.
-    """
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
-            found.append(Checkpoint(path, int(match[1])))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Checkpoint:
+def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], config: dict[str, Any]) -> Checkpoint:
     """Write everything that a bit-equal continuation needs, whatever the number of processes then.
 
     Args:
         folder: The run's `checkpoints` folder.
         trainer: What to save. All processes must call; process 0 writes.
         extra: More entries for `state.json`.
+        config: The run's configuration.
 
     Returns:
         The new checkpoint.
@@ -113,7 +68,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Ch
         for file, tensors in files.items():
             safetensors.torch.save_file(tensors, temporary / file)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        (temporary / CONFIG).write_text(json.dumps(to_dict(trainer.config), indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return Checkpoint(path, trainer.step)
 
 
@@ -185,64 +140,6 @@ def _put_optimizer(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Opti
 def _averages(trainer: Trainer) -> dict[str, EMA]:
     """The averages by the names of their files."""
     return {EMA_WEIGHTS: trainer.ema, **{file_name(length): power for length, power in trainer.powers.items()}}
-
-
-def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files agree with its manifest.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-
-    Returns:
-        The checkpoint, or none if the folder holds none; and what was wrong with newer ones.
-
-    Raises:
-        CheckpointError: There are checkpoints, but all are damaged; nothing is deleted.
-    """
-    damages = []
-    for checkpoint in reversed(list_checkpoints(folder)):
-        damage = checkpoint.damage()
-        if damage is None:
-            return checkpoint, damages
-        damages.append(damage)
-    if damages:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged: {damages[0]}; nothing was deleted")
-    return None, []
-
-
-def newest_state(run: Path) -> dict[str, Any]:
-    """The `state.json` of a run's newest checkpoint.
-
-    Args:
-        run: The run directory.
-
-    Returns:
-        The document.
-
-    Raises:
-        CheckpointError: The run has no checkpoint, or the newest one is damaged.
-    """
-    return newest(run).state()
-
-
-def newest(run: Path) -> Checkpoint:
-    """A run's newest checkpoint, checked.
-
-    Args:
-        run: The run directory.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        CheckpointError: The run has no checkpoint, or the newest one is damaged.
-    """
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise CheckpointError(f"{run} has no checkpoint yet; continue its training with the same msd train command")
-    if damage := checkpoints[-1].damage():
-        raise CheckpointError(f"{damage}; the same msd train command goes on from an older checkpoint")
-    return checkpoints[-1]
 
 
 def prune(folder: Path, keep: int, step: int, keep_every: int = 0) -> None:

@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from multistage_diffusion.errors import NumericsError
-from multistage_diffusion.models.unet import Encoder, MultiDecoderUNet
+from multistage_diffusion.multidecoder import MultiDecoder
 from multistage_diffusion.process_group import ProcessGroup
 
 
 def parallelise(
-    module: nn.Module, network: MultiDecoderUNet, processes: ProcessGroup, device: torch.device, kind: Literal["ddp", "fsdp"], *,
+    module: nn.Module,
+    network: MultiDecoder,
+    processes: ProcessGroup,
+    device: torch.device,
+    kind: Literal["ddp", "fsdp"],
+    *,
     unused: bool,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Make a module's gradients those of all processes together, averaged.
 
     Args:
@@ -144,15 +149,13 @@ def require_same_weights(processes: ProcessGroup, tensors: Mapping[str, Tensor],
             )
 
 
-def _shard(network: MultiDecoderUNet, device: torch.device, processes: ProcessGroup) -> None:
-    """FSDP2: each level of an encoder and each decoder is gathered when it is used; what remains, with the root."""
+def _shard(network: MultiDecoder, device: torch.device, processes: ProcessGroup) -> None:
+    """FSDP2: each block of an encoder and each decoder is gathered when it is used; what remains, with the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.size,))
-    for encoder in network.encoders:
-        assert isinstance(encoder, Encoder)
-        for level in encoder.levels:
-            fully_shard(list(level.children()), mesh=mesh)
-    for part in (*network.decoders, network):
-        fully_shard(part, mesh=mesh)
+    encoder_blocks = [block for blocks in network.blocks()[: len(network.encoders)] for block in blocks]
+    for part in (*encoder_blocks, *network.decoders, network):
+        if any(True for _ in part.parameters()):
+            fully_shard(part, mesh=mesh)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.runs.averages import power_exponent
 from multistage_diffusion.training.distributed import local, put, whole_tensor
-
-LONGEST = 0.28  # relative width; a power function with exponent 0, the plain mean over all of training, has 0.2887
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Power:
     """Power-function profile: after t images, the weights at image tau count in proportion to tau^exponent.
 
     It stretches with training, forgets the random start altogether, and has a closed form, from which averages of
-    other lengths can be put together afterwards (`snapshots.py`).
+    other lengths can be put together afterwards (`runs/averages.py`).
 
     Attributes:
         length: Standard deviation of the profile as a share of training so far (sigma_rel): 0.05 is short, 0.10 usual.
@@ -142,35 +139,3 @@ class EMA:
                 raise ValueError(f"the average of {name} has shape {tuple(average[name].shape)}")
         for name, tensor in self.average.items():
             put(tensor, average[name])
-
-
-def relative_width(exponent: float) -> float:
-    """Standard deviation of a power-function profile, as a share of training so far.
-
-    Args:
-        exponent: At least 0.
-
-    Returns:
-        sigma_rel: the standard deviation of a Beta(exponent + 1, 1) variable.
-    """
-    return math.sqrt((exponent + 1.0) / (exponent + 3.0)) / (exponent + 2.0)
-
-
-def power_exponent(length: float) -> float:
-    """The exponent of the power function with a relative width, by bisection.
-
-    Args:
-        length: Relative width (sigma_rel).
-
-    Returns:
-        The exponent, to rounding.
-
-    Raises:
-        ConfigError: A length outside (0, 0.28].
-    """
-    if not 0.0 < length <= LONGEST:
-        raise ConfigError(f"the length of an average must lie in (0, {LONGEST}], got {length}")
-    low, high = 0.0, 1.0 / length  # the width of an exponent is less than 1 / (exponent + 2)
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if relative_width(middle) > length else (low, middle)
-    return high

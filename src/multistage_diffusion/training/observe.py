@@ -16,17 +16,17 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.pictures import grid, png
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError, PeerError
 from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.files import write_atomic
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.metrics.table import LOGGED, resolve
-from multistage_diffusion.models.denoiser import Denoiser
 from multistage_diffusion.process_group import ProcessGroup
 from multistage_diffusion.sampling import is_out_of_memory, sample
-from multistage_diffusion.training.loop import Trainer
 from multistage_diffusion.training.report import SAMPLES, Report
+from multistage_diffusion.training.trainer import Trainer
 
 _CELL = 64  # pixels of an image in a grid, at least
 _ASK_AFTER = 1.0  # seconds between questions whether another process gave up

@@ -20,7 +20,8 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.training.loop import Trainer
+from multistage_diffusion.training.run import build_trainer
+from multistage_diffusion.training.trainer import Trainer
 
 _PASSES = ("batch", "forward", "backward")  # then what follows them, as it came
 _BACKWARD, _FIRST_BACKWARD = "backward", "backward: loss"
@@ -73,7 +74,7 @@ def profile(
     Raises:
         ConfigError: The configuration does not fit the data.
     """
-    trainer = Trainer(config, data, device, processes=processes)
+    trainer = build_trainer(config, data, device=device, processes=processes)
     clock = _Clock(trainer.device)
     _run(trainer, _WARM_UP)
     clock.wait()

@@ -18,8 +18,8 @@ from multistage_diffusion.config import RunConfig, to_dict
 from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.files import remove_leftovers, write_atomic
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.training.loop import StepResult
 from multistage_diffusion.training.trackers import About, Trackers, flat_numbers
+from multistage_diffusion.training.trainer import StepResult
 
 METRICS, SAMPLES = "metrics.jsonl", "samples"
 _EVALUATION = "evaluation"

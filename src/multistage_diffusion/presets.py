@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from multistage_diffusion.config import Architecture, ModelConfig
+from multistage_diffusion.config import Architecture, Backbone, UNet
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise import EDM, LDM, VP, Flow, Process
 
@@ -21,7 +21,7 @@ class Preset:
         edges: Edges of the stages in sigma.
     """
 
-    model: ModelConfig
+    model: Backbone
     process: Process
     shape: tuple[int, int, int]
     edges: tuple[float, ...]
@@ -34,14 +34,14 @@ def vp_cifar10() -> Preset:
     input to each level (`--model.filter fir --model.input-pyramid`); here both architectures have the same blocks, so
     that they compare.
     """
-    model = ModelConfig(width=128, decoder_widths=(192, 128, 16), multipliers=(1, 2, 2, 2), blocks=8, attention=(16,))
+    model = UNet(width=128, decoder_widths=(192, 128, 16), multipliers=(1, 2, 2, 2), blocks=8, attention=(16,))
     # Edges t = 0.442 and 0.631 of VP time (Zhang et al. 2024, Table 4), in sigma.
     return Preset(model=model, process=VP(), shape=(3, 32, 32), edges=(2.5102672, 7.4141232))
 
 
 def edm_cifar10() -> Preset:
     """The paper's EDM network, 32x32: the decoders own the middle blocks (unified: 55.7 M parameters, 21.19 GMACs)."""
-    model = ModelConfig(
+    model = UNet(
         width=128, decoder_widths=(192, 128, 16), multipliers=(2, 2, 2), blocks=4, attention=(16,),
         middle="decoder", dropout=0.13, augment_labels=9,
     )  # fmt: skip
@@ -55,7 +55,7 @@ def edm_celeba() -> Preset:
 
 def ldm_celebahq() -> Preset:
     """The paper's network for 3x64x64 latents of 256x256 images (unified: 274.1 M parameters, 101.2 GMACs)."""
-    model = ModelConfig(
+    model = UNet(
         width=224, decoder_widths=(256, 192, 128), multipliers=(1, 2, 3, 4), blocks=2, attention=(32, 16, 8),
         decoder_attention="all", head_channels=32, resampling="conv", skip_scale=1.0, groups=32, norm_eps=1e-5,
         dropout=0.0, frequency_shift=0,
@@ -67,7 +67,7 @@ def ldm_celebahq() -> Preset:
 def digits() -> Preset:
     """A small network for 8x8 digits: trains in a minute or two on two CPU cores."""
     # Edges as `msd cluster digits` finds them; widths near those of `msd cluster digits --allocate 0.004`.
-    model = ModelConfig(
+    model = UNet(
         width=32, decoder_widths=(28, 20, 12), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0
     )  # fmt: skip
     return Preset(model=model, process=VP(prediction="v"), shape=(1, 8, 8), edges=(0.686, 5.71))
@@ -90,7 +90,7 @@ def digits_ldm() -> Preset:
 
 def fashion_mnist() -> Preset:
     """A small network for 28x28 images: a few hundred steps a quarter of an hour on two CPU cores."""
-    model = ModelConfig(
+    model = UNet(
         width=32, decoder_widths=(32, 24, 8), multipliers=(1, 2, 2), blocks=1, attention=(7,), dropout=0.0
     )  # fmt: skip
     # What `msd cluster fashion-mnist --process vp` finds.
@@ -110,9 +110,7 @@ def fashion_mnist_flow() -> Preset:
 
 def fashion_mnist_ldm() -> Preset:
     """A small latent-diffusion network on the pixels of Fashion-MNIST, with the discrete process."""
-    return replace(
-        fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDM(prediction="v")
-    )
+    return replace(fashion_mnist(), model=_latent_network((1, 2, 2), attention=(14, 7)), process=LDM(prediction="v"))
 
 
 def fashion_mnist_latent() -> Preset:
@@ -165,9 +163,9 @@ def _edm(found: Preset, *, sigma_data: float) -> Preset:
     return replace(found, model=replace(found.model, middle="decoder"), process=EDM(sigma_data=sigma_data))
 
 
-def _latent_network(multipliers: tuple[int, ...], attention: tuple[int, ...]) -> ModelConfig:
+def _latent_network(multipliers: tuple[int, ...], attention: tuple[int, ...]) -> UNet:
     """Blocks, attention and norms of `ldm_celebahq` at an eighth of its width."""
-    return ModelConfig(
+    return UNet(
         width=32, decoder_widths=(32, 32, 16), multipliers=multipliers, blocks=1, attention=attention,
         decoder_attention="all", head_channels=16, resampling="conv", skip_scale=1.0, groups=32, norm_eps=1e-5,
         dropout=0.0, frequency_shift=0,

@@ -1,0 +1,184 @@
+"""Encoder and decoder of the U-Net. The decoder has a width of its own and takes the encoder's features as they are.
+
+Source: blocks of Song et al. 2021 (DDPM++, NCSN++) and Rombach et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from multistage_diffusion.backbones.layers import (
+    ConvResample,
+    FeatureMaps,
+    NoiseEmbedding,
+    Resample,
+    ResidualBlock,
+    group_norm,
+    initialise,
+    merge,
+)
+from multistage_diffusion.backbones.unet import UNet
+from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
+
+
+class UNetFeatures(NamedTuple):
+    """What an encoder hands to the decoders; all tensors have the images along dimension 0."""
+
+    bottleneck: Tensor
+    embedding: Tensor
+    skips: tuple[Tensor, ...]
+    dropout_seed: Int[Tensor, " batch"] | None = None
+
+
+@final
+class UNetEncoder(nn.Module):
+    """Noise embedding and the downward half; with the middle blocks, if `unet.middle` says so.
+
+    Attributes:
+        skip_channels: Channels of each skip connection, in the order they are made.
+        channels: Channels of the bottleneck.
+    """
+
+    def __init__(self, unet: UNet, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        block = _blocks(unet)
+        self.scale = unet.skip_scale
+        self.embedding = NoiseEmbedding(
+            unet.width,
+            classes=unet.classes,
+            augment_labels=unet.augment_labels,
+            frequency_shift=unet.frequency_shift,
+        )
+        self.stem = initialise(nn.Conv2d(shape[0], unet.width, 3, padding=1))
+        # One entry a resolution; `levels` is its name in files of weights.
+        self.levels, self.downs, self.pyramid = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        channels, pyramid = unet.width, shape[0]
+        self.skip_channels = [channels]
+        for depth, multiplier in enumerate(unet.multipliers):
+            width = unet.width * multiplier
+            attention = shape[1] >> depth in unet.attention
+            blocks = nn.ModuleList()
+            for _ in range(unet.blocks):
+                blocks.append(block(channels, width, attention=attention))
+                self.skip_channels.append(channels := width)
+            self.levels.append(blocks)
+            if depth + 1 == len(unet.multipliers):
+                break
+            self.skip_channels.append(channels)
+            if unet.resampling == "block":
+                self.downs.append(block(channels, channels, resample="down"))
+            else:
+                self.downs.append(ConvResample(channels, "down", pad_after=unet.resampling == "conv-after"))
+            if unet.input_pyramid:
+                step = initialise(nn.Conv2d(pyramid, channels, 3, padding=1))
+                self.pyramid.append(nn.Sequential(Resample("down", unet.filter), step))
+                pyramid = channels
+        self.channels = channels
+        self.middle = _middle(block, channels) if unet.middle == "encoder" else nn.ModuleList()
+
+    def blocks(self) -> list[nn.Module]:
+        """What may be checkpointed and sharded by itself."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def forward(
+        self, x: FeatureMaps, c_noise: Float[Tensor, " batch"], conditioning: Conditioning = NO_CONDITIONING
+    ) -> UNetFeatures:
+        """Encode images once, for whichever decoder.
+
+        Args:
+            x: Preconditioned noisy images.
+            c_noise: The process's conditioning value of each image.
+            conditioning: Labels, augmentation and dropout seeds of the images.
+
+        Returns:
+            Bottleneck, noise embedding, skip connections and dropout seeds.
+        """
+        embedding, seed = self.embedding(c_noise, conditioning), conditioning.dropout_seed
+        pyramid, h = x, self.stem(x)
+        skips = [h]
+        for depth, blocks in enumerate(self.levels):
+            for block in blocks.children():
+                skips.append(h := block(h, embedding, seed))
+            if depth < len(self.downs):
+                h = self.downs[depth](h, embedding, seed)
+                if self.pyramid:
+                    h = pyramid = merge(h, self.pyramid[depth](pyramid), self.scale)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, embedding, seed)
+        return UNetFeatures(h, embedding, tuple(skips), seed)
+
+
+@final
+class UNetDecoder(nn.Module):
+    """The upward half at one stage's width; consumes the encoder's bottleneck and skips as they are."""
+
+    def __init__(self, width: int, encoder: UNetEncoder, unet: UNet, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        block = _blocks(unet)
+        channels, skips = encoder.channels, list(encoder.skip_channels)
+        self.middle = _middle(block, channels) if unet.middle == "decoder" else nn.ModuleList()
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for depth in reversed(range(len(unet.multipliers))):
+            outputs = width * unet.multipliers[depth]
+            attends = shape[1] >> depth in unet.attention
+            blocks = nn.ModuleList()
+            for index in range(unet.blocks + 1):
+                attention = attends and (unet.decoder_attention == "all" or index == unet.blocks)
+                blocks.append(block(channels + skips.pop(), outputs, attention=attention))
+                channels = outputs
+            self.levels.append(blocks)
+            if depth > 0 and unet.resampling == "block":
+                self.ups.append(block(channels, channels, resample="up"))
+            elif depth > 0:
+                self.ups.append(ConvResample(channels, "up"))
+        self.norm = group_norm(channels, groups=unet.groups, eps=unet.norm_eps)
+        self.head = initialise(nn.Conv2d(channels, shape[0], 3, padding=1), zero=True)
+
+    def blocks(self) -> list[nn.Module]:
+        """What may be checkpointed and sharded by itself."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def forward(self, features: UNetFeatures) -> FeatureMaps:
+        """The raw network output F from the encoder's features."""
+        h, embedding, skips, seed = features
+        remaining = list(skips)
+        for block in self.middle:
+            h = block(h, embedding, seed)
+        for depth, blocks in enumerate(self.levels):
+            for block in blocks.children():
+                h = block(torch.cat((h, remaining.pop()), dim=1), embedding, seed)
+            if depth < len(self.ups):
+                h = self.ups[depth](h, embedding, seed)
+        return self.head(F.silu(self.norm(h)))
+
+
+def _blocks(unet: UNet) -> Callable[..., ResidualBlock]:
+    """Makes the residual blocks of a U-Net, which differ in channels, resampling and attention alone."""
+
+    def block(inputs: int, outputs: int, **options: object) -> ResidualBlock:
+        return ResidualBlock(
+            inputs,
+            outputs,
+            4 * unet.width,
+            filter=unet.filter,
+            head_channels=unet.head_channels,
+            groups=unet.groups,
+            eps=unet.norm_eps,
+            scale=unet.skip_scale,
+            dropout=unet.dropout,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+
+    return block
+
+
+def _middle(block: Callable[..., ResidualBlock], channels: int) -> nn.ModuleList:
+    """The two blocks at the lowest resolution, the first one with attention."""
+    return nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])

@@ -1,0 +1,261 @@
+"""The denoiser: network, process and stages together. What is trained, saved, loaded and sampled from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from multistage_diffusion.backbones import Backbone, CustomNetwork
+from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
+from multistage_diffusion.errors import CheckpointError, ConfigError
+from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
+from multistage_diffusion.multidecoder import MultiDecoder
+from multistage_diffusion.noise import Process, process_by_kind
+from multistage_diffusion.records import from_dict, to_dict
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.weights import load_weights, require_fit
+
+Precision = Literal["fp32", "bf16", "fp16"]
+UNDIVIDED = Stages()
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@final
+class Denoiser(nn.Module):
+    """Estimates the clean image: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), by the decoder of sigma's stage.
+
+    Args:
+        network: A `MultiDecoder` with a decoder for each stage; or any module without stages, called as
+            `network(x, c_noise)`, or `network(x, c_noise, labels)` where there are classes, which gives F of the shape
+            of x.
+        process: The process, or its name for the defaults.
+        stages: The partition of the noise levels; ignored by a network with one decoder.
+        shape: (C, H, W) of an image.
+        classes: Number of class labels; 0 if unconditional. The label `classes` stands for none.
+
+    Raises:
+        ConfigError: The number of decoders is not the number of stages.
+
+    Attributes:
+        backbone: Record from which the network was built, or which names its class where it was given as it is.
+        precision: What the network's matrix products and convolutions compute in, by autocast: "fp32", "bf16" or
+            "fp16". Weights, inputs and estimates are float32 in each of them. It is not saved.
+    """
+
+    _home: Tensor
+    backbone: Backbone
+    precision: Precision
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process | str,
+        stages: Stages = UNDIVIDED,
+        *,
+        shape: tuple[int, int, int],
+        classes: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, MultiDecoder):
+            network = MultiDecoder.unified(network, classes=classes)
+        if network.stages == 1:
+            stages = UNDIVIDED
+        elif network.stages != len(stages):
+            raise ConfigError(
+                f"the network has {network.stages} decoders, and the edges {stages.edges} cut {len(stages)} stages; "
+                "each stage needs a decoder"
+            )
+        self.process = process_by_kind(process) if isinstance(process, str) else process
+        self.network, self.stages, self.shape, self.classes = network, stages, shape, classes
+        self.backbone, self.precision = _describe(network, classes), "fp32"
+        self.register_buffer("_home", torch.empty(0), persistent=False)
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: Backbone, process: Process | str, shape: tuple[int, int, int], stages: Stages = UNDIVIDED
+    ) -> Denoiser:
+        """A denoiser with a freshly initialised network.
+
+        Args:
+            backbone: The network's record; one decoder a stage, unless unified.
+            process: The process, or its name for the defaults.
+            shape: (C, H, W) of an image.
+            stages: The partition of the noise levels; ignored by a unified network, which has one stage.
+
+        Returns:
+            The denoiser, on the CPU.
+
+        Raises:
+            ConfigError: The number of decoders is not the number of stages, or the shape does not fit.
+        """
+        backbone.require_stages(len(stages), stages.edges)
+        denoiser = cls(backbone.network(shape), process, stages, shape=shape, classes=backbone.classes)
+        denoiser.backbone = backbone
+        return denoiser
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser was put; `offload` may keep some of its weights elsewhere for a while."""
+        return self._home.device
+
+    @property
+    def sigma_min(self) -> float:
+        """Lowest noise level of the process; for samplers of other projects."""
+        return self.process.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        """Highest noise level of the process; for samplers of other projects."""
+        return self.process.sigma_max
+
+    def round_sigma(self, sigma: float | Tensor) -> Tensor:
+        """The nearest noise level that the denoiser takes: the level itself; for samplers of other projects."""
+        return torch.as_tensor(sigma)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        sigma: float | Float[Tensor, ""] | Float[Tensor, " batch"],
+        conditioning: Conditioning | Int[Tensor, " batch"] | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Estimate the clean images in x = x0 + sigma eps.
+
+        Args:
+            x: Noisy images, in the unit of the data (not scaled by the process).
+            sigma: One noise level for the whole batch (a float, whose stage is known on the host, or a tensor without
+                dimensions: one decoder runs), or one for each image.
+            conditioning: Labels, augmentation and dropout seeds of the images; a tensor of integers is labels.
+            counts: How many images each stage has, when those of stage 0 come first and so on; saves looking the
+                stages up, and waiting for the device.
+
+        Returns:
+            Estimates of x0, float32. An image's estimate does not depend on the other images.
+        """
+        if conditioning is None:
+            conditioning = NO_CONDITIONING
+        elif isinstance(conditioning, Tensor):
+            conditioning = Conditioning(conditioning)
+        if not isinstance(sigma, Tensor):
+            return self._at_one_level(x, sigma, conditioning)
+        if sigma.ndim == 0:
+            return self._at_one_level(x, float(sigma), conditioning)
+        stage = counts if counts is not None else self.stages.of(sigma) if len(self.stages) > 1 else 0
+        factors = self.process.preconditioning(sigma)
+        c_skip, c_out, c_in = (
+            factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
+        )
+        with self._autocast():
+            raw = self.network(c_in * x, factors.c_noise.to(x), stage, conditioning)
+        return c_skip * x + c_out * raw.to(x.dtype)
+
+    def _at_one_level(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
+        factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
+        c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=x.dtype)
+        with self._autocast():
+            raw = self.network(factors.c_in.item() * x, c_noise, self.stages.of(sigma), conditioning)
+        return factors.c_skip.item() * x + factors.c_out.item() * raw.to(x.dtype)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def offload(self, stage: int | None) -> None:
+        """Keep one stage's decoder (and encoder, if separate) on the device; move the others to the CPU.
+
+        Args:
+            stage: The stage to keep; none brings all back.
+        """
+        self.network.offload(stage, self.device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, whole or not at all; replaces what was there.
+
+        Args:
+            directory: Destination folder.
+
+        Raises:
+            CheckpointError: The disk is full, or the folder cannot be written.
+        """
+        document = {
+            "format": "multistage-diffusion denoiser 1",
+            "shape": list(self.shape),
+            "process": to_dict(self.process),
+            "stages": {**self.stages.provenance, "edges": list(self.stages.edges)},
+            "model": to_dict(self.backbone),
+        }
+        with whole_directory(Path(directory)) as temporary:
+            (temporary / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+            state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+            safetensors.torch.save_file(state, temporary / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: str | torch.device = "cpu", network: nn.Module | None = None
+    ) -> Denoiser:
+        """Read what `save_pretrained` wrote. Nothing that the folder names is imported.
+
+        Args:
+            directory: The folder.
+            device: Where the weights go.
+            network: The network, for a folder of one that no backbone of this package made; its weights are replaced.
+
+        Returns:
+            The denoiser, in evaluation mode.
+
+        Raises:
+            CheckpointError: A file is missing, disagrees with the manifest, or belongs to another architecture; or the
+                network is of a class of the user's and was not given.
+        """
+        folder = Path(directory)
+        if (folder / MANIFEST).exists() and (damage := check_directory(folder, (CONFIG, WEIGHTS))):
+            raise CheckpointError(f"{damage}; if you changed it on purpose, delete {folder / MANIFEST}")
+        where = str(folder / CONFIG)
+        try:
+            document = read_json(folder / CONFIG)
+            process = from_dict(Process, document["process"], where)
+            shape, backbone = _shape(document["shape"]), from_dict(Backbone, document["model"], where)
+            stages = Stages.parse(document["stages"], f"{where}, stages")
+            if network is not None:
+                denoiser = cls(network, process, stages, shape=shape, classes=backbone.classes)
+            else:
+                with torch.device("meta"):
+                    skeleton = backbone.network(shape)
+                require_fit(skeleton, folder / WEIGHTS)  # before memory is taken for what a strange file asks
+                denoiser = cls.from_backbone(backbone, process, shape, stages)
+        except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
+        load_weights(denoiser.network, folder / WEIGHTS)
+        return denoiser.to(device).eval()
+
+
+def _describe(network: MultiDecoder, classes: int) -> CustomNetwork:
+    """What files say of a network that was given as it is."""
+    last = network.decoders[-1]
+    kind = type(getattr(last, "module", last))
+    split = "separate" if len(network.encoders) > 1 else "multistage"
+    return CustomNetwork(
+        architecture="unified" if network.stages == 1 else split,
+        classes=classes,
+        network_class=f"{kind.__module__}.{kind.__qualname__}",
+        decoders=network.stages,
+    )
+
+
+def _shape(document: Any) -> tuple[int, int, int]:
+    """The shape of an image, from JSON."""
+    match document:
+        case [int(channels), int(height), int(width)] if all(1 <= size <= 65_536 for size in document):
+            return channels, height, width
+    raise ConfigError(f"shape must be [channels, height, width], got {document}")

@@ -1,1 +1,0 @@
-"""The multi-decoder U-Net and the denoiser around it."""

@@ -1,0 +1,246 @@
+"""Routing: each image goes through the decoder of its stage, and through the encoder that the stages share.
+
+Any modules can be encoders and decoders. An encoder maps (x, c_noise, conditioning) to a record of tensors with the
+images along dimension 0; a decoder maps that record to the raw network output F, of the shape of x. Nothing here knows
+of noise levels, edges or channels.
+
+Source: Zhang et al. 2024, Sec. 4.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
+from multistage_diffusion.errors import ConfigError
+
+Batch = Float[Tensor, "batch *shape"]
+
+
+@final
+class MultiDecoder(nn.Module):
+    """One decoder a stage; one encoder for all stages, or one for each.
+
+    With one encoder and K decoders it is *multistage*, with K of each *separate*, with one of each *unified*.
+
+    Args:
+        encoders: One module, or one for each decoder: `encoder(x, c_noise, conditioning)` gives a record (tensor, tuple,
+            named tuple, list, dictionary or dataclass of tensors, nested as you like, none allowed) with the images
+            along dimension 0 of each tensor. A part may have a method `blocks()`, which lists its modules that may be
+            checkpointed and sharded by themselves; without it the part is taken whole.
+        decoders: One module a stage, the lowest noise first: `decoder(record)` gives F, of the shape of x.
+
+    Raises:
+        ConfigError: There are neither one encoder nor as many as decoders.
+    """
+
+    def __init__(self, encoders: nn.Module | Iterable[nn.Module], decoders: nn.Module | Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.encoders, self.decoders = nn.ModuleList(_list(encoders)), nn.ModuleList(_list(decoders))
+        if not len(self.decoders) or len(self.encoders) not in (1, len(self.decoders)):
+            raise ConfigError(
+                f"a multi-decoder network has one encoder or one for each decoder; it got {len(self.encoders)} encoders "
+                f"and {len(self.decoders)} decoders"
+            )
+
+    @classmethod
+    def unified(cls, module: nn.Module, *, classes: int = 0) -> MultiDecoder:
+        """A network of one stage from a module without parts.
+
+        Args:
+            module: `module(x, c_noise)` gives F, of the shape of x; `module(x, c_noise, labels)` if there are classes.
+            classes: Number of class labels; the label `classes` stands for none.
+
+        Returns:
+            The network; its weights are those of `module`.
+        """
+        return cls(_PassOn(), _Whole(module, classes))
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.decoders)
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """All encoders, then all decoders."""
+        return (*self.encoders, *self.decoders)
+
+    def encoder(self, stage: int) -> nn.Module:
+        """The encoder of a stage: the shared one, or the stage's own."""
+        return self.encoders[stage if len(self.encoders) > 1 else 0]
+
+    def forward(
+        self,
+        x: Batch,
+        c_noise: Float[Tensor, " batch"],
+        stage: int | Sequence[int] | Int[Tensor, " batch"],
+        conditioning: Conditioning = NO_CONDITIONING,
+    ) -> Batch:
+        """Raw network output F of each image by the decoder of its stage.
+
+        Args:
+            x: Preconditioned noisy images.
+            c_noise: The process's conditioning value of each image.
+            stage: The stage of the whole batch (int: sampling); how many images each stage has, those of stage 0 first
+                (K counts: training; nothing is moved and no device is waited for); or the stage of each image, in any
+                order (tensor).
+            conditioning: Labels, augmentation and dropout seeds of the images.
+
+        Returns:
+            F, of the shape of `x`. An image's output does not depend on the other images.
+        """
+        if isinstance(stage, int):
+            return self.decoders[stage](self.encoder(stage)(x, c_noise, conditioning))
+        if not isinstance(stage, Tensor):
+            return self._grouped(x, c_noise, stage, conditioning)
+        # Sort the images by stage, which keeps the order within a stage, and put the results back.
+        order = stage.argsort(stable=True)
+        counts = torch.bincount(stage, minlength=self.stages).tolist()
+        return self._grouped(x[order], c_noise[order], counts, conditioning.rows(order))[order.argsort()]
+
+    def _grouped(self, x: Tensor, c_noise: Tensor, counts: Sequence[int], conditioning: Conditioning) -> Tensor:
+        """Images of a stage lie side by side: encode all at once (or by stage, if separate), decode slice by slice.
+
+        The slices are views: the shared encoder runs once on the whole batch, and its backward pass gets one gradient,
+        put together from those of the slices.
+        """
+        assert len(counts) == self.stages and sum(counts) == len(x), "counts must cover the batch"
+        shared: list[Any] | None = None
+        if len(self.encoders) == 1:
+            shared = split(self.encoders[0](x, c_noise, conditioning), counts)
+        outputs, start = [], 0
+        for stage, count in enumerate(counts):
+            rows = slice(start, start + count)
+            start += count
+            if count == 0:  # the decoder is not called, and gets no gradient
+                continue
+            if shared is not None:
+                features = shared[stage]
+            else:
+                features = self.encoders[stage](x[rows], c_noise[rows], conditioning.rows(rows))
+            outputs.append(self.decoders[stage](features))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def blocks(self) -> list[list[nn.Module]]:
+        """The blocks of each part, in the order of `parts`: what can be checkpointed or sharded by itself."""
+        return [list(part.blocks()) if hasattr(part, "blocks") else [part] for part in self.parts]  # pyright: ignore
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, which repeats their forward pass: less memory, a third
+        more time.
+        """
+        for block in (block for blocks in self.blocks() for block in blocks):
+            block.__class__ = _checkpointing(type(block))
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile each encoder and decoder by itself, in place: names of parameters stay, and so does the routing."""
+        # Decoders share one forward function, and torch counts compilations by function, over all networks so far.
+        torch._dynamo.config.recompile_limit += 4 * len(self.parts)  # pyright: ignore[reportPrivateImportUsage]
+        for part in self.parts:
+            part.compile(backend=backend, dynamic=False)
+
+    def offload(self, stage: int | None, device: torch.device | str) -> None:
+        """Keep one stage's decoder (and encoder, if separate) on a device and move the others to the CPU.
+
+        Args:
+            stage: The stage to keep; none brings all back.
+            device: Where its weights go.
+        """
+        for group in (self.decoders, self.encoders) if len(self.encoders) > 1 else (self.decoders,):
+            for index, module in enumerate(group):
+                with torch.inference_mode(False):  # parameters moved in that mode could never be trained again
+                    module.to(device if stage is None or index == stage else "cpu")
+
+
+def split(record: Any, counts: Sequence[int]) -> list[Any]:
+    """Cut a record of batch-first tensors into consecutive images.
+
+    Args:
+        record: A tensor, none, or a tuple, named tuple, list, dictionary or dataclass of such records.
+        counts: How many images each piece has; together all.
+
+    Returns:
+        A record of views for each piece. `torch.split` makes them, so that their gradients are put together once.
+
+    Raises:
+        TypeError: The record holds something else.
+    """
+    if max(counts) == sum(counts):
+        return [record] * len(counts)
+    if record is None:
+        return [None] * len(counts)
+    if isinstance(record, Tensor):
+        return list(record.split(list(counts)))
+    if isinstance(record, (tuple, list)):
+        columns = [split(value, counts) for value in record]
+        rows = [[column[piece] for column in columns] for piece in range(len(counts))]
+        if isinstance(record, list):
+            return rows
+        named = hasattr(record, "_fields")
+        return [type(record)(*row) if named else tuple(row) for row in rows]
+    if isinstance(record, Mapping):
+        pieces = {name: split(value, counts) for name, value in record.items()}
+        return [{name: values[piece] for name, values in pieces.items()} for piece in range(len(counts))]
+    if is_dataclass(record) and not isinstance(record, type):
+        pieces = {field.name: split(getattr(record, field.name), counts) for field in fields(record) if field.init}
+        return [
+            replace(record, **{name: values[piece] for name, values in pieces.items()}) for piece in range(len(counts))
+        ]
+    raise TypeError(
+        f"an encoder must give tensors, or tuples, lists, dictionaries or dataclasses of them, not {record!r}"
+    )
+
+
+def _list(modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
+        return [modules]
+    return list(modules)  # pyright: ignore[reportArgumentType]  # a ModuleList is iterable
+
+
+@functools.cache
+def _checkpointing(kind: type[nn.Module]) -> type[nn.Module]:
+    """A block's class, with a forward pass that is repeated in the backward pass; as it is where there will be none.
+
+    A class of its own, as FSDP makes them, survives copies of the module; a replaced `forward` would call the original.
+    """
+
+    class Checkpointing(kind):
+        def forward(self, *inputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return super().forward(*inputs)
+            return checkpoint(super().forward, *inputs, use_reentrant=False)
+
+    Checkpointing.__name__, Checkpointing.__qualname__ = kind.__name__, kind.__qualname__
+    return Checkpointing
+
+
+@final
+class _PassOn(nn.Module):
+    """The encoder of a network without one."""
+
+    def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
+        return x, c_noise, conditioning.labels
+
+
+@final
+class _Whole(nn.Module):
+    """A network without parts as a decoder."""
+
+    def __init__(self, module: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.module, self.classes = module, classes
+
+    def forward(self, record: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        x, c_noise, labels = record
+        if not self.classes:
+            return self.module(x, c_noise)
+        return self.module(x, c_noise, torch.full_like(c_noise, self.classes).long() if labels is None else labels)

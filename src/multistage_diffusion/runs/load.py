@@ -1,0 +1,195 @@
+"""From a run directory, or a folder of a saved model, to a denoiser. Imports neither trainer nor trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import read_json
+from multistage_diffusion.records import from_dict
+from multistage_diffusion.runs.averages import Combination, rebuild
+from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, list_checkpoints, newest
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.weights import load_weights
+
+METRICS = "metrics.jsonl"
+
+
+def build_denoiser(
+    config: RunConfig, shape: tuple[int, int, int], stages: Stages | None = None, *, network: nn.Module | None = None
+) -> Denoiser:
+    """The one bridge from a configuration to a denoiser; its weights depend on the configuration and its seed alone.
+
+    Args:
+        config: The run.
+        shape: (C, H, W) of an image.
+        stages: The partition with its provenance, if there is one; its edges are those of the configuration.
+        network: A network of the user's, where no record says how to build it.
+
+    Returns:
+        The denoiser, on the CPU.
+
+    Raises:
+        ConfigError: The network does not fit the images or the stages, or must be passed and was not.
+    """
+    if stages is None or stages.edges != config.stages.edges:
+        stages = Stages(config.stages.edges)
+    if network is not None:
+        return Denoiser(network, config.process, stages, shape=shape, classes=config.model.classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed the GPUs, too
+        return Denoiser.from_backbone(config.model, config.process, shape, stages)
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read.
+
+    Attributes:
+        path: The directory.
+        config: Its configuration.
+
+    Use `Run.open(path)`.
+    """
+
+    path: Path
+    config: RunConfig
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read what a directory is.
+
+        Args:
+            path: The run directory.
+
+        Returns:
+            The run.
+
+        Raises:
+            ConfigError: It is no run, or its configuration is malformed.
+        """
+        folder = Path(path)
+        document = _document(folder)
+        if "format" in document:
+            raise ConfigError(f"{folder} is a saved model, not a run; load it with Denoiser.from_pretrained")
+        return cls(folder, from_dict(RunConfig, document, str(folder / "config.json")))
+
+    @property
+    def stages(self) -> Stages:
+        """The partition with its provenance."""
+        return Stages.load(self.path / "stages.json")
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Its checkpoints, oldest first, valid or not."""
+        return list_checkpoints(self.path / "checkpoints")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of `metrics.jsonl` that are whole, in their order."""
+        lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else ()
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+    def load(
+        self,
+        *,
+        weights: str = "ema",
+        sigma_rel: float | None = None,
+        device: torch.device | str = "cpu",
+        network: nn.Module | None = None,
+    ) -> LoadedRun:
+        """The denoiser of the newest checkpoint; arguments and errors as in `load_run`."""
+        checkpoint = newest(self.path)
+        state = checkpoint.state()
+        channels, height, width = state["shape"]
+        denoiser = build_denoiser(self.config, (channels, height, width), self.stages, network=network)
+        combination = None
+        if sigma_rel is None:
+            load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
+        else:
+            combination = rebuild(self.path, checkpoint.path, sigma_rel, denoiser.network)
+        stage_images = tuple(state["stage_images"])
+        return LoadedRun(denoiser.to(device).eval(), self.config, checkpoint.step, stage_images, combination)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A denoiser read from disk.
+
+    Attributes:
+        denoiser: In evaluation mode.
+        config: The run's configuration; none for a bare folder.
+        step: Steps taken; none for a bare folder.
+        stage_images: Images that each stage was trained on; none for a bare folder.
+        rebuilt: What an average of another length was put together from; none for weights as they were stored.
+    """
+
+    denoiser: Denoiser
+    config: RunConfig | None = None
+    step: int | None = None
+    stage_images: tuple[int, ...] | None = None
+    rebuilt: Combination | None = None
+
+
+def load_run(
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    sigma_rel: float | None = None,
+    device: torch.device | str = "cpu",
+    network: nn.Module | None = None,
+) -> LoadedRun:
+    """Load the newest checkpoint of a run, or a folder written by `Denoiser.save_pretrained`.
+
+    Args:
+        path: The run directory or the folder.
+        weights: `ema` for the averaged weights, `raw` for the trained ones.
+        sigma_rel: Relative width of another average, put together from the run's snapshots.
+        device: Where the weights go.
+        network: The network, for a run of one of the user's own; its weights are replaced. Nothing that a folder names
+            is imported.
+
+    Returns:
+        The denoiser in evaluation mode, and what is known of its run.
+
+    Raises:
+        ConfigError: No such run, unknown weights, or the run's network must be passed and was not.
+        CheckpointError: The newest checkpoint is damaged, or there is none.
+    """
+    folder = Path(path)
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"--weights must be ema or raw, got {weights}")
+    if sigma_rel is not None and weights == "raw":
+        raise ConfigError(f"--sigma-rel {sigma_rel} chooses an average, and --weights raw none; drop one of the two")
+    if "format" in _document(folder):
+        if sigma_rel is not None:
+            raise ConfigError(f"--sigma-rel needs the snapshots of a run, and {folder} is a saved model")
+        return LoadedRun(Denoiser.from_pretrained(folder, device=device, network=network))
+    return Run.open(folder).load(weights=weights, sigma_rel=sigma_rel, device=device, network=network)
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """The configuration in a folder, as it is written."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is not a run: it has no config.json; train one with msd train RECIPE --out {folder}"
+        )
+    document = read_json(folder / "config.json")
+    if not isinstance(document, dict):
+        raise ConfigError(f"{folder / 'config.json'} must hold named values, got {document!r}")
+    return document

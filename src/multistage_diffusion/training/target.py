@@ -1,0 +1,52 @@
+"""Where a run may be written: an empty folder, or one that holds the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.files import is_leftover, read_json
+from multistage_diffusion.records import flat, from_dict, to_dict
+
+# What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
+# for rounding by the engine, which is said. Where the images come from may change: their digest must be the same.
+CHANGEABLE = {
+    *(f"training.{name}" for name in ("steps", "save_every", "keep", "keep_every", "log_every", "ema_snapshot_every")),
+    *(f"data.{name}" for name in ("source", "root", "resolution", "on_bad_file", "max_bad")),
+    *(f"data.{name}" for name in ("memory", "workers", "timeout")),
+    "engine",
+    "logging",
+}
+
+
+def check_target(folder: Path, config: RunConfig) -> None:
+    """Refuse a directory that holds something else, before anything is read or written.
+
+    Args:
+        folder: Where the run is to be written; need not exist.
+        config: The run.
+
+    Raises:
+        ConfigError: It is a file, or holds other files, another run or a saved model.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--out {folder} is a file; choose another folder")
+        entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror}; choose another folder") from error
+    if all(name == ".lock" or is_leftover(name) for name in entries):
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--out {folder} holds files but no run; choose an empty or new folder")
+    document = read_json(folder / "config.json")
+    if isinstance(document, dict) and "format" in document:
+        raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
+    before, now = flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), flat(to_dict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and CHANGEABLE.isdisjoint((key, key.split(".")[0])):
+            raise ConfigError(
+                f"{folder} holds another run: {key.replace('_', '-')} is {before.get(key)} there and {now.get(key)} "
+                "here; choose another --out, or repeat its options"
+            )

@@ -1,0 +1,67 @@
+"""Files of weights (safetensors) into networks; names and shapes are compared before memory is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from multistage_diffusion.errors import CheckpointError
+
+_MAX_HEADER_BYTES = 2**21  # the names and shapes of some 20,000 tensors
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Read a safetensors file into a network.
+
+    Args:
+        network: The network, whose names and shapes the file must have, all of them.
+        path: The file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or belongs to another architecture.
+    """
+    weights = read_weights(network, path)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"cannot read weights {path}: {' '.join(str(error).split())}") from error
+
+
+def read_weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, of a safetensors file that fits a network; errors as in `load_weights`."""
+    require_fit(network, path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read weights {path}: {' '.join(str(error).split())}") from error
+
+
+def require_fit(network: nn.Module, path: Path) -> None:
+    """Compare the names and shapes in a file's header with those of a network, which may be on the meta device.
+
+    Args:
+        network: The network.
+        path: A safetensors file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or belongs to another architecture.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"cannot read weights {path}: a header of {header} bytes is not that of a network")
+        with safe_open(path, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read weights {path}: {error}") from error
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise CheckpointError(
+                f"{path} belongs to another architecture: {name} is {stored.get(name, 'missing')} there and "
+                f"{expected.get(name, 'missing')} here"
+            )
