@@ -2,11 +2,17 @@
 
 import ast
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
+import multistage_diffusion as msd
 import tiny
+from multistage_diffusion.config import from_dict, to_dict
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.noise import VP, Process
 from multistage_diffusion.training.run import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -17,6 +23,49 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def laplace(monkeypatch):
+    """The example's process; other tests see only those of the library."""
+    monkeypatch.setattr(Process, "_kinds", Process.kinds())
+    return load("own_process")
+
+
+def test_own_process(laplace, tmp_path, capsys):
+    laplace.main(str(tmp_path / "run"), steps=2)
+    assert "drew (16, 1, 8, 8) with 20 network calls each" in capsys.readouterr().out
+    denoiser = msd.load_run(tmp_path / "run").denoiser
+    denoiser.save_pretrained(tmp_path / "model")
+    again = msd.load_run(tmp_path / "model").denoiser
+    assert again.process == laplace.Laplace()
+    assert torch.equal(*(msd.sample(each, 2, steps=2, seed=0).images for each in (denoiser, again)))
+
+
+def test_a_process_that_is_not_imported_is_named(laplace, tmp_path, capsys):
+    laplace.main(str(tmp_path / "run"), steps=1)
+    del Process._kinds["laplace"]
+    for path in ("run", "run/model"):
+        with pytest.raises(UserError, match="no process laplace; known: .*; if it is your own, import its class first"):
+            msd.load_run(tmp_path / path)
+
+
+def test_own_process_is_a_process(laplace):
+    process = laplace.Laplace(width=0.5)
+    sigma = torch.tensor([0.0, 0.05, 0.3, 1.0, 4.0, math.inf], dtype=torch.float64)
+    torch.testing.assert_close(process.sigma(process.t(sigma)), sigma)
+    u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    torch.testing.assert_close(process.cdf(process.icdf(u)), u)
+    share = math.log(process.sigma_max) / 0.5
+    assert process.t(torch.tensor(process.sigma_max)).item() == pytest.approx(1 - math.exp(-share) / 2)
+    assert from_dict(Process, to_dict(process)) == process
+
+
+def test_a_name_that_is_taken_or_missing_is_refused():
+    with pytest.raises(TypeError, match="needs a name of its own"):
+        type("Mine", (VP,), {})
+    with pytest.raises(TypeError, match=r"Mine\.kind is vp, as VP's is"):
+        type("Mine", (VP,), {"kind": "vp"})
 
 
 @pytest.mark.slow

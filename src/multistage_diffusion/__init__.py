@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     # noise levels
     **dict.fromkeys(("Process", "VP", "Cosine", "VE", "EDM", "LDM", "Flow"), "noise"),
+    "make_process": "noise",  # for one version
     "Stages": "stages",
     "cluster": "clustering",
     # networks

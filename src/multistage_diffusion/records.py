@@ -69,7 +69,7 @@ class Tagged:
         """
         if kind not in cls._kinds:
             raise ConfigError(
-                f"no {cls._family} {kind}{suggest(kind, cls._kinds)}; a class of your own must be imported first"
+                f"no {cls._family} {kind}{suggest(kind, cls._kinds)}; if it is your own, import its class first"
             )
         return cls._kinds[kind]
 

@@ -6,7 +6,7 @@ other package knows timesteps. Tensors keep their device and dtype; schedules ar
 
 from typing import Any
 
-from multistage_diffusion.noise.base import Preconditioning, Prediction, Process, process_by_kind
+from multistage_diffusion.noise.base import Levels, Preconditioning, Prediction, Process, process_by_kind
 from multistage_diffusion.noise.exploding import EDM, VE
 from multistage_diffusion.noise.flow import Flow
 from multistage_diffusion.noise.preserving import LDM, VP, Cosine, VariancePreserving
@@ -20,6 +20,7 @@ __all__ = [
     "VP",
     "Cosine",
     "Flow",
+    "Levels",
     "Preconditioning",
     "Prediction",
     "Process",
