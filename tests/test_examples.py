@@ -96,3 +96,14 @@ def test_own_metric(tmp_path, monkeypatch, capsys):
     load("own_metric").main(str(tmp_path / "run"), num=20)
     figures = ast.literal_eval(capsys.readouterr().out)
     assert list(figures) == ["mean_shift", "psnr", "fd", "loss"] and all(value > 0 for value in figures.values())
+
+
+def test_own_network(tmp_path, capsys):
+    load("own_network").main(str(tmp_path / "run"), steps=4)
+    loss = load("own_network").main(str(tmp_path / "run"), steps=8)  # resumes
+    assert 0 < loss < 10 and "images: torch.Size([4, 1, 8, 8])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("own_*.py")), ids=lambda path: path.stem)
+def test_examples_of_ones_own_parts_are_short(path):
+    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 40

@@ -32,10 +32,10 @@ class MultiDecoder(nn.Module):
     With one encoder and K decoders it is *multistage*, with K of each *separate*, with one of each *unified*.
 
     Args:
-        encoders: One module, or one for each decoder: `encoder(x, c_noise, conditioning)` gives a record (tensor, tuple,
-            named tuple, list, dictionary or dataclass of tensors, nested as you like, none allowed) with the images
-            along dimension 0 of each tensor. A part may have a method `blocks()`, which lists its modules that may be
-            checkpointed and sharded by themselves; without it the part is taken whole.
+        encoders: One module, or one for each decoder: `encoder(x, c_noise, conditioning)` gives a record (tensor,
+            tuple, named tuple, list, dictionary or dataclass of tensors, nested as you like, none allowed) with the
+            images along dimension 0 of each tensor. A part may have a method `blocks()`, which lists its modules that
+            may be checkpointed and sharded by themselves; without it the part is taken whole.
         decoders: One module a stage, the lowest noise first: `decoder(record)` gives F, of the shape of x.
 
     Raises:
@@ -47,8 +47,8 @@ class MultiDecoder(nn.Module):
         self.encoders, self.decoders = nn.ModuleList(_list(encoders)), nn.ModuleList(_list(decoders))
         if not len(self.decoders) or len(self.encoders) not in (1, len(self.decoders)):
             raise ConfigError(
-                f"a multi-decoder network has one encoder or one for each decoder; it got {len(self.encoders)} encoders "
-                f"and {len(self.decoders)} decoders"
+                f"a multi-decoder network has one encoder or one for each decoder; it got {len(self.encoders)} "
+                f"encoders and {len(self.decoders)} decoders"
             )
 
     @classmethod
@@ -135,8 +135,9 @@ class MultiDecoder(nn.Module):
         return [list(part.blocks()) if hasattr(part, "blocks") else [part] for part in self.parts]  # pyright: ignore
 
     def checkpoint_activations(self) -> None:
-        """Keep only the inputs of blocks for the backward pass, which repeats their forward pass: less memory, a third
-        more time.
+        """Keep only the inputs of blocks for the backward pass, which repeats their forward pass.
+
+        That takes less memory and a third more time.
         """
         for block in (block for blocks in self.blocks() for block in blocks):
             block.__class__ = _checkpointing(type(block))
