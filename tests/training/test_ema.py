@@ -100,7 +100,7 @@ def test_saving_and_averaging_leave_the_trained_weights_alone(tmp_path):
 
 def test_averages_are_float32_and_exact_in_a_half_precision_run():
     config = replace(tiny.run_config(sigma_rel=(0.1,)), engine=EngineConfig(precision="bf16"))
-    trainer, power = Trainer(config, tiny.images()), Power(0.1)
+    trainer, power = build_trainer(config, tiny.images()), Power(0.1)
     average = {}
     for result in trainer.run(8):
         kept = power.decay(result.images, 4)

@@ -35,7 +35,7 @@ def test_it_learns(process):
 
 def test_a_fresh_network_has_the_loss_of_predicting_nothing():
     """EDM's output is then c_skip x, whose weighted error is 1 for data of its sigma_data; VP's is the noise."""
-    trainer = Trainer(replace(tiny.run_config(batch_size=300), process=VP()), tiny.images(300))
+    trainer = build_trainer(replace(tiny.run_config(batch_size=300), process=VP()), tiny.images(300))
     assert next(trainer.run(1)).loss == pytest.approx(1.0, abs=0.05)
 
 

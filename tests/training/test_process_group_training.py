@@ -13,7 +13,7 @@ from multistage_diffusion.process_group import ProcessGroup, join
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batches
 from multistage_diffusion.training.distributed import gather
-from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.training.run import build_trainer
 from runs import tensors
 
 CASES = [("ddp", "mixed", 1), ("ddp", "single-uniform", 2), ("fsdp", "mixed", 2), ("fsdp", "single-uniform", 1)]
@@ -44,9 +44,9 @@ def configuration(batches="mixed", *, dropout=0.3, batch_size=7, **engine):
 def trained(config, processes=None, steps=6):
     """Six steps from weights random everywhere: fresh ones end in zeros, whose gradients are rounding noise."""
     trainer = (
-        Trainer(config, tiny.images()) if processes is None else Trainer(config, tiny.images(), processes=processes)
+        build_trainer(config, tiny.images()) if processes is None else build_trainer(config, tiny.images(), processes=processes)
     )
-    start = tiny.randomise(Trainer(config, tiny.images()).denoiser.network).state_dict()
+    start = tiny.randomise(build_trainer(config, tiny.images()).denoiser.network).state_dict()
     put_all(trainer.denoiser.network.state_dict(), start)
     results = list(trainer.run(steps))
     return {
@@ -127,7 +127,7 @@ def one_stage_only(rank, kind, steps):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_decoder_that_no_process_used_does_not_move(kind, tmp_path):
     config = configuration("single-uniform")
-    batches = Trainer(config, tiny.images()).batches
+    batches = build_trainer(config, tiny.images()).batches
     used = {max(range(3), key=lambda stage: batches(step).counts[stage]) for step in range(2)}
     unused = set(range(3)) - used
     assert unused
@@ -190,7 +190,7 @@ def test_each_image_is_seen_once_in_an_epoch_by_whichever_process(parts):
 
 def test_a_batch_with_fewer_images_than_parts_is_refused():
     with pytest.raises(ConfigError, match=r"batch-size 7 is less than 8, one image for each of 4 processes") as caught:
-        Trainer(configuration(gradient_accumulation=2), tiny.images(), processes=ProcessGroup(0, 4))
+        build_trainer(configuration(gradient_accumulation=2), tiny.images(), processes=ProcessGroup(0, 4))
     assert "\n" not in str(caught.value)
 
 

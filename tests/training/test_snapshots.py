@@ -190,7 +190,7 @@ def test_what_cannot_be_put_together_is_refused(finished, tmp_path):
         load_run(finished, sigma_rel=0.1)
     with pytest.raises(ConfigError, match=r"must lie in \(0, 0.28\]"):
         load_run(finished, sigma_rel=0.4)
-    with pytest.raises(ConfigError, match="leave --weights raw away"):
+    with pytest.raises(ConfigError, match="--weights raw none; drop one of the two"):
         load_run(finished, weights="raw", sigma_rel=0.1)
     with pytest.raises(ConfigError, match="is a saved model"):
         load_run(finished / "model", sigma_rel=0.1)
@@ -230,7 +230,7 @@ def test_lengths_cannot_be_added_to_a_run(finished, tmp_path):
 
 
 def test_tracking_waits_for_no_device():
-    trainer = Trainer(tiny.run_config(sigma_rel=LENGTHS), tiny.images())
+    trainer = build_trainer(tiny.run_config(sigma_rel=LENGTHS), tiny.images())
     with Waits() as waits:
         next(trainer.run(1))
     assert waits.reads == ["tolist"] and waits.copies == []
