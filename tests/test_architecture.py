@@ -36,7 +36,6 @@ ORDER = [
     ("allocation",),
     ("interop",),
     ("serving",),
-    ("presets",),
     ("recipes",),
     ("studies",),
     ("cli",),
@@ -48,7 +47,6 @@ QUICK = [
     "noise",
     "config",
     "recipes",
-    "presets",
     "backbones",
     "cli",
     "cli.train",
@@ -105,7 +103,7 @@ def test_rooms_import_only_from_above():
 
 def test_recipes_know_only_configurations():
     tree = dict(trees())["recipes"]
-    allowed = ("config", "errors", "noise", "presets", "backbones")
+    allowed = ("config", "errors", "noise", "backbones")
     ours = [".".join(own(imported)) for imported in imports("recipes", tree) if own(imported)]
     assert ours and all(imported.startswith(allowed) for imported in ours)
 
@@ -161,6 +159,20 @@ def test_nothing_is_asked_for_its_class_name():
         for module, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("__class__.__name__")
+    ]
+    assert wrong == []
+
+
+def test_only_backbones_know_their_parts():
+    """Nobody asks for the class of an encoder or a decoder, or names one: any modules may stand there."""
+    parts = {"UNetEncoder", "UNetDecoder", "UNetFeatures", "ResidualBlock", "MultiDecoderUNet"}
+    wrong = [
+        f"{module}:{node.lineno}"
+        for module, tree in trees()
+        if not module.startswith("backbones")
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Name) and node.id in parts)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(".")[0] in parts)
     ]
     assert wrong == []
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
     from multistage_diffusion.multidecoder import MultiDecoder
     from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, Process
-    from multistage_diffusion.presets import preset
-    from multistage_diffusion.recipes import recipe
+    from multistage_diffusion.recipes import preset, recipe
     from multistage_diffusion.runs import Run, build_denoiser, load_run
     from multistage_diffusion.sampling import sample
     from multistage_diffusion.stages import Stages
@@ -64,7 +63,7 @@ _HOMES = {
     "build_trainer": "training.run",
     "build_denoiser": "runs",
     "recipe": "recipes",
-    "preset": "presets",
+    "preset": "recipes",
     # use
     "Run": "runs",
     "load_run": "runs",

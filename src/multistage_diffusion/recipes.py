@@ -1,16 +1,20 @@
-"""Recipes: functions that return a whole run. Imports no torch."""
+"""Recipes: functions that return a whole run, with the networks of the paper, to the parameter. Imports no torch.
+
+A preset is a recipe's network with its process, its partition and the shape of an image.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from multistage_diffusion import presets
+from multistage_diffusion.backbones import Architecture, Backbone, UNet
 from multistage_diffusion.config import DataConfig, RunConfig, SamplingConfig, StagesConfig, TrainingConfig
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.presets import Preset
+from multistage_diffusion.noise import EDM, LDM, VP, Flow, Process
 
+EDM_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="karras")
 FLOW_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="uniform-t")
 LDM_SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t")
 
@@ -19,26 +23,18 @@ EMA_WARM_UP = math.log(2) / 9
 
 
 def half_life(decay: float, batch_size: int) -> float:
-    """Half-life in images of an average that keeps a share `decay` each step.
-
-    Args:
-        decay: Share kept, like 0.9999.
-        batch_size: Images a step.
-
-    Returns:
-        The half-life.
-    """
+    """Half-life in images of an average that keeps a share `decay`, like 0.9999, in each step of `batch_size` images."""
     return batch_size * math.log(0.5) / math.log(decay)
 
 
 def digits() -> RunConfig:
     """8x8 digits, VP process: a laptop's first run, about two minutes."""
-    preset = presets.digits()
     return RunConfig(
         data=DataConfig(source="digits"),
-        process=preset.process,
-        stages=StagesConfig(edges=preset.edges),
-        model=preset.model,
+        process=VP(prediction="v"),
+        # Edges as `msd cluster digits` finds them; widths near those of `msd cluster digits --allocate 0.004`.
+        stages=StagesConfig(edges=(0.686, 5.71)),
+        model=UNet(width=32, decoder_widths=(28, 20, 12), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0),
         training=TrainingConfig(
             steps=1_000, batch_size=128, learning_rate=2e-3, warmup_images=6_400, ema_half_life=6_400.0, save_every=250
         ),
@@ -47,28 +43,27 @@ def digits() -> RunConfig:
 
 
 def digits_edm() -> RunConfig:
-    """8x8 digits, EDM's process: Heun's method."""
-    return _with(digits(), presets.digits_edm(), SamplingConfig(solver="heun", steps=18, spacing="karras"))
+    """8x8 digits, EDM's process: Heun's method; the decoders own the middle blocks."""
+    return _edm(digits(), sigma_data=0.54)
 
 
 def digits_flow() -> RunConfig:
     """8x8 digits, flow matching."""
-    return _with(digits(), presets.digits_flow(), FLOW_SAMPLING)
+    return replace(digits(), process=Flow(), sampling=FLOW_SAMPLING)
 
 
 def digits_ldm() -> RunConfig:
     """8x8 digits, the network and the discrete process of latent diffusion on the pixels themselves."""
-    return _with(digits(), presets.digits_ldm(), LDM_SAMPLING)
+    return _ldm(digits(), multipliers=(1, 2), attention=(8, 4))
 
 
 def fashion_mnist() -> RunConfig:
     """Fashion-MNIST at 28x28, VP process: small enough for two CPU cores."""
-    preset = presets.fashion_mnist()
     return RunConfig(
         data=DataConfig(source="fashion-mnist", flip=True),
-        process=preset.process,
-        stages=StagesConfig(edges=preset.edges),
-        model=preset.model,
+        process=VP(prediction="v"),
+        stages=StagesConfig(edges=(2.6, 14.0)),  # as `msd cluster fashion-mnist --process vp` finds them
+        model=UNet(width=32, decoder_widths=(32, 24, 8), multipliers=(1, 2, 2), blocks=1, attention=(7,), dropout=0.0),
         training=TrainingConfig(
             steps=5_000, batch_size=64, learning_rate=1e-3, warmup_images=12_800, ema_half_life=25_000.0, save_every=500
         ),
@@ -77,62 +72,86 @@ def fashion_mnist() -> RunConfig:
 
 
 def fashion_mnist_edm() -> RunConfig:
-    """Fashion-MNIST, EDM's process with its geometric augmentation."""
-    sampling = SamplingConfig(solver="heun", steps=18, spacing="karras")
+    """Fashion-MNIST, EDM's process with its geometric augmentation; the decoders own the middle blocks."""
+    base = _edm(fashion_mnist(), sigma_data=0.59)
     data = DataConfig(source="fashion-mnist", augment_probability=0.12)
-    return _with(fashion_mnist(), presets.fashion_mnist_edm(), sampling, data)
+    return replace(base, data=data, model=replace(base.model, augment_labels=9))
 
 
 def fashion_mnist_flow() -> RunConfig:
     """Fashion-MNIST, flow matching."""
-    return _with(fashion_mnist(), presets.fashion_mnist_flow(), FLOW_SAMPLING)
+    return replace(fashion_mnist(), process=Flow(), sampling=FLOW_SAMPLING)
 
 
 def fashion_mnist_ldm() -> RunConfig:
     """Fashion-MNIST, the network and the discrete process of latent diffusion on the pixels themselves."""
-    return _with(fashion_mnist(), presets.fashion_mnist_ldm(), LDM_SAMPLING)
+    return _ldm(fashion_mnist(), multipliers=(1, 2, 2), attention=(14, 7))
 
 
 def fashion_mnist_latent() -> RunConfig:
     """Latent diffusion on Fashion-MNIST: 4x8x8 latents of an autoencoder made by `msd autoencoder fashion-mnist`."""
-    base = _with(fashion_mnist(), presets.fashion_mnist_latent(), LDM_SAMPLING)
     data = DataConfig(source="fashion-mnist", resolution=32, flip=True, autoencoder="runs/fashion-mnist-autoencoder")
-    return replace(base, data=data)
+    stages = StagesConfig(edges=(0.58, 12.3))  # as `msd cluster` with --autoencoder finds them
+    return replace(_ldm(fashion_mnist(), multipliers=(1, 2), attention=(8, 4)), data=data, stages=stages)
 
 
 def vp_cifar10() -> RunConfig:
-    """The paper's multistage DPM-Solver on CIFAR-10 (Zhang et al. 2024): Adam 2e-4, batch 128, 250,000 steps."""
-    preset = presets.vp_cifar10()
+    """The paper's multistage DPM-Solver on CIFAR-10 (Zhang et al. 2024): Adam 2e-4, batch 128, 250,000 steps.
+
+    DDPM++ blocks, 8 a resolution (unified: 106.6 M parameters, 18.55 GMACs). The published unified network is this one.
+    The published multistage one resamples with FIR filters and feeds the input to each resolution (`--model.filter fir
+    --model.input-pyramid`); here both architectures have the same blocks, so that they compare.
+    """
     return RunConfig(
         data=DataConfig(source="cifar10", flip=True),
-        process=preset.process,
-        stages=StagesConfig(edges=preset.edges),
-        model=preset.model,
+        process=VP(),
+        # Edges t = 0.442 and 0.631 of VP time (Zhang et al. 2024, Table 4), in sigma.
+        stages=StagesConfig(edges=(2.5102672, 7.4141232)),
+        model=UNet(width=128, decoder_widths=(192, 128, 16), multipliers=(1, 2, 2, 2), blocks=8, attention=(16,)),
         training=TrainingConfig(
-            steps=250_000, batch_size=128, learning_rate=2e-4, warmup_images=5_000 * 128, clip_norm=1.0,
-            ema_half_life=half_life(0.9999, 128), ema_ramp_up=EMA_WARM_UP,
+            steps=250_000,
+            batch_size=128,
+            learning_rate=2e-4,
+            warmup_images=5_000 * 128,
+            clip_norm=1.0,
+            ema_half_life=half_life(0.9999, 128),
+            ema_ramp_up=EMA_WARM_UP,
         ),
         sampling=SamplingConfig(solver="dpm-3", steps=20, spacing="log-snr"),
-    )  # fmt: skip
+    )
 
 
 def edm_cifar10() -> RunConfig:
     """The paper's multistage EDM on CIFAR-10: Adam 1e-3, batch 512, 200 M images, EMA half-life 0.5 M images.
 
-    Mirror images are part of the augmentation, so that the network is told of them.
+    Mirror images are part of the augmentation, which the network is told. The decoders own the middle blocks (unified:
+    55.7 M parameters, 21.19 GMACs).
     """
-    preset = presets.edm_cifar10()
     return RunConfig(
         data=DataConfig(source="cifar10", augment_probability=0.12),
-        process=preset.process,
-        stages=StagesConfig(edges=preset.edges),
-        model=preset.model,
-        training=TrainingConfig(
-            steps=200_000_000 // 512, batch_size=512, learning_rate=1e-3, warmup_images=10_000_000, clip_norm=None,
-            ema_half_life=500_000.0, ema_ramp_up=0.05,
+        process=EDM(),
+        stages=StagesConfig(edges=(2.5103, 7.6577)),
+        model=UNet(
+            width=128,
+            decoder_widths=(192, 128, 16),
+            multipliers=(2, 2, 2),
+            blocks=4,
+            attention=(16,),
+            middle="decoder",
+            dropout=0.13,
+            augment_labels=9,
         ),
-        sampling=SamplingConfig(solver="heun", steps=18, spacing="karras"),
-    )  # fmt: skip
+        training=TrainingConfig(
+            steps=200_000_000 // 512,
+            batch_size=512,
+            learning_rate=1e-3,
+            warmup_images=10_000_000,
+            clip_norm=None,
+            ema_half_life=500_000.0,
+            ema_ramp_up=0.05,
+        ),
+        sampling=EDM_SAMPLING,
+    )
 
 
 def edm_celeba() -> RunConfig:
@@ -144,62 +163,128 @@ def edm_celeba() -> RunConfig:
 def ldm_celebahq() -> RunConfig:
     """The paper's multistage latent diffusion on CelebA-HQ at 256x256: AdamW, no warm-up, 170,000 steps, EMA 0.9999.
 
-    The learning rate is 2e-6 x GPUs x 16 images a GPU. With three GPUs, one for each stage of the published code, it
-    is 9.6e-5 and the batch 48 images; both are stated here and scale with nothing.
+    The network is for 3x64x64 latents (unified: 274.1 M parameters, 101.2 GMACs). The learning rate is 2e-6 x GPUs x 16
+    images a GPU. With three GPUs, one for each stage of the published code, it is 9.6e-5 and the batch 48 images; both
+    are stated here and scale with nothing.
     """
-    preset, batch_size = presets.ldm_celebahq(), 3 * 16
+    batch_size = 3 * 16
     return RunConfig(
         data=DataConfig(
             source="folder:data/celebahq", resolution=256, flip=True, autoencoder="CompVis/ldm-celebahq-256/vqvae"
         ),
-        process=preset.process,
-        stages=StagesConfig(edges=preset.edges),
-        model=preset.model,
-        training=TrainingConfig(
-            steps=170_000, batch_size=batch_size, learning_rate=2e-6 * batch_size, weight_decay=0.01, clip_norm=None,
-            ema_half_life=half_life(0.9999, batch_size), ema_ramp_up=EMA_WARM_UP,
+        process=LDM(),
+        # Steps 442 and 631 of 1000 (Zhang et al. 2024), in sigma on this process's own schedule.
+        stages=StagesConfig(edges=(2.1531271, 5.3151631)),
+        model=replace(
+            _latent_network(multipliers=(1, 2, 3, 4), attention=(32, 16, 8)),
+            width=224,
+            decoder_widths=(256, 192, 128),
+            blocks=2,
+            head_channels=32,
         ),
-        sampling=SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t"),
-    )  # fmt: skip
+        training=TrainingConfig(
+            steps=170_000,
+            batch_size=batch_size,
+            learning_rate=2e-6 * batch_size,
+            weight_decay=0.01,
+            clip_norm=None,
+            ema_half_life=half_life(0.9999, batch_size),
+            ema_ramp_up=EMA_WARM_UP,
+        ),
+        sampling=LDM_SAMPLING,
+    )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "digits": digits,
-    "digits-edm": digits_edm,
-    "digits-flow": digits_flow,
-    "digits-ldm": digits_ldm,
-    "fashion-mnist": fashion_mnist,
-    "fashion-mnist-edm": fashion_mnist_edm,
-    "fashion-mnist-flow": fashion_mnist_flow,
-    "fashion-mnist-ldm": fashion_mnist_ldm,
-    "fashion-mnist-latent": fashion_mnist_latent,
-    "vp-cifar10": vp_cifar10,
-    "edm-cifar10": edm_cifar10,
-    "edm-celeba": edm_celeba,
-    "ldm-celebahq": ldm_celebahq,
+# Every recipe, with the shape (C, H, W) of what its network denoises.
+_SHAPES: dict[str, tuple[Callable[[], RunConfig], tuple[int, int, int]]] = {
+    "digits": (digits, (1, 8, 8)),
+    "digits-edm": (digits_edm, (1, 8, 8)),
+    "digits-flow": (digits_flow, (1, 8, 8)),
+    "digits-ldm": (digits_ldm, (1, 8, 8)),
+    "fashion-mnist": (fashion_mnist, (1, 28, 28)),
+    "fashion-mnist-edm": (fashion_mnist_edm, (1, 28, 28)),
+    "fashion-mnist-flow": (fashion_mnist_flow, (1, 28, 28)),
+    "fashion-mnist-ldm": (fashion_mnist_ldm, (1, 28, 28)),
+    "fashion-mnist-latent": (fashion_mnist_latent, (4, 8, 8)),
+    "vp-cifar10": (vp_cifar10, (3, 32, 32)),
+    "edm-cifar10": (edm_cifar10, (3, 32, 32)),
+    "edm-celeba": (edm_celeba, (3, 32, 32)),
+    "ldm-celebahq": (ldm_celebahq, (3, 64, 64)),
 }
+RECIPES: dict[str, Callable[[], RunConfig]] = {name: make for name, (make, _) in _SHAPES.items()}
 
 
 def recipe(name: str) -> RunConfig:
-    """A recipe by name.
-
-    Args:
-        name: One of `RECIPES`.
-
-    Returns:
-        The whole configuration.
-
-    Raises:
-        ConfigError: No such recipe.
-    """
+    """The whole configuration of a recipe, one of `RECIPES`; a `ConfigError` if there is none of that name."""
     if name not in RECIPES:
         raise ConfigError(f"no recipe {name}{suggest(name, RECIPES)}")
     return RECIPES[name]()
 
 
-def _with(base: RunConfig, preset: Preset, sampling: SamplingConfig, data: DataConfig | None = None) -> RunConfig:
-    """A recipe with another network, process and sampler, and perhaps other data."""
-    return replace(
-        base, data=data or base.data, process=preset.process, stages=StagesConfig(edges=preset.edges),
-        model=preset.model, sampling=sampling,
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A network with the process and the partition it is made for.
+
+    Attributes:
+        model: The network.
+        process: The process.
+        shape: (C, H, W) of an image.
+        edges: Edges of the stages in sigma.
+    """
+
+    model: Backbone
+    process: Process
+    shape: tuple[int, int, int]
+    edges: tuple[float, ...]
+
+
+def preset(name: str, architecture: Architecture | None = None) -> Preset:
+    """The network of a recipe.
+
+    Args:
+        name: One of `RECIPES`.
+        architecture: Replaces the recipe's architecture.
+
+    Returns:
+        The preset. The architecture changes nothing else; the published unified VP and EDM networks have 32 groups in
+        their group norms instead of 16 (`--model.groups 32`), which changes neither parameters nor FLOPs.
+
+    Raises:
+        ConfigError: No such preset.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"no preset {name}{suggest(name, RECIPES)}")
+    config, shape = recipe(name), _SHAPES[name][1]
+    model = config.model if architecture is None else replace(config.model, architecture=architecture)
+    return Preset(model=model, process=config.process, shape=shape, edges=config.stages.edges)
+
+
+def _edm(base: RunConfig, *, sigma_data: float) -> RunConfig:
+    """A small recipe with EDM's process and who owns its middle blocks; sigma_data is the pixels' deviation."""
+    model = replace(base.model, middle="decoder")
+    return replace(base, process=EDM(sigma_data=sigma_data), model=model, sampling=EDM_SAMPLING)
+
+
+def _ldm(base: RunConfig, *, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> RunConfig:
+    """A small recipe with the network and the discrete process of latent diffusion."""
+    model = _latent_network(multipliers=multipliers, attention=attention)
+    return replace(base, process=LDM(prediction="v"), model=model, sampling=LDM_SAMPLING)
+
+
+def _latent_network(*, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> UNet:
+    """Blocks, attention and norms of latent diffusion, at an eighth or so of its width."""
+    return UNet(
+        width=32,
+        decoder_widths=(32, 32, 16),
+        multipliers=multipliers,
+        blocks=1,
+        attention=attention,
+        decoder_attention="all",
+        head_channels=16,
+        resampling="conv",
+        skip_scale=1.0,
+        groups=32,
+        norm_eps=1e-5,
+        dropout=0.0,
+        frequency_shift=0,
+    )

@@ -10,7 +10,7 @@ from multistage_diffusion.clustering.levels import time_shares
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.noise import EDM, VP
-from multistage_diffusion.presets import preset
+from multistage_diffusion.recipes import preset
 from multistage_diffusion.stages import Stages
 
 

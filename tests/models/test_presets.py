@@ -8,7 +8,7 @@ import torch
 from multistage_diffusion.clustering.levels import time_shares
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import network_cost
-from multistage_diffusion.presets import PRESETS, preset
+from multistage_diffusion.recipes import RECIPES, preset
 from multistage_diffusion.sampling import sampling_shares
 from multistage_diffusion.stages import Stages
 
@@ -66,7 +66,7 @@ def shapes(module):
     return [(name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_decoder_as_wide_as_the_encoder_has_the_unified_decoders_parameters(name):
     found, alone = preset(name), preset(name, "unified")
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import ModelConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.multidecoder import MultiDecoder
-from multistage_diffusion.presets import PRESETS, preset
+from multistage_diffusion.recipes import RECIPES, preset
 
 VARIANTS = {
     "block": tiny.MODEL,
@@ -159,7 +159,7 @@ def test_dropout_acts_in_training_alone():
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [(name, "multistage") for name in PRESETS]
+    [(name, "multistage") for name in RECIPES]
     + [(name, other) for name in ("digits", "edm-cifar10", "fashion-mnist") for other in ("separate", "unified")],
 )
 def test_every_preset_builds_and_runs_without_memory(name, architecture):

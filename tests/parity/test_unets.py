@@ -14,7 +14,7 @@ from multistage_diffusion.cli import dispatch
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.interop.diffusers import from_diffusers, load_diffusers, process_from_scheduler
-from multistage_diffusion.presets import preset
+from multistage_diffusion.recipes import preset
 from multistage_diffusion.stages import Stages
 
 DOWN, ATTENDING, UP, UP_ATTENDING = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"

@@ -44,7 +44,9 @@ def configuration(batches="mixed", *, dropout=0.3, batch_size=7, **engine):
 def trained(config, processes=None, steps=6):
     """Six steps from weights random everywhere: fresh ones end in zeros, whose gradients are rounding noise."""
     trainer = (
-        build_trainer(config, tiny.images()) if processes is None else build_trainer(config, tiny.images(), processes=processes)
+        build_trainer(config, tiny.images())
+        if processes is None
+        else build_trainer(config, tiny.images(), processes=processes)
     )
     start = tiny.randomise(build_trainer(config, tiny.images()).denoiser.network).state_dict()
     put_all(trainer.denoiser.network.state_dict(), start)

@@ -14,8 +14,7 @@ from multistage_diffusion.cli.common import Common
 from multistage_diffusion.config import Architecture, RunConfig, SamplingConfig, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
-from multistage_diffusion.presets import Preset, preset
-from multistage_diffusion.recipes import recipe
+from multistage_diffusion.recipes import Preset, preset, recipe
 
 
 @dataclass(frozen=True, kw_only=True)
