@@ -17,9 +17,6 @@ def test_every_recipe_is_its_preset_and_trains_every_stage(name):
     assert sum(shares) == pytest.approx(1)
 
 
-def test_every_recipe_has_a_preset_of_its_name():
-
-
 def test_the_paper_s_vp_recipe():
     config = recipe("vp-cifar10")
     training = config.training
