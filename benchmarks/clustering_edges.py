@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion.clustering import cluster
-from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.levels import noise_levels
 from multistage_diffusion.clustering.optimal import elbow
 from multistage_diffusion.clustering.partition import block_cost, partition
 from multistage_diffusion.clustering.similarity import bootstrap_weights
@@ -60,7 +60,7 @@ def matrix(data: Images, images: Tensor, kind: str, options: dict[str, Any]) -> 
         reached = elbow(means[0])
         for stages in range(2, 7):
             cuts = torch.tensor([partition(block_cost(mean), stages) for mean in means]) / means.shape[1]
-            edges = level(process, found.measure, cuts.double())
+            edges = noise_levels(process, found.measure, cuts.double())
             ends = torch.quantile(edges[1:], torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T
             line = {**start, "objective": objective, "stages": stages, "edges": edges[0].tolist(),
                     "edges_t": process.t(edges[0]).tolist(), "intervals": ends.tolist(),

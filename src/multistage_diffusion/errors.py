@@ -52,6 +52,22 @@ class PeerError(UserError):
         self.exit_code = exit_code
 
 
+def needs(condition: bool, option: str, other: str, value: object) -> None:
+    """Refuse an option that another one contradicts.
+
+    Args:
+        condition: Whether the two fit.
+        option: The option given, without dashes.
+        other: The other option with the value that `option` needs, like `method gradient`.
+        value: What the other option is.
+
+    Raises:
+        ConfigError: `condition` is false.
+    """
+    if not condition:
+        raise ConfigError(f"--{option} needs --{other}; it is {value}")
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A hint to append to a message about an unknown name.
 

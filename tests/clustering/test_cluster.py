@@ -9,9 +9,9 @@ from torch import nn
 from multistage_diffusion.analytic import GaussianDenoiser
 from multistage_diffusion.clustering import cluster
 from multistage_diffusion.clustering.gradient import gradient_affinity
-from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.levels import noise_levels
 from multistage_diffusion.clustering.optimal import extrapolated
-from multistage_diffusion.clustering.options import Options
+from multistage_diffusion.clustering.options import ClusterOptions
 from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import (
     Similarity,
@@ -231,9 +231,7 @@ def test_a_line_through_parts_that_have_no_edge_is_refused():
     """Two images may be so alike that every level agrees; a straight line through that means nothing."""
     whole = curves(None, lambda u: 1 - u, lambda u: u)
     blind = curves(None, lambda u: torch.ones_like(u), lambda u: u)
-    options = Options(method="optimal-denoiser", stages=3, eta=0.1, alpha=0.9, samples=None, reference="data-mean",
-                      measure="time", objective=None, unit_range=False, within_class=False, max_images=8, resamples=0,
-                      seed=0)  # fmt: skip
+    options = ClusterOptions(eta=0.1, max_images=8, resamples=0)
     with pytest.raises(ConfigError, match="cannot be extrapolated from"):
         extrapolated([blind, whole, whole], [2, 4, 8], 16, 0.8, (0.7, 0.9), options)
 
@@ -282,7 +280,7 @@ class Affine(nn.Module):
 
 def test_gradient_affinity_separates_what_different_parameters_learn(digits):
     u = (torch.arange(20, dtype=torch.float64) + 0.5) / 20
-    affinity = gradient_affinity(Affine(), digits[:64], level(VP(), "time", u), VP())
+    affinity = gradient_affinity(Affine(), digits[:64], noise_levels(VP(), "time", u), VP())
     torch.testing.assert_close(affinity.diagonal(), torch.ones(20, dtype=torch.float64), atol=1e-5, rtol=0)
     torch.testing.assert_close(affinity, affinity.T)
     assert float(affinity[0, 1].abs()) > 0.99 > 0.2 > float(affinity[0, -1].abs())

@@ -16,6 +16,7 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 
+NEEDS_EXACT = "error: --{} needs --method optimal-denoiser"
 SHAPE, STAGES = (1, 8, 8), Stages((0.6, 3.0))
 SMALLEST = ModelConfig(width=8, decoder_widths=(8, 8, 4), multipliers=(1,), blocks=1, attention=(), dropout=0.0)
 
@@ -76,9 +77,25 @@ def test_the_table_names_edges_and_shares(capsys):
     [
         (["digits", "--alpha", "1.5"], 2, "error: alpha must be between 0 and 1, got 1.5"),
         (["digits", "--process", "edn"], 2, "error: --process must be one of edm, flow, ldm"),
-        (["digits", "--method", "snr", "--by-class"], 2, "error: by-class must be used with optimal-denoiser"),
-        (["digits", "--method", "snr", "--plot", "x.png"], 2, "error: plot must be used with optimal-denoiser"),
+        (
+            ["digits", "--method", "snr", "--by-class"],
+            2,
+            "error: --by-class needs --method optimal-denoiser; it is snr",
+        ),
+        (
+            ["digits", "--method", "snr", "--plot", "x.png"],
+            2,
+            "error: --plot needs --method optimal-denoiser; it is snr",
+        ),
         (["digits", "--samples", "500", "--plot", "x.gif9"], 2, "error: x.gif9: a plot's name must end in"),
+        (["digits", "--run", "runs/x"], 2, "error: --run needs --method gradient; it is optimal-denoiser"),
+        (["digits", "--paper", "--eta", "0.1"], 2, "error: --paper needs --eta 0.0078125; it is 0.1"),
+        (
+            ["digits", "--allocate", "1", "--process", "edm"],
+            2,
+            "error: --allocate needs --process vp, that of the reci",
+        ),
+        (["digits", "--stages", "4", "--objective", "crossing"], 2, "error: the objective crossing finds 3 stages"),
         (["nowhere"], 3, "error: "),
     ],
 )

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multistage_diffusion.clustering.levels import MEASURES, level
+from multistage_diffusion.clustering.levels import noise_levels
+from multistage_diffusion.clustering.options import MEASURES
 from multistage_diffusion.clustering.partition import affinity_cost, block_cost, distance_cost, partition, size_limits
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import EDM, VP, Process, process_by_kind
@@ -72,7 +73,7 @@ def test_published_baselines():
     u = torch.arange(1, 101, dtype=torch.float64) / 100
     assert partition(distance_cost(u), 3, smallest=16, largest=50) == (33, 67)
     u = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    cuts = partition(distance_cost(level(VP(), "time", u).log()), 3, smallest=166, largest=500)
+    cuts = partition(distance_cost(noise_levels(VP(), "time", u).log()), 3, smallest=166, largest=500)
     assert cuts == pytest.approx((348, 709), abs=1)
 
 
@@ -85,16 +86,16 @@ def test_limits_that_no_partition_keeps_are_refused():
 @pytest.mark.parametrize("measure", MEASURES)
 def test_levels_increase_within_the_range(kind, measure):
     process = process_by_kind(kind)
-    sigma = level(process, measure, torch.linspace(0, 1, 101, dtype=torch.float64)[1:-1])
+    sigma = noise_levels(process, measure, torch.linspace(0, 1, 101, dtype=torch.float64)[1:-1])
     assert bool((sigma.diff() > 0).all())
     if measure != "training":
-        ends = level(process, measure, torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        ends = noise_levels(process, measure, torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
         assert ends == pytest.approx([process.sigma_min, process.sigma_max], rel=1e-6)
 
 
 def test_edm_averages_in_vp_time_because_its_own_time_is_sigma():
-    sigma = level(EDM(), "time", torch.tensor([0.5], dtype=torch.float64))
+    sigma = noise_levels(EDM(), "time", torch.tensor([0.5], dtype=torch.float64))
     ends = VP().t(torch.tensor([0.002, 80.0], dtype=torch.float64))
     assert float(VP().t(sigma)) == pytest.approx(float(ends.mean()))
     with pytest.raises(ConfigError, match='no measure tim; did you mean "time"'):
-        level(EDM(), "tim", torch.tensor([0.5]))
+        noise_levels(EDM(), "tim", torch.tensor([0.5]))

@@ -134,7 +134,7 @@ def test_stages_of_latents(tmp_path, capsys):
     found = json.loads((tmp_path / "stages.json").read_text())
     assert found["data"]["shape"] == [2, 4, 4]
     assert dispatch([*words[:-1], "gradient"]) == 2
-    assert "autoencoder must be used without gradient" in capsys.readouterr().err
+    assert "--method gradient needs pictures, not latents of --autoencoder" in capsys.readouterr().err
 
 
 def test_latents_of_another_autoencoder_are_refused(tmp_path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from multistage_diffusion.cli.common import Reads, prepare
+from multistage_diffusion.clustering.options import PAPER, ClusterOptions
 from multistage_diffusion.config import DataConfig, check
+from multistage_diffusion.errors import ConfigError, needs
 from multistage_diffusion.recipes import recipe
 
 if TYPE_CHECKING:
@@ -36,29 +38,9 @@ class Options(Reads):
     """Source of the images, like digits, fashion-mnist or folder:PATH."""
     process: Literal["vp", "vp-cosine", "ve", "edm", "ldm", "flow"] = "vp"
     """Process that will be trained."""
-    method: Literal["optimal-denoiser", "timestep", "snr", "gradient"] = "optimal-denoiser"
-    """Compare optimal denoisers, or a baseline: uniform in time, log-SNR, gradients of a network."""
-    stages: int = 3
-    """Number of stages, 2 to 8."""
-    eta: float = 2 / 256
-    """Largest difference of optimal noise predictions that counts as similar."""
-    alpha: float = 0.9
-    """Least mean similarity of an outer stage to its end."""
-    samples: int | None = None
-    """Number of draws of image, noise and noise level; by default 4000, or 16000 for a matrix."""
-    reference: Literal["data-mean", "definition"] = "data-mean"
-    """What the high-noise end is: the constant denoiser (the paper's code) or the denoiser there (its text)."""
-    measure: Literal["time", "log-sigma", "training"] = "time"
-    """What averages over noise levels are taken in: the process's time, log sigma, its training distribution."""
-    objective: Literal["crossing", "similarity", "variance"] | None = None
-    """crossing: Algorithm 1, three stages; similarity, variance: exact partition of a matrix over noise levels. By
-    default crossing for three stages, else variance."""
+    clustering: Annotated[ClusterOptions, tyro.conf.arg(name="")] = field(default_factory=ClusterOptions)
     paper: bool = False
     """The published reading: images in [0, 1], eta 2/256, alpha 0.9, data-mean, averages over time."""
-    by_class: bool = False
-    """Take posteriors within each image's class, for class-conditional models."""
-    max_images: int | None = None
-    """Use at most so many images, chosen by --seed; the lower edge of Algorithm 1 is extrapolated to all of them."""
     run: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """Unified run whose gradients the method gradient compares; by default a short run of its own."""
     proxy_steps: int = 300
@@ -79,12 +61,10 @@ class Options(Reads):
     """Resize the images to this many pixels a side."""
     autoencoder: str | None = None
     """Cluster the latents of this autoencoder, which must be that of the run (data.autoencoder)."""
-    seed: int = 0
-    """Seed of all draws."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Find the stages, print a table, write the files asked for.
+    """Find the stages, print a table, write the files of --out, --plot and --strip.
 
     Args:
         options: The command's options.
@@ -93,19 +73,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The JSON document; none but the first of several processes has it.
     """
-    # What can be refused at once is, before anything is read or trained.
-    check(2 <= options.stages <= 8, "stages", "from 2 to 8", options.stages)
-    check(not options.by_class or options.method == "optimal-denoiser", "by-class", "used with optimal-denoiser", True)
-    check(options.run is None or options.method == "gradient", "run", "used with the method gradient", options.run)
-    check(
-        options.plot is None or options.method == "optimal-denoiser", "plot", "used with optimal-denoiser", options.plot
-    )
-    if options.allocate is not None:
-        check(options.allocate > 0, "allocate", "positive", options.allocate)
-        recipe(options.recipe or options.source)
-    latents_only = options.method != "gradient" and options.allocate is None and not options.paper
-    check(options.autoencoder is None or latents_only, "autoencoder", "used without gradient, allocate and paper",
-          options.autoencoder)  # fmt: skip
+    options = _checked(options)
     config = options.data(options.source, options.resolution, options.autoencoder)
     device = prepare(options)
     import torch
@@ -117,17 +85,43 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     with join(torch.device("cpu"), _MINUTES) as processes:  # only small results travel
         with processes.local_main_first():  # latents are encoded once
             data = load_examples(config, device, encoding_progress(console))
-        check(not options.by_class or data.labels is not None, "by-class", "used with a source that has classes", True)
-        found = _cluster(options, data, device, console)
+        clustering = _cluster(options, data, device, console)
     if not processes.is_main:
         return {}  # the first process writes and prints
-    _draw(options, data, found)
-    allocation = None if options.allocate is None else _allocate(options, config, data, found, device, console)
+    _draw(options, data, clustering)
+    allocation = None if options.allocate is None else _allocate(options, config, data, clustering, device, console)
     if options.out is not None:
-        replace(found.stages, provenance={**found.stages.provenance, **(allocation or {})}).save(options.out)
-    document = {**_document(options, found), **(allocation or {})}
+        stages = clustering.stages
+        replace(stages, provenance={**stages.provenance, **(allocation or {})}).save(options.out)
+    document = {**_document(options, clustering), **(allocation or {})}
     _print(document, console)
     return document
+
+
+def _checked(options: Options) -> Options:
+    """The options with --paper spelled out; conflicts are refused before anything is read or trained."""
+    criteria = options.clustering
+    method = criteria.method
+    needs(options.run is None or method == "gradient", "run", "method gradient", method)
+    needs(options.plot is None or method == "optimal-denoiser", "plot", "method optimal-denoiser", method)
+    pictures = {
+        "method gradient": method == "gradient",
+        "allocate": options.allocate is not None,
+        "paper": options.paper,
+    }
+    for other, given in pictures.items():
+        if options.autoencoder is not None and given:
+            raise ConfigError(f"--{other} needs pictures, not latents of --autoencoder; leave one of the two out")
+    if options.allocate is not None:
+        check(options.allocate > 0, "allocate", "positive", options.allocate)
+        kind = recipe(options.recipe or options.source).process.kind
+        needs(options.process == kind, "allocate", f"process {kind}, that of the recipe", options.process)
+    if not options.paper:
+        return options
+    for name, value in PAPER.items():
+        given = getattr(criteria, name)
+        needs(given in (value, getattr(ClusterOptions(), name)), "paper", f"{name} {value}", given)
+    return replace(options, clustering=replace(criteria, **PAPER))
 
 
 def _cluster(options: Options, data: Examples, device: torch.device, console: Console) -> Clustering:
@@ -138,45 +132,33 @@ def _cluster(options: Options, data: Examples, device: torch.device, console: Co
     from multistage_diffusion.noise import process_by_kind
 
     process = process_by_kind(options.process)
-    network = _network(options, data, process, device) if options.method == "gradient" else None
+    network = _network(options, data, process, device) if options.clustering.method == "gradient" else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing denoisers", total=None)
-        found = cluster(
+        return cluster(
             data,
             process,
-            method=options.method,
-            stages=options.stages,
-            eta=2 / 256 if options.paper else options.eta,
-            alpha=0.9 if options.paper else options.alpha,
-            samples=options.samples,
-            reference="data-mean" if options.paper else options.reference,
-            measure="time" if options.paper else options.measure,
-            objective=options.objective,
-            unit_range=options.paper,
-            labels=data.labels if options.by_class else None,
-            max_images=options.max_images,
-            seed=options.seed,
+            options.clustering,
             denoiser=network,
             device=device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return found
 
 
 def _allocate(
-    options: Options, source: DataConfig, data: Examples, found: Clustering, device: torch.device, console: Console
+    options: Options,
+    source: DataConfig,
+    data: Examples,
+    clustering: Clustering,
+    device: torch.device,
+    console: Console,
 ) -> dict[str, Any]:
     """Decoder widths under the budget, from proxy runs of a recipe on these stages."""
     from multistage_diffusion.allocation import allocate
     from multistage_diffusion.config import StagesConfig
     from multistage_diffusion.data import Images
 
-    base = recipe(options.recipe or options.source)
-    check(
-        base.process.kind == options.process, "process", f"{base.process.kind}, the recipe's, with allocate",
-        options.process,
-    )  # fmt: skip
-    edges = found.stages.edges
+    base, edges = recipe(options.recipe or options.source), clustering.stages.edges
     model = base.model.with_capacities((base.model.capacity,) * (len(edges) + 1))
     config = replace(base, data=source, stages=StagesConfig(edges=edges), model=model)
     assert options.allocate is not None and isinstance(data, Images)  # latents were refused
@@ -192,17 +174,17 @@ def _allocate(
     return choice.to_dict()
 
 
-def _draw(options: Options, data: Examples, found: Clustering) -> None:
-    """The pictures asked for."""
+def _draw(options: Options, data: Examples, clustering: Clustering) -> None:
+    """The figures of --plot and --strip."""
     from multistage_diffusion.clustering import plots
-    from multistage_diffusion.clustering.find import chosen
+    from multistage_diffusion.clustering.find import choose_images
 
     if options.plot is not None:
-        plots.save(plots.similarity_figure(found), options.plot)
+        plots.save(plots.similarity_figure(clustering), options.plot)
     if options.strip is not None:
-        images, _ = chosen(data, options.max_images, options.seed)
-        figure = plots.strip_figure(images, found.stages, found.process, seed=options.seed)
-        plots.save(figure, options.strip)
+        seed = options.clustering.seed
+        images, _ = choose_images(data, options.clustering.max_images, seed)
+        plots.save(plots.strip_figure(images, clustering.stages, clustering.process, seed=seed), options.strip)
 
 
 def _network(options: Options, data: Examples, process: Process, device: torch.device) -> Denoiser:
@@ -213,21 +195,29 @@ def _network(options: Options, data: Examples, process: Process, device: torch.d
 
     if options.run is not None:
         denoiser = load_run(options.run, device=device).denoiser
-        check(
-            len(denoiser.stages) == 1, "run", "a unified run, so that all noise levels share their weights", options.run
-        )
+        unified = len(denoiser.stages) == 1
+        check(unified, "run", "a unified run, so that all noise levels share their weights", options.run)
         same = denoiser.process == process and denoiser.shape == data.shape
         check(same, "run", f"of the process {options.process} on images of shape {data.shape}", options.run)
         return denoiser
     multipliers = (1, 2) if data.shape[1] % 2 == data.shape[2] % 2 == 0 else (1,)
     model = ModelConfig(
-        architecture="unified", width=16, decoder_widths=(16,), multipliers=multipliers, blocks=1, attention=(),
+        architecture="unified",
+        width=16,
+        decoder_widths=(16,),
+        multipliers=multipliers,
+        blocks=1,
+        attention=(),
         dropout=0.0,
-    )  # fmt: skip
+    )
     training = TrainingConfig(
-        steps=options.proxy_steps, batch_size=64, learning_rate=2e-3, warmup_images=3_200, ema_half_life=3_200.0,
-        seed=options.seed,
-    )  # fmt: skip
+        steps=options.proxy_steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_images=3_200,
+        ema_half_life=3_200.0,
+        seed=options.clustering.seed,
+    )
     config = RunConfig(data=DataConfig(source=data.name), process=process, model=model, training=training)
     trainer = build_trainer(config, data, device=device)
     for _ in trainer.run(options.proxy_steps):
@@ -235,23 +225,23 @@ def _network(options: Options, data: Examples, process: Process, device: torch.d
     return trainer.averaged()
 
 
-def _document(options: Options, found: Clustering) -> dict[str, Any]:
-    record = found.stages.provenance
+def _document(options: Options, clustering: Clustering) -> dict[str, Any]:
+    record = clustering.stages.provenance
     return {
-        "edges": list(found.stages.edges),
-        "edges_t": list(found.edges_t),
+        "edges": list(clustering.stages.edges),
+        "edges_t": list(clustering.edges_t),
         "intervals": record["intervals"],
         "intervals_t": record["intervals_t"],
-        "method": options.method,
+        "method": record["method"],
         "objective": record["objective"],
         "process": options.process,
         "images": record["data"]["images"],
         "extrapolation": record["extrapolation"],
-        "elbow": list(found.elbow),
-        "effective_images": [{"sigma": sigma, "images": count} for sigma, count in found.effective],
-        "shares": found.shares,
+        "elbow": list(clustering.elbow),
+        "effective_images": [{"sigma": sigma, "images": count} for sigma, count in clustering.effective],
+        "shares": clustering.shares,
         "out": None if options.out is None else str(options.out),
-        "seconds": found.seconds,
+        "seconds": clustering.seconds,
     }
 
 
@@ -259,15 +249,18 @@ def _print(document: dict[str, Any], console: Console) -> None:
     """A row an edge, then what the stages hold."""
     from rich.table import Table
 
-    table = Table(
-        title=f"{document['process']}, {document['method']}, {document['images']} images", title_justify="left"
-    )
+    title = f"{document['process']}, {document['method']}, {document['images']} images"
+    table = Table(title=title, title_justify="left")
     for heading in ("edge", "sigma", "95% interval", "t", "95% interval"):
         table.add_column(heading, justify="right")
     blank = [None] * len(document["edges"])
-    rows = zip(document["edges"], document["intervals"] or blank, document["edges_t"],
-               document["intervals_t"] or blank, strict=True)  # fmt: skip
-    for number, (sigma, bounds, t, bounds_t) in enumerate(rows, 1):
+    columns = (
+        document["edges"],
+        document["intervals"] or blank,
+        document["edges_t"],
+        document["intervals_t"] or blank,
+    )
+    for number, (sigma, bounds, t, bounds_t) in enumerate(zip(*columns, strict=True), 1):
         table.add_row(str(number), f"{sigma:.4f}", _span(bounds), f"{t:.4f}", _span(bounds_t))
     console.print(table)
     shares = ", ".join(f"{share:.1%}" for share in document["shares"])
@@ -276,10 +269,10 @@ def _print(document: dict[str, Any], console: Console) -> None:
         sizes = ", ".join(str(size) for size in document["extrapolation"]["sizes"])
         console.print(f"edge 1 extrapolated in ln N from {sizes} images to {document['images']}")
     if "decoder_widths" in document:
-        widths, told = document["decoder_widths"], document["allocation"]
+        widths, allocation = document["decoder_widths"], document["allocation"]
         console.print(
-            f"decoder widths {', '.join(map(str, widths))}: expected loss {told['loss']:.4f}, for equal ones of the "
-            f"encoder's width {told['equal_loss']:.4f}, at {told['budget']:g} {told['unit']}"
+            f"decoder widths {', '.join(map(str, widths))}: expected loss {allocation['loss']:.4f}, for equal ones of "
+            f"the encoder's width {allocation['equal_loss']:.4f}, at {allocation['budget']:g} {allocation['unit']}"
         )
     written = f"; written to {document['out']}" if document["out"] else ""
     console.print(f"{document['seconds']:.1f} s{written}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from multistage_diffusion import rng
 from multistage_diffusion.clustering.gradient import gradient_affinity
-from multistage_diffusion.clustering.levels import level
-from multistage_diffusion.clustering.optimal import Found, algorithm_1, dynamic_programme
-from multistage_diffusion.clustering.options import Options
+from multistage_diffusion.clustering.levels import noise_levels
+from multistage_diffusion.clustering.optimal import EdgeEstimate, algorithm_1, dynamic_programme
+from multistage_diffusion.clustering.options import ClusterOptions, check_choices
 from multistage_diffusion.clustering.partition import affinity_cost, distance_cost, partition, size_limits
 from multistage_diffusion.clustering.similarity import Progress, Similarities, Similarity
 from multistage_diffusion.config import to_dict
@@ -30,6 +30,7 @@ from multistage_diffusion.stages import Stages
 _BASELINE_LEVELS = 1000  # levels of the timestep and log-SNR baselines
 _POINTS = 16  # noise levels at which the effective number of images is reported
 _GRADIENT_LEVELS = 100  # levels of the gradient baseline
+_DEFAULTS = ClusterOptions()
 _WORKING_BYTES = 4  # a number of an image once more, centred, while denoisers are compared
 
 
@@ -38,7 +39,7 @@ class Clustering:
     """Stages, and what they were found from.
 
     Attributes:
-        stages: The partition; `stages.save(path)` writes it with everything `found` holds.
+        stages: The partition; `stages.save(path)` writes it with its provenance.
         edges_t: The edges in the process's own time.
         intervals: 95% bootstrap interval of each edge in sigma; empty for the baselines.
         seconds: Time it took.
@@ -78,7 +79,7 @@ class Clustering:
         else:
             return ()
         order = u.flatten().argsort()
-        sigma = level(self.process, self.measure, u.flatten()[order])
+        sigma = noise_levels(self.process, self.measure, u.flatten()[order])
         pieces = zip(sigma.tensor_split(_POINTS), counts.flatten()[order].tensor_split(_POINTS), strict=True)
         return tuple((float(levels.median()), float(part.log().mean().exp())) for levels, part in pieces)
 
@@ -89,40 +90,33 @@ class Clustering:
 
 
 def cluster(
-    images: Data,
-    process: Process, *, method: str = "optimal-denoiser", stages: int = 3, eta: float = 2 / 256, alpha: float = 0.9,
-    samples: int | None = None, reference: str = "data-mean", measure: str = "time", objective: str | None = None,
-    unit_range: bool = False, labels: Int[Tensor, " count"] | None = None, max_images: int | None = None,
-    resamples: int = 200, seed: int = 0, denoiser: nn.Module | None = None, device: torch.device | str | None = None,
-    source: str = "", digest: str | None = None, progress: Progress | None = None,
-) -> Clustering:  # fmt: skip
+    data: Data,
+    process: Process,
+    options: ClusterOptions = _DEFAULTS,
+    *,
+    labels: Int[Tensor, " count"] | None = None,
+    denoiser: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    source: str = "",
+    digest: str | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Clustering:
     """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
 
     Args:
-        images: What `load_data` gives, latents, or a tensor: floats in [-1, 1], or uint8 (a quarter of the memory) as
-            levels of [-1, 1]. Of a set on disk only the images that are used are read.
+        data: What `load_data` gives, or whatever `as_data` takes: uint8 pictures, floats of any number of channels. Of
+        a
+            set on disk only the images that are used are read.
         process: The process that will be trained.
-        method: `optimal-denoiser` compares the exact denoiser of the images at different levels; `timestep`, `snr` and
-            `gradient` are the baselines of Go et al. 2023.
-        stages: Number of stages, 2 to 8.
-        eta: Largest difference of optimal noise predictions that counts as similar.
-        alpha: Least mean similarity of an outer stage to its end.
-        samples: Number of draws (x0, eps, t); by default 4000 for Algorithm 1, 16000 for the matrices of a dynamic
-            programme.
-        reference: What the high-noise end is compared with: `data-mean` (the paper's code) or `definition` (its text).
-        measure: What averages over noise levels are taken in: `time`, `log-sigma` or `training`.
-        objective: `crossing` is Algorithm 1 (three stages); `similarity` and `variance` are exact partitions of a
-            matrix over levels. By default `crossing` for three stages, else `variance`.
-        unit_range: Read the images in [0, 1], as the paper's code does; the edges stay on the process's own clock.
-        labels: Class of each image; posteriors are then within an image's class.
-        max_images: Use at most so many images, chosen by `seed`, and extrapolate the lower edge of Algorithm 1 to all.
-        resamples: Number of bootstrap resamples behind the intervals.
-        seed: Seed of all draws.
+        options: How the stages are found.
+        labels: Class of each image, in place of those of the data; posteriors are then within an image's class.
         denoiser: A trained module called as `denoiser(x, sigma)`, for the method `gradient`.
         device: Where to compute; by default where the images are (for the method `gradient`, where the denoiser is).
-        source: Name of the data, for the record; by default that of `images`, if it has one.
-        digest: SHA-256 of the data, for the record; by default that of `images`.
+        source: Name of the data, for the record; by default that of `data`, if it has one.
+        digest: SHA-256 of the data, for the record; by default that of `data`.
         progress: Called with the work done and all of it.
+        changes: Options by name that replace those of `options`: `cluster(data, process, stages=4)`.
 
     Returns:
         The stages, with intervals, and what they were found from.
@@ -132,40 +126,42 @@ def cluster(
         DataError: The images cannot be clustered: fewer than two, all equal, fewer than stages, or too many for memory.
     """
     start = time.perf_counter()
-    options = Options(method=method, stages=stages, eta=eta, alpha=alpha, samples=samples, reference=reference,
-                      measure=measure, objective=objective, unit_range=unit_range, within_class=labels is not None,
-                      max_images=max_images, resamples=resamples, seed=seed)  # fmt: skip
-    _check_number(len(images), options)
-    data = as_data(images)
-    match method:
+    check_choices(changes)
+    if labels is not None:
+        changes["by_class"] = True
+    options = replace(options, **changes)
+    _check_number(len(data), options)
+    examples = as_data(data, name=source)
+    match options.method:
         case "timestep" | "snr":
-            found = _baseline(process, options)
+            estimate = _baseline(process, options)
         case "gradient":
-            found = _gradient(data, process, denoiser, options, device, progress)
+            estimate = _gradient(examples, process, denoiser, options, device, progress)
         case _:
-            found = _exact(data, labels, process, options, device, progress)
+            classes = _classes(examples, labels) if options.by_class else None
+            estimate = _exact(examples, classes, process, options, device, progress)
     about = {
-        "source": source or data.name,
-        "sha256": digest or data.digest,
-        "images": len(data),
-        "shape": list(data.shape),
+        "source": source or examples.name,
+        "sha256": digest or examples.digest,
+        "images": len(examples),
+        "shape": list(examples.shape),
     }
-    return _result(found, process, options, about, time.perf_counter() - start)
+    return _result(estimate, process, options, about, time.perf_counter() - start)
 
 
-def chosen(
+def choose_images(
     data: Examples, most: int | None, seed: int, device: torch.device | str | None = None
 ) -> tuple[Shaped[Tensor, "some channels height width"], Int[Tensor, " some"] | None]:
-    """All examples, or some in the place of all: the first of a random order, so that a smaller choice is in a larger.
+    """All images, or some in the place of all: the first of a random order, so that a smaller choice is in a larger.
 
     Args:
         data: The data set; from disk no others are read.
         most: How many to choose at most; by default all.
         seed: Seed of the order.
-        device: Where their denoisers will be compared; by default where the examples are.
+        device: Where their denoisers will be compared; by default where the images are.
 
     Returns:
-        The examples, uint8 or floats, and their indices: None for all in the order they have.
+        The images, uint8 or floats, and their indices: None for all in the order they have.
 
     Raises:
         DataError: They need more memory than there is, or one is damaged on disk.
@@ -183,35 +179,48 @@ def chosen(
     return data.values(index), index
 
 
+def _classes(data: Examples, labels: Tensor | None) -> Tensor:
+    """Class of each image, for posteriors within a class."""
+    labels = data.labels if labels is None else labels
+    if labels is None:
+        raise ConfigError(f"--by-class needs data with classes; {data.name or 'the data'} has none")
+    if len(labels) != len(data):
+        raise DataError(f"{len(data)} images but {len(labels)} labels")
+    return labels
+
+
 def _exact(
     data: Examples,
     labels: Tensor | None,
     process: Process,
-    options: Options,
+    options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
-) -> Found:
-    """Read the images asked for, and compare their optimal denoisers."""
-    part, index = chosen(data, options.max_images, options.seed, device)
+) -> EdgeEstimate:
+    """Read the images to compare, and compare their optimal denoisers."""
+    images, index = choose_images(data, options.max_images, options.seed, device)
     labels = labels if labels is None or index is None else labels[index]
-    _check_values(part)
-    if options.chosen == "crossing":
-        return algorithm_1(part, labels, len(data), process, options, device, progress)
-    return dynamic_programme(part, labels, process, options, device, progress)
+    _check_values(images)
+    if options.criterion == "crossing":
+        return algorithm_1(images, labels, len(data), process, options, device, progress)
+    return dynamic_programme(images, labels, process, options, device, progress)
 
 
-def _result(found: Found, process: Process, options: Options, data: dict[str, Any], seconds: float) -> Clustering:
+def _result(
+    estimate: EdgeEstimate, process: Process, options: ClusterOptions, data: dict[str, Any], seconds: float
+) -> Clustering:
     """Edges in sigma and in the process's time, with the record that `stages.json` holds."""
-    edges = level(process, options.measure, torch.tensor(found.u, dtype=torch.float64))
-    bounds = level(process, options.measure, torch.tensor(found.intervals, dtype=torch.float64).reshape(-1, 2))
+    edges = noise_levels(process, options.measure, torch.tensor(estimate.u, dtype=torch.float64))
+    intervals = torch.tensor(estimate.intervals, dtype=torch.float64).reshape(-1, 2)
+    bounds = noise_levels(process, options.measure, intervals)
     record = {
         "method": options.method,
-        "objective": options.chosen if options.method == "optimal-denoiser" else None,
+        "objective": options.criterion if options.method == "optimal-denoiser" else None,
         "process": to_dict(process),
         "edges_t": process.t(edges).tolist(),
         "intervals": bounds.tolist(),
         "intervals_t": process.t(bounds).tolist(),
-        "extrapolation": found.extrapolation,
+        "extrapolation": estimate.extrapolation,
         "options": asdict(options),
         "data": data,
     }
@@ -222,13 +231,13 @@ def _result(found: Found, process: Process, options: Options, data: dict[str, An
         seconds=seconds,
         process=process,
         measure=options.measure,
-        similarity=found.similarity,
-        matrices=found.matrices,
-        elbow=found.elbow,
+        similarity=estimate.similarity,
+        matrices=estimate.matrices,
+        elbow=estimate.elbow,
     )
 
 
-def _check_number(count: int, options: Options) -> None:
+def _check_number(count: int, options: ClusterOptions) -> None:
     if count < 2:
         raise DataError(f"clustering needs at least two images, got {count}")
     if count < options.stages:
@@ -243,38 +252,38 @@ def _check_values(images: Tensor) -> None:
         raise DataError(f"all {len(images)} images are equal: every noise level has the same denoiser")
 
 
-def _baseline(process: Process, options: Options) -> Found:
+def _baseline(process: Process, options: ClusterOptions) -> EdgeEstimate:
     """Uniform in the measure's coordinate, or in log-SNR."""
     u = (torch.arange(_BASELINE_LEVELS, dtype=torch.float64) + 0.5) / _BASELINE_LEVELS
-    values = u if options.method == "timestep" else level(process, options.measure, u).log()
+    values = u if options.method == "timestep" else noise_levels(process, options.measure, u).log()
     smallest, largest = size_limits(len(u), options.stages)
     cuts = partition(distance_cost(values), options.stages, smallest=smallest, largest=largest)
-    return Found(tuple(cut / len(u) for cut in cuts))
+    return EdgeEstimate(tuple(cut / len(u) for cut in cuts))
 
 
 def _gradient(
     data: Examples,
     process: Process,
     denoiser: nn.Module | None,
-    options: Options,
+    options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
-) -> Found:
+) -> EdgeEstimate:
     """Levels whose gradients point the same way."""
     if denoiser is None:
         raise ConfigError("the method gradient needs a trained denoiser")
     if device is not None and any(weight.device != torch.device(device) for weight in denoiser.parameters()):
-        denoiser = copy.deepcopy(denoiser).to(device)  # the caller's own stays where it is
+        denoiser = copy.deepcopy(denoiser).to(device)  # the caller's stays where it is
     u = (torch.arange(_GRADIENT_LEVELS, dtype=torch.float64) + 0.5) / _GRADIENT_LEVELS
     index = rng.permutation(options.seed, "cluster/image", 0, len(data))[: -(-(options.samples or 4_000) // len(u))]
     affinity = gradient_affinity(
         denoiser,
         data.floats(index),
-        level(process, options.measure, u),
+        noise_levels(process, options.measure, u),
         process,
         seed=options.seed,
         progress=progress,
     )
     smallest, largest = size_limits(len(u), options.stages)
     cuts = partition(affinity_cost(affinity), options.stages, smallest=smallest, largest=largest)
-    return Found(tuple(cut / len(u) for cut in cuts))
+    return EdgeEstimate(tuple(cut / len(u) for cut in cuts))

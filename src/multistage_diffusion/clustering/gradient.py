@@ -57,10 +57,10 @@ def gradient_affinity(
     with _evaluating(denoiser):
         for done, sigma in enumerate(sigmas.double().tolist()):
             sketch = _sketch(_gradient(denoiser, weights, images, noise, sigma, process), seed)
-            size = float(sketch.norm())
-            if not 0 < size < float("inf"):
-                raise NumericsError(f"the gradient at sigma {sigma:.4g} has norm {size:g}; nothing to compare")
-            sketches.append(sketch / size)
+            norm = float(sketch.norm())
+            if not 0 < norm < float("inf"):
+                raise NumericsError(f"the gradient at sigma {sigma:.4g} has norm {norm:g}; its direction says nothing")
+            sketches.append(sketch / norm)
             if progress is not None:
                 progress(done + 1, len(sigmas))
     rows = torch.stack(sketches)
@@ -78,14 +78,18 @@ def _gradient(
         with torch.enable_grad():
             loss = scale * (denoiser(x0 + sigma * eps, levels) - x0).square().sum()
             parts = torch.autograd.grad(loss, weights, allow_unused=True)
-        for sum_, part in zip(total, parts, strict=True):
+        for so_far, part in zip(total, parts, strict=True):
             if part is not None:
-                sum_ += part
+                so_far += part
     return total
 
 
 def _sketch(gradient: list[Tensor], seed: int) -> Tensor:
-    """The gradient as one float32 vector, or its signed sums in random bins where it is long."""
+    """The gradient as one float32 vector, or its signed sums in random bins where it is long (a count sketch).
+
+    With random signs s and bins h, sum_b (sum_{h(i)=b} s_i x_i) (sum_{h(j)=b} s_j y_j) has the mean <x, y>, since the
+    signs of different entries cancel, and a standard deviation of about |x| |y| / sqrt(bins).
+    """
     flat = torch.cat([part.flatten().float() for part in gradient])
     if len(flat) <= _SKETCH:
         return flat

@@ -6,24 +6,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from multistage_diffusion.clustering.options import MEASURES
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise import VP, Process
 from multistage_diffusion.stages import Stages
 
-MEASURES = ("time", "log-sigma", "training")
 
-
-def level(process: Process, measure: str, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Noise level below which a share u of the measure lies.
+def noise_levels(process: Process, measure: str, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Noise levels below which shares u of the measure lie.
 
     Args:
         process: Gives the range of levels, its time and its training distribution.
         measure: `time`: uniform in the time of the process (for EDM, whose time is sigma, in that of VP);
             `log-sigma`: uniform in ln sigma; `training`: the process's distribution of sigma in training.
         u: Shares in [0, 1], float64; for `training` in (0, 1).
-
-    Returns:
-        Noise levels sigma.
 
     Raises:
         ConfigError: No such measure.

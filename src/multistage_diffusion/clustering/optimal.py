@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multistage_diffusion.clustering.options import Options
-from multistage_diffusion.clustering.partition import MAX_STAGES, block_cost, partition
+from multistage_diffusion.clustering.options import MAX_STAGES, ClusterOptions
+from multistage_diffusion.clustering.partition import block_cost, partition
 from multistage_diffusion.clustering.posterior import OptimalDenoiser, as_floats
 from multistage_diffusion.clustering.similarity import (
     Progress,
@@ -34,8 +34,8 @@ _GRID = 64  # levels of the similarity matrices
 
 
 @dataclass(frozen=True)
-class Found:
-    """Edges as shares u of the measure, with what they came from."""
+class EdgeEstimate:
+    """Edges as shares u of the measure, with what they were estimated from; see `Clustering`."""
 
     u: tuple[float, ...]
     intervals: tuple[tuple[float, float], ...] = ()
@@ -45,8 +45,8 @@ class Found:
     extrapolation: dict[str, Any] | None = None
 
 
-def _compared(images: Tensor, options: Options) -> Tensor:
-    """The entries that vary, in the range asked for; a constant border agrees everywhere and would only dilute."""
+def _compared(images: Tensor, options: ClusterOptions) -> Tensor:
+    """The entries that vary, in the range of the options; a constant border agrees everywhere and would only dilute."""
     varies = images.amin(0) < images.amax(0)
     if not bool(varies.all()):
         images = images[:, varies][:, :, None, None]
@@ -58,10 +58,10 @@ def algorithm_1(
     labels: Tensor | None,
     total: int,
     process: Process,
-    options: Options,
+    options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
-) -> Found:
+) -> EdgeEstimate:
     """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N.
 
     Args:
@@ -69,7 +69,7 @@ def algorithm_1(
         labels: Class of each image, for posteriors within a class.
         total: Number of images in the set, to which the lower edge is extrapolated.
         process: Gives the noise levels.
-        options: What was asked for.
+        options: How the stages are found.
         device: Where to compute.
         progress: Called with the pairs done and their number.
 
@@ -86,14 +86,21 @@ def algorithm_1(
     for size in sizes:
         exact = OptimalDenoiser(images[:size], labels=None if labels is None else labels[:size], device=device)
         results.append(
-            compare_to_ends(exact, pairs, options.eta, options.reference, process.sigma_max,
-                            within_class=labels is not None, progress=progress)
-        )  # fmt: skip
+            compare_to_ends(
+                exact,
+                pairs,
+                options.eta,
+                options.reference,
+                process.sigma_max,
+                within_class=labels is not None,
+                progress=progress,
+            )
+        )
         del exact  # before the next one is made
-    found = first_crossings(results[-1], options.alpha, resamples=options.resamples, seed=options.seed)
+    crossings = first_crossings(results[-1], options.alpha, resamples=options.resamples, seed=options.seed)
     if len(sizes) == 1:
-        return Found(found.edges, found.intervals if options.resamples else (), similarity=results[-1])
-    return extrapolated(results, sizes, total, found.edges[1], found.intervals[1], options)
+        return EdgeEstimate(crossings.edges, crossings.intervals if options.resamples else (), similarity=results[-1])
+    return extrapolated(results, sizes, total, crossings.edges[1], crossings.intervals[1], options)
 
 
 def extrapolated(
@@ -102,8 +109,8 @@ def extrapolated(
     images: int,
     upper: float,
     upper_interval: tuple[float, float],
-    options: Options,
-) -> Found:
+    options: ClusterOptions,
+) -> EdgeEstimate:
     """The lower edge by a straight line in ln N through nested parts of the images; the upper one does not move.
 
     Args:
@@ -112,7 +119,7 @@ def extrapolated(
         images: Number of images to extrapolate to.
         upper: The upper edge, as a share of the measure.
         upper_interval: Its interval.
-        options: What was asked for.
+        options: How the stages are found.
 
     Returns:
         Both edges; the interval of the lower one is widened by how far the last two parts' line misses that of all.
@@ -120,6 +127,9 @@ def extrapolated(
     Raises:
         ConfigError: A part has no lower edge, or the line leaves the range below the upper edge.
     """
+    # The lower edge is where the softmax collapses on one image. The other N - 1 weigh in together, with a logit of
+    # about ln N, so the edge moves along a line in ln N. Least squares through all sizes, for each bootstrap resample
+    # at once.
     weights = bootstrap_weights(len(results[0].u), options.resamples, options.seed)
     lower = torch.stack([edge_samples(result, weights, options.alpha)[0] for result in results])
     logs = torch.tensor(sizes, dtype=torch.float64).log()
@@ -135,58 +145,47 @@ def extrapolated(
             f"the lower edge cannot be extrapolated from {sizes} images: it lies at {lower[:, 0].tolist()} of the "
             f"levels, and the upper one at {upper:.4f}; raise max-images"
         )
-    record = {"sizes": sizes, "images": images, "u": lower[:, 0].tolist(), "extrapolated_u": edge,
-              "curvature_error_u": curvature}  # fmt: skip
+    record = {
+        "sizes": sizes,
+        "images": images,
+        "u": lower[:, 0].tolist(),
+        "extrapolated_u": edge,
+        "curvature_error_u": curvature,
+    }
     bounds = (max(low - curvature, 0.0), min(high + curvature, 1.0))
     intervals = (bounds, upper_interval) if options.resamples else ()
-    return Found((edge, upper), intervals, similarity=results[-1], extrapolation=record)
+    return EdgeEstimate((edge, upper), intervals, similarity=results[-1], extrapolation=record)
 
 
 def dynamic_programme(
     images: Tensor,
     labels: Tensor | None,
     process: Process,
-    options: Options,
+    options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
-) -> Found:
+) -> EdgeEstimate:
     """Any number of stages by the dynamic programme on a matrix over levels.
 
-    Args:
-        images: The data set, or a random part of it.
-        labels: Class of each image, for posteriors within a class.
-        process: Gives the noise levels.
-        options: What was asked for.
-        device: Where to compute.
-        progress: Called with the pairs done and their number.
-
-    Returns:
-        The edges, their intervals, the matrices and what other numbers of stages reach.
+    Arguments as for `algorithm_1`. Each bootstrap resample of the pairs is partitioned again, for the intervals.
     """
     pairs = draw_grid(process, options.measure, len(images), options.draws, _GRID, options.seed)
     exact = OptimalDenoiser(_compared(images, options), labels=labels, device=device)
-    found = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
-    by_pair = (found.similar if options.chosen == "similarity" else found.gram).double()
+    matrices = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
+    by_pair = (matrices.similar if options.criterion == "similarity" else matrices.gram).double()
     weights = bootstrap_weights(len(by_pair), options.resamples, options.seed)
     means = torch.einsum("rp,pab->rab", weights / weights.sum(1, keepdim=True), by_pair)
     cuts = torch.tensor([partition(block_cost(mean), options.stages) for mean in means], dtype=torch.float64) / _GRID
-    return Found(
+    return EdgeEstimate(
         tuple(cuts[0].tolist()),
         tuple(interval(column) for column in cuts[1:].T) if options.resamples else (),
-        matrices=found,
+        matrices=matrices,
         elbow=elbow(means[0]),
     )
 
 
 def elbow(matrix: Float[Tensor, "levels levels"]) -> tuple[float, ...]:
-    """What each number of stages reaches: the length-weighted mean of the matrix within stages, for 1 to 8 stages.
-
-    Args:
-        matrix: Similarity or inner product of each pair of levels.
-
-    Returns:
-        One value a number of stages, never decreasing.
-    """
+    """What 1, 2, ... 8 stages reach: the length-weighted mean of a matrix over levels within them, never decreasing."""
     cost, values = block_cost(matrix), []
     for stages in range(1, min(MAX_STAGES, len(matrix)) + 1):
         ends = (0, *partition(cost, stages), len(matrix))

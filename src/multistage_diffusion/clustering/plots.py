@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.clustering.find import Clustering
-from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.levels import noise_levels
 from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import running_mean
 from multistage_diffusion.data.pictures import STAGE_COLOURS
@@ -41,19 +41,15 @@ _STYLE: dict[Any, Any] = {
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 _BINS = 40  # points of a similarity curve
 _APART = 0.06  # least distance between marks on the axis of noise levels
-_MEASURES = {"time": "share of the noise levels below (uniform in time)",
-             "log-sigma": "share of the noise levels below (uniform in log sigma)",
-             "training": "share of the training draws below"}  # fmt: skip
+_MEASURES = {
+    "time": "share of the noise levels below (uniform in time)",
+    "log-sigma": "share of the noise levels below (uniform in log sigma)",
+    "training": "share of the training draws below",
+}
 
 
 def similarity_figure(clustering: Clustering) -> Figure:
-    """The picture that explains the edges: curves for Algorithm 1, matrix and elbow for a dynamic programme.
-
-    Args:
-        clustering: What `cluster` found.
-
-    Returns:
-        A matplotlib figure.
+    """The figure that explains the edges: curves for Algorithm 1, matrix and elbow for a dynamic programme.
 
     Raises:
         ConfigError: The method measured no similarity (the baselines).
@@ -70,11 +66,7 @@ def similarity_figure(clustering: Clustering) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure and let it go.
-
-    Args:
-        figure: What to write.
-        path: Destination; its ending says the format.
+    """Write a figure in the format that the path's ending says.
 
     Raises:
         ConfigError: No such format.
@@ -83,8 +75,7 @@ def save(figure: Figure, path: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    known = FigureCanvasAgg(figure).get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
+    if path.suffix[1:].lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
         raise ConfigError(f"{path}: a plot's name must end in png, svg or pdf")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +108,7 @@ def _curves(clustering: Clustering) -> Figure:
         axes.plot(u[keep].numpy(), mean[keep].numpy(), color=colour, lw=2, label="its mean from that end")
     axes.axhline(options["alpha"], color=GREY, lw=0.8, ls=":")
     axes.annotate(f" alpha = {options['alpha']:g}", (0.0, options["alpha"]), color=GREY, fontsize=8, va="top")
-    axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=_MEASURES[clustering.measure],
-             ylabel=_entries(options["eta"]))  # fmt: skip
+    axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=_MEASURES[clustering.measure], ylabel=_entries(options["eta"]))
     _shade(axes, clustering)
     _sigma_axis(axes, clustering)
     axes.legend(loc="lower center", ncols=2, fontsize=8, bbox_to_anchor=(0.5, -0.42))
@@ -147,8 +137,8 @@ def _matrix(clustering: Clustering) -> Figure:
     counts = list(range(1, len(clustering.elbow) + 1))
     gain = [100 * value / clustering.ceiling for value in clustering.elbow]
     right.plot(counts, gain, "o-", color=BLUE, lw=1.5, ms=4)
-    chosen = len(clustering.stages)
-    right.plot(chosen, gain[chosen - 1], "o", color=ORANGE, ms=8)
+    count = len(clustering.stages)
+    right.plot(count, gain[count - 1], "o", color=ORANGE, ms=8)
     explained = "similarity within stages" if record["objective"] == "similarity" else "variation explained"
     right.set(xlabel="stages", ylabel=f"{explained} (%)", xticks=counts, ylim=(0, 102))
     right.grid(axis="y", lw=0.4, color="#DDDDDD")
@@ -156,15 +146,15 @@ def _matrix(clustering: Clustering) -> Figure:
 
 
 def _entries(eta: float) -> str:
-    """What similarity is, with eta in grey levels where it is a whole number of them."""
-    levels = 256 * eta
-    return f"share of entries within eta = {f'{levels:.0f}/256' if levels == round(levels) else f'{eta:.3g}'}"
+    """What similarity is, with eta in grey values where it is a whole number of them."""
+    greys = 256 * eta
+    return f"share of entries within eta = {f'{greys:.0f}/256' if greys == round(greys) else f'{eta:.3g}'}"
 
 
 def _shares(clustering: Clustering, sigmas: Sequence[float]) -> list[float]:
     """Noise levels as shares u of the measure."""
     grid = torch.linspace(0, 1, 4001, dtype=torch.float64)[1:-1]
-    levels = level(clustering.process, clustering.measure, grid)
+    levels = noise_levels(clustering.process, clustering.measure, grid)
     return [float(grid[torch.searchsorted(levels, edge).clamp(max=len(grid) - 1)]) for edge in sigmas]
 
 
@@ -185,7 +175,7 @@ def _shade(axes: Axes, clustering: Clustering) -> None:
 def _sigma_axis(axes: Axes, clustering: Clustering) -> None:
     """Noise levels along the top."""
     grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[1:-1]
-    levels = level(clustering.process, clustering.measure, grid)
+    levels = noise_levels(clustering.process, clustering.measure, grid)
     marks: dict[float, str] = {}
     for mark in (1, 2, 5, 10, 20, 50, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
         share = float(grid[torch.searchsorted(levels, mark).clamp(max=len(grid) - 1)])
@@ -222,21 +212,21 @@ def strip_figure(
     from matplotlib.figure import Figure
 
     u = torch.linspace(0.06, 0.94, columns, dtype=torch.float64)
-    sigmas = level(process, "time", u)
-    chosen = rng.permutation(seed, "cluster/image", 0, len(images))[:rows]
-    noise = rng.normal(seed, "cluster/noise", torch.arange(len(chosen)), images.shape[1:])
+    sigmas = noise_levels(process, "time", u)
+    index = rng.permutation(seed, "cluster/image", 0, len(images))[:rows]
+    noise = rng.normal(seed, "cluster/noise", torch.arange(len(index)), images.shape[1:])
     denoiser = OptimalDenoiser(images)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(columns * 0.72, 2 * len(chosen) * 0.72 + 0.5), layout="constrained")
-        grid: Any = figure.subplots(2 * len(chosen), columns, squeeze=False)
+        figure = Figure(figsize=(columns * 0.72, 2 * len(index) * 0.72 + 0.5), layout="constrained")
+        grid: Any = figure.subplots(2 * len(index), columns, squeeze=False)
         for column, sigma in enumerate(sigmas.tolist()):
-            noisy = denoiser.images(chosen) + sigma * noise
-            shown = noisy / (1 + sigma**2) ** 0.5
+            noisy = denoiser.images(index) + sigma * noise
+            scaled = noisy / (1 + sigma**2) ** 0.5  # to the variance of an image, as VP does
             denoised = denoiser(noisy, sigma)
             colour = STAGE_COLOURS[stages.of(sigma) % len(STAGE_COLOURS)]
             grid[0, column].set_title(f"{sigma:.2g}", fontsize=8, loc="center")
-            for row in range(len(chosen)):
-                _picture(grid[2 * row, column], shown[row], colour)
+            for row in range(len(index)):
+                _picture(grid[2 * row, column], scaled[row], colour)
                 _picture(grid[2 * row + 1, column], denoised[row], colour)
         figure.suptitle("noise level sigma; noisy image above, optimal denoiser below; frames: stages", fontsize=9)
     return figure

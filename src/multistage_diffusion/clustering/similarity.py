@@ -1,7 +1,8 @@
 """Functional similarity of optimal denoisers at different noise levels, and Algorithm 1 (three stages) on top.
 
-With x = x0 + sigma eps the optimal noise prediction is eps* = eps + delta, delta = (x0 - posterior mean)/sigma; two
-levels are compared on the same (x0, eps), so eps cancels and only delta is ever formed.
+With x = x0 + sigma eps the optimal noise prediction is eps* = (x - m)/sigma = eps + delta, delta = (x0 - m)/sigma,
+where m is the posterior mean of x0; two levels are compared on the same (x0, eps), so eps cancels and only delta is
+ever formed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.clustering.levels import level
+from multistage_diffusion.clustering.levels import noise_levels
 from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
 
-REFERENCES = ("data-mean", "definition")
 Progress = Callable[[int, int], None]
-LEVELS = 8  # levels a pair is compared on: a draw of t in each of so many equal parts of the measure
+LEVELS = 8  # noise levels a pair is compared on: one in each of so many equal parts of the measure
 _PAIRS = 128  # pairs at a time
 _FEWEST = 32  # a running mean of fewer draws is not believed
 _ELEMENTS = 1 << 20  # numbers compared at once: they stay in a cache
@@ -95,7 +95,7 @@ def draw_random(process: Process, measure: str, images: int, samples: int, seed:
     levels = min(LEVELS, samples)
     index = torch.arange(-(-samples // levels))
     u = (torch.arange(levels) + rng.uniform(seed, "cluster/level", index, levels)) / levels
-    return Pairs(seed, _images(images, len(index), seed), u, level(process, measure, u))
+    return Pairs(seed, _images(images, len(index), seed), u, noise_levels(process, measure, u))
 
 
 def draw_grid(process: Process, measure: str, images: int, samples: int, levels: int, seed: int) -> Pairs:
@@ -114,7 +114,7 @@ def draw_grid(process: Process, measure: str, images: int, samples: int, levels:
     """
     index = torch.arange(max(2, -(-samples // levels)))
     u = ((torch.arange(levels, dtype=torch.float64) + 0.5) / levels).expand(len(index), -1)
-    return Pairs(seed, _images(images, len(index), seed), u, level(process, measure, u))
+    return Pairs(seed, _images(images, len(index), seed), u, noise_levels(process, measure, u))
 
 
 def _images(images: int, pairs: int, seed: int) -> Tensor:
@@ -204,15 +204,15 @@ def _parts(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This process's pairs in small groups: their indices, images and noise."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = torch.arange(rank, len(pairs.image), processes)
+    share = torch.arange(rank, len(pairs.image), processes)
     done = 0
-    for part in mine.split(_PAIRS):
+    for part in share.split(_PAIRS):
         if len(part):
             noise = rng.normal(pairs.seed, "cluster/noise", part.to(denoiser.device), denoiser.shape)
             yield part, denoiser.images(pairs.image[part]), noise
         done += len(part)
         if progress is not None:
-            progress(done, len(mine))
+            progress(done, len(share))
 
 
 def _gathered(*results: Tensor) -> tuple[Tensor, ...]:
@@ -256,8 +256,9 @@ class Crossings:
 def first_crossings(similarity: Similarity, alpha: float, *, resamples: int, seed: int) -> Crossings:
     """The two edges of Algorithm 1, by the first crossing from each end.
 
-    The literal arg max and arg min of the paper can land on the far side, because similarity to either end is high at
-    both ends. Intervals come from resampling pairs.
+    The lower edge is the largest tau with E[S0 | u < tau] >= alpha that no smaller tau fails, the upper one the same of
+    S1 from above. The literal arg max and arg min of the paper can land on the far side, because similarity to either
+    end is high at both ends. Intervals come from resampling pairs.
 
     Args:
         similarity: Similarities of the draws.
@@ -309,7 +310,11 @@ def edge_samples(similarity: Similarity, weights: Tensor, alpha: float) -> tuple
 
 
 def _crossing(u: Tensor, weights: Tensor, values: Tensor, alpha: float) -> Tensor:
-    """Where the running mean of `values` over increasing `u` first falls below alpha."""
+    """Where the running mean of `values` over increasing `u` first falls below alpha.
+
+    With u uniform in the measure, the mean of the first draws estimates E[S | u < tau] at every tau in one pass; the
+    edge is half-way between the draw that takes it below alpha and the one before.
+    """
     mean = running_mean(weights, values)
     below = mean < alpha
     fewest = min(_FEWEST, len(u) - 1)
@@ -321,45 +326,21 @@ def _crossing(u: Tensor, weights: Tensor, values: Tensor, alpha: float) -> Tenso
 
 
 def running_mean(weights: Float[Tensor, "rows draws"], values: Float[Tensor, " draws"]) -> Float[Tensor, "rows draws"]:
-    """Weighted mean of the first draws, for each number of them.
-
-    Args:
-        weights: Weights of the draws, one row a result.
-        values: Values of the draws.
-
-    Returns:
-        The means; where all weights are zero so far, 1.
-    """
+    """Weighted mean of the first draws, for each number of them and each row of weights; 1 where there is no weight."""
     total = weights.cumsum(1)
     return torch.where(total > 0, (weights * values).cumsum(1) / total.clamp(min=1e-12), 1.0)
 
 
 def bootstrap_weights(pairs: int, resamples: int, seed: int) -> Float[Tensor, "rows pairs"]:
-    """How often each pair occurs in each resample; the first row is the sample itself.
-
-    Args:
-        pairs: Number of pairs.
-        resamples: Number of resamples.
-        seed: Seed of the resamples.
-
-    Returns:
-        Counts, float64, `resamples + 1` rows.
-    """
-    drawn = (rng.uniform(seed, "cluster/bootstrap", torch.arange(resamples), pairs) * pairs).long()
+    """How often each pair occurs in each resample, `resamples + 1` rows; the first is the sample itself."""
+    index = (rng.uniform(seed, "cluster/bootstrap", torch.arange(resamples), pairs) * pairs).long()
     counts = torch.zeros(resamples, pairs, dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
     return torch.cat((torch.ones(1, pairs, dtype=torch.float64), counts))
 
 
 def interval(values: Float[Tensor, " samples"]) -> tuple[float, float]:
-    """Central 95% of bootstrap results.
-
-    Args:
-        values: Results of the resamples.
-
-    Returns:
-        The 2.5% and the 97.5% quantile; NaN where there are no resamples.
-    """
+    """Central 95% of bootstrap results; NaN where there are none."""
     if not len(values):
         return float("nan"), float("nan")
     low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
