@@ -169,6 +169,14 @@ def test_low_and_high_noise_may_share_a_column(digits):
         torch.testing.assert_close(pairs.effective[row], alone.effective[0], atol=1e-3, rtol=1e-4)
 
 
+def test_images_in_float64_give_what_their_float32_gives(digits):
+    index, noise = torch.arange(6), torch.randn(6, 1, 8, 8)
+    sigma = torch.tensor([0.01, 0.5, 20.0], dtype=torch.float64).expand(6, -1)
+    double, single = (OptimalDenoiser(images[:200]).pairs(index, noise, sigma) for images in (digits.double(), digits))
+    assert double.delta.dtype == torch.float32
+    torch.testing.assert_close(double.delta, single.delta, atol=1e-6, rtol=1e-5)
+
+
 BACKENDS = """
 import torch
 from multistage_diffusion.clustering.posterior import OptimalDenoiser

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multistage_diffusion.errors import CheckpointError, ConfigError
+from multistage_diffusion.noise import EDM
 from multistage_diffusion.stages import Stages
 
 SHORT = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,6 +88,16 @@ def test_saved_edges_come_back_to_the_bit(edges, tmp_path_factory):
     Stages(stages.edges, {"method": "by hand", "alpha": 0.9}).save(file)
     assert Stages.load(file) == stages
     assert Stages.load(file).provenance == {"method": "by hand", "alpha": 0.9}
+
+
+def test_a_figure_has_a_band_a_stage_that_holds_its_share():
+    stages, process = Stages((0.6, 3.0)), EDM()
+    axes = stages.plot(process).axes[0]
+    bands = [(band.get_x(), band.get_x() + band.get_width()) for band in axes.patches]
+    assert bands == [pytest.approx(ends) for ends in ((process.sigma_min, 0.6), (0.6, 3.0), (3.0, process.sigma_max))]
+    assert [text.get_text() for text in axes.texts] == [
+        f"stage {stage}\n{share:.1%}" for stage, share in enumerate(stages.shares(process))
+    ]
 
 
 def test_how_edges_were_found_is_no_part_of_equality():

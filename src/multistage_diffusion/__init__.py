@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multistage_diffusion.backbones import Backbone, UNet
-    from multistage_diffusion.clustering import cluster
+    from multistage_diffusion.clustering import ClusterOptions, OptimalDenoiser, cluster
     from multistage_diffusion.conditioning import Conditioning
     from multistage_diffusion.config import EngineConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
     from multistage_diffusion.data import Images, load_data
@@ -39,7 +39,7 @@ _HOMES = {
     **dict.fromkeys(("Process", "VP", "Cosine", "VE", "EDM", "LDM", "Flow"), "noise"),
     "make_process": "noise",  # for one version
     "Stages": "stages",
-    "cluster": "clustering",
+    **dict.fromkeys(("cluster", "ClusterOptions", "OptimalDenoiser"), "clustering"),
     # networks
     "Backbone": "backbones",
     "UNet": "backbones",
@@ -76,6 +76,7 @@ __all__ = [
     "VE",
     "VP",
     "Backbone",
+    "ClusterOptions",
     "Conditioning",
     "Cosine",
     "Denoiser",
@@ -85,6 +86,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "MultiDecoder",
+    "OptimalDenoiser",
     "Process",
     "Run",
     "RunConfig",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,12 @@ from torch import Tensor
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.noise import Process
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito 2008: distinct for every common kind of colour vision; stage k has colour k, modulo 8, in every figure.
+STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,24 @@ class Stages:
         """Probability of each stage under a process's training distribution; they sum to 1."""
         edges = torch.tensor([0.0, *self.edges, math.inf], dtype=torch.float64)
         return tuple(process.cdf(edges).diff().tolist())
+
+    def plot(self, process: Process) -> Figure:
+        """The stages as bands over the noise levels, with the density of a process's training in ln sigma."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        low, high = min(process.sigma_min, *self.edges[:1]), max(process.sigma_max, *self.edges[-1:])
+        sigma = torch.logspace(math.log10(low), math.log10(high), 400, dtype=torch.float64)
+        density = process.cdf(sigma).diff() / sigma.log().diff()
+        axes.plot(sigma[1:].numpy(), density.numpy(), color="black", lw=1)
+        for stage, share in enumerate(self.shares(process)):
+            start, end = max(self.bounds(stage)[0], low), min(self.bounds(stage)[1], high)
+            axes.axvspan(start, end, color=STAGE_COLOURS[stage % len(STAGE_COLOURS)], alpha=0.13, lw=0)
+            label = f"stage {stage}\n{share:.1%}"
+            axes.text((start * end) ** 0.5, 1.0, label, ha="center", va="bottom", transform=axes.get_xaxis_transform())
+        axes.set(xscale="log", xlim=(low, high), ylim=(0, None), xlabel="noise level sigma", ylabel="training density")
+        return figure
 
     def save(self, path: Path) -> None:
         """Write `stages.json`: the edges in sigma and how they were found.

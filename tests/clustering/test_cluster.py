@@ -1,5 +1,7 @@
 import json
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from multistage_diffusion.clustering.similarity import (
     draw_random,
     first_crossings,
 )
+from multistage_diffusion.data import load_data
 from multistage_diffusion.errors import ConfigError, DataError
-from multistage_diffusion.noise import EDM, LDM, VP, Flow
+from multistage_diffusion.noise import EDM, LDM, VE, VP, Flow
 from multistage_diffusion.stages import Stages
 
 
@@ -202,6 +205,64 @@ def test_classes_and_seeds(digits):
     assert within.stages.edges[1] < plain.stages.edges[1]  # a class is closer to its mean than the data to theirs
     assert within.similarity is not None and plain.similarity is not None
     assert bool((within.similarity.effective.mean(0) < plain.similarity.effective.mean(0) + 1e-3).all())
+
+
+def test_options_are_a_record_and_single_ones_replace_its_values(digits):
+    options = ClusterOptions(stages=4, samples=1000, resamples=0)
+    assert options.criterion == "variance" and options.draws == 1000
+    assert cluster(digits[:300], VP(), options).stages == cluster(digits[:300], VP(), stages=4, samples=1000).stages
+    three = cluster(digits[:300], VP(), options, stages=3)
+    assert three.stages == cluster(digits[:300], VP(), samples=1000).stages
+    assert three.stages.provenance["options"]["resamples"] == 0
+    with pytest.raises(TypeError, match="stags"):
+        cluster(digits, VP(), stags=3)
+
+
+def test_classes_are_those_of_the_data_where_none_are_given():
+    data, options = load_data("digits"), ClusterOptions(samples=1000, resamples=0, max_images=600)
+    by_class = cluster(data, VP(), options, by_class=True)
+    assert by_class.stages == cluster(data, VP(), options, labels=data.labels).stages
+    assert by_class.stages != cluster(data, VP(), options).stages
+    assert by_class.stages.provenance["options"]["by_class"]
+    with pytest.raises(ConfigError, match="--by-class needs data with classes; the data has none"):
+        cluster(data.floats(), VP(), options, by_class=True)
+    with pytest.raises(ConfigError, match="--by-class needs --method optimal-denoiser; it is snr"):
+        ClusterOptions(method="snr", by_class=True)
+    with pytest.raises(DataError, match="1297 images but 5 labels"):
+        cluster(data, VP(), options, labels=torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_process_of_the_users_own_is_clustered_under(digits, tmp_path):
+    """Its time is sigma^(1/3), uniform in training: a VP of the same range has the same denoiser at the same sigma."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Cubic(VE):
+        kind: Literal["cubic-of-a-test"] = "cubic-of-a-test"
+        sigma_min: float = 0.01
+        sigma_max: float = 80.0
+
+        def sigma(self, t):
+            return self.sigma_max * t**3
+
+        def t(self, sigma):
+            return (sigma / self.sigma_max) ** (1 / 3)
+
+    found = cluster(digits, Cubic(), samples=2000, resamples=20)
+    reference = cluster(digits, VP(), samples=2000, resamples=20)
+    found.stages.save(tmp_path / "stages.json")
+    document = json.loads((tmp_path / "stages.json").read_text())
+    assert document["process"] == {"kind": "cubic-of-a-test", "sigma_min": 0.01, "sigma_max": 80.0}
+    assert document["edges_t"] == pytest.approx([(edge / 80) ** (1 / 3) for edge in found.stages.edges])
+    assert found.stages.edges == pytest.approx(reference.stages.edges, rel=0.5)
+    assert sum(found.shares) == pytest.approx(1.0)
+
+
+def test_fields_of_many_channels_are_clustered_as_they_are():
+    waves = torch.linspace(0, 6, 16)
+    phases = torch.rand(400, 7, 1, 1, generator=torch.Generator().manual_seed(0)) * 6
+    found = cluster(3.0 + 2.0 * torch.sin(waves[None, None, None] + phases), VP(), samples=1000, resamples=0)
+    assert found.stages.provenance["data"]["shape"] == [7, 1, 16]
+    assert 0 < found.stages.edges[0] < found.stages.edges[1]
 
 
 def test_a_part_of_the_images_extrapolates_to_all(digits):

@@ -16,10 +16,9 @@ from multistage_diffusion.clustering.find import Clustering
 from multistage_diffusion.clustering.levels import noise_levels
 from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.clustering.similarity import running_mean
-from multistage_diffusion.data.pictures import STAGE_COLOURS
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.noise import Process
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.stages import STAGE_COLOURS, Stages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from multistage_diffusion.data.images import to_uint8
-
-# Okabe and Ito's palette, told apart by colour-blind readers; stage k has colour k, modulo 8.
-STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+from multistage_diffusion.stages import STAGE_COLOURS
 
 
 def picture(image: UInt8[Tensor, "channels height width"]) -> Image.Image:
