@@ -10,6 +10,8 @@ from multistage_diffusion.noise import VP, Process, Spacing
 from multistage_diffusion.records import check, check_numbers
 
 ModelConfig = UNet  # its name in version 0.1
+Schedule = Literal["constant", "cosine", "linear", "inverse-sqrt"]
+Weighting = Literal["process", "min-snr", "p2"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Solver = Literal[
     "heun", "euler", "ddim", "ancestral", "dpm-1", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "sde-dpmpp-2m"
@@ -93,6 +95,10 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
     warmup_images: int = 0
     """Images over which the learning rate rises linearly from 0."""
+    schedule: Schedule = "constant"
+    """Learning rate after warm-up: constant; linear or cosine, to 0 at training.steps; inverse-sqrt of images seen."""
+    weighting: Weighting = "process"
+    """Weight of noise levels in the trained loss: the process's; min-snr, min(SNR, 5); p2, SNR / (1 + SNR)."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; larger ones are scaled down."""
     batches: Literal["mixed", "single-uniform", "single-p"] = "mixed"
@@ -131,6 +137,8 @@ class TrainingConfig:
         check(all(0 <= beta < 1 for beta in self.betas), "training.betas", "in [0, 1)", self.betas)
         check(self.weight_decay >= 0, "training.weight-decay", "at least 0", self.weight_decay)
         check(self.warmup_images >= 0, "training.warmup-images", "at least 0", self.warmup_images)
+        check(self.schedule != "inverse-sqrt" or self.warmup_images > 0, "training.warmup-images",
+              "positive with training.schedule inverse-sqrt", self.warmup_images)  # fmt: skip
         check(self.clip_norm is None or self.clip_norm > 0, "training.clip-norm", "positive or none", self.clip_norm)
         check(all(share > 0 for share in self.quotas), "training.quotas", "positive shares", self.quotas)
         check(0 <= self.label_dropout <= 1, "training.label-dropout", "in [0, 1]", self.label_dropout)

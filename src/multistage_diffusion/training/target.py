@@ -44,8 +44,10 @@ def check_target(folder: Path, config: RunConfig) -> None:
     if isinstance(document, dict) and "format" in document:
         raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
     before, now = flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), flat(to_dict(config))
+    falls = config.training.schedule in ("linear", "cosine")  # to 0 at training.steps, which so decides every rate
+    changeable = CHANGEABLE - {"training.steps"} if falls else CHANGEABLE
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and CHANGEABLE.isdisjoint((key, key.split(".")[0])):
+        if before.get(key) != now.get(key) and changeable.isdisjoint((key, key.split(".")[0])):
             raise ConfigError(
                 f"{folder} holds another run: {key.replace('_', '-')} is {before.get(key)} there and {now.get(key)} "
                 "here; choose another --out, or repeat its options"

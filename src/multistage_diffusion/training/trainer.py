@@ -30,6 +30,8 @@ from multistage_diffusion.training.batches import Batch, Batches
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.precision import LossScale, require_few
+from multistage_diffusion.training.schedule import learning_rate
+from multistage_diffusion.training.weighting import relative_weight
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -42,8 +44,8 @@ class StepResult:
     Attributes:
         step: Steps taken, this one included.
         images: Images seen, this step's included.
-        loss: Importance-weighted mean loss of the batch.
-        stage_loss: Mean loss of each stage's images, none where the batch had none of the stage.
+        loss: Mean loss of the batch, importance-weighted and as `training.weighting` says.
+        stage_loss: Mean loss of each stage's images by the process's weight, none where the batch had none of it.
         learning_rate: The step's learning rate.
         gradient_norm: Norm of the gradient before clipping.
         clipped: Whether the gradient was clipped.
@@ -225,10 +227,10 @@ class Trainer:
         if clip is not None and gradients.norm + 1e-6 > clip:  # as torch has it; below, all factors are 1
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip, gradients.norm_tensor)
         seen = self.images + training.batch_size
-        learning_rate = training.learning_rate * min(1.0, seen / max(training.warmup_images, 1))
+        rate = learning_rate(training, self.step)
         with record_function("optimizer"):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = rate
             self.optimizer.step()
         with record_function("averages"):
             for average in (self.ema, *self.powers.values()):
@@ -245,7 +247,7 @@ class Trainer:
             images=self.images,
             loss=gradients.loss,
             stage_loss=gradients.stage_loss,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             gradient_norm=gradients.norm,
             clipped=clip is not None and gradients.norm > clip,
             overflows=gradients.overflows,
@@ -292,7 +294,7 @@ class Trainer:
             with self._synchronised(turn + 1 == accumulation):
                 with record_function("forward"):
                     losses = self._model(batch, seed)
-                    loss = (batch.weight * losses).sum() / training.batch_size
+                    loss = (self._weight(batch) * losses).sum() / training.batch_size
                 with record_function("backward"):  # the gradients of processes are averaged
                     factor = processes.size * (self.scale.value if self.scale is not None else 1.0)
                     (loss if factor == 1.0 else loss * factor).backward()
@@ -304,6 +306,13 @@ class Trainer:
             flags = self._flags[1 + _SIGNALS.index(received[0]) if received else 0]
             figures = processes.all_reduce(torch.cat((figures, flags)))
         return figures, counts
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """Weights of the losses: importance weights, times what the weighting makes of the process's weight."""
+        if self.training.weighting == "process":
+            return batch.weight
+        factor = relative_weight(self.training.weighting, self.denoiser.process, batch.sigma)
+        return batch.weight * factor.to(batch.weight)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[object]:
         """Where gradients are summed over the processes: DDP does so once a step; FSDP each time, to free memory."""
