@@ -30,7 +30,7 @@ class Options(Compute):
 
     Studies: efficiency (quality against training FLOPs), architectures, clusterings, stages (their number), decoders
     (their widths), sampling (quality against network evaluations), intervals (a network under test on one stage),
-    interference (do the stages' gradients agree?), or all.
+    interference (do the stages' gradients agree?), scaling (loss against compute, both arms tuned), or all.
 
     Prints what each model costs before it trains any. Trained models and measurements are kept in the folder: the same
     command goes on where it was, other studies of the folder share what they can, and several processes may work on one
@@ -54,6 +54,8 @@ class Options(Compute):
     """Runs of each model; by default the budget's 3."""
     tflops: float | None = None
     """Training FLOPs of each model, in 10^12, forward and backward; by default the budget's."""
+    rungs: int | None = None
+    """Rungs that scaling climbs, each twice the one before, from an eighth of the training FLOPs on; by default all."""
     out: str = "runs/study"
     """Folder for models, measurements and the report."""
     dry_run: bool = False
@@ -73,7 +75,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     device = prepare(options)
 
     from multistage_diffusion.studies.pages import publish, write_page
-    from multistage_diffusion.studies.study import costs, names, open_lab, run_study
+    from multistage_diffusion.studies.study import STUDIES, costs, names, open_lab, run_study
 
     wanted, budget = names(options.name), chosen(options)
     out = Path(options.out)
@@ -85,8 +87,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     document: dict[str, Any] = {"study": options.name, "rows": [], "figures": {}, "findings": {}, "models": models}
     if options.dry_run:
         return document
-    features = lab.extractor  # before hours of training: a source without classes has none
-    console.print(f"features: {features.name}, {features.accuracy:.1%} of the held-out images named right")
+    if any(STUDIES[name].distances for name in wanted):
+        features = lab.extractor  # before hours of training: a source without classes has none
+        console.print(f"features: {features.name}, {features.accuracy:.1%} of the held-out images named right")
     lab = replace(lab, finder=replace(lab.finder, guess=False))
     command = shlex.join(["msd", "study", options.name, *_words(options)])
     for name in wanted:
@@ -128,6 +131,10 @@ def chosen(options: Options) -> Budget:
     if options.tflops is not None:
         check(0 < options.tflops < math.inf, "tflops", "positive", options.tflops)
         found = replace(found, tflops=options.tflops)
+    if options.rungs is not None:
+        most = len(found.ladder.rungs)
+        check(1 <= options.rungs <= most, "rungs", f"in 1..{most}", options.rungs)
+        found = replace(found, ladder=replace(found.ladder, rungs=found.ladder.rungs[: options.rungs]))
     return found
 
 
@@ -159,6 +166,8 @@ def _words(options: Options) -> list[str]:
         words += ["--seeds", str(options.seeds)]
     if options.tflops is not None:
         words += ["--tflops", f"{options.tflops:g}"]
+    if options.rungs is not None:
+        words += ["--rungs", str(options.rungs)]
     return [*words, "--out", options.out]
 
 

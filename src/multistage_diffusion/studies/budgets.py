@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from multistage_diffusion.config import (
@@ -22,6 +23,29 @@ _ANY = StagesConfig(edges=(1.0, 10.0))  # replaced by the edges that each study 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What the scaling study tries, and where it compares.
+
+    Attributes:
+        unified: Widths of the unified networks, in base widths, the likely ones first.
+        staged: Widths of the staged networks, in base widths: the encoder's, then the decoders', low to high noise.
+        rate: First learning rate of a network of the base width, in the budget's own; others by the inverse of width.
+        rungs: Shares of the budget's FLOPs, each twice the one before, at which arms are compared and candidates stop.
+    """
+
+    unified: tuple[float, ...] = (0.5, 0.25, 0.75, 1.0)
+    staged: tuple[tuple[float, ...], ...] = (
+        (0.5, 0.75, 0.5, 0.5, 0.25), (0.25, 0.5, 0.25, 0.25, 0.25), (0.5, 0.5, 0.5, 0.5, 0.5)
+    )  # fmt: skip
+    rate: float = 2.0
+    rungs: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        doubled = all(high == 2 * low for low, high in itertools.pairwise(self.rungs))
+        check(len(self.rungs) > 0 and self.rungs[0] > 0 and doubled, "rungs", "each twice the one before", self.rungs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """What every model of a study costs and how well it is measured.
 
@@ -35,6 +59,7 @@ class Budget:
         samples_on_the_way: Generated images behind every other distance.
         proxy_steps: Steps of the proxy runs behind the allocation of widths.
         evaluations: Numbers of network evaluations at which the sampling study draws.
+        ladder: What the scaling study tries.
     """
 
     base: RunConfig
@@ -46,6 +71,7 @@ class Budget:
     samples_on_the_way: int = 500
     proxy_steps: int = 300
     evaluations: tuple[int, ...] = (5, 10, 20, 40)
+    ladder: Ladder = Ladder()
 
     def __post_init__(self) -> None:
         check(self.tflops > 0, "tflops", "positive", self.tflops)

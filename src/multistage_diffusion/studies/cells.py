@@ -71,10 +71,36 @@ class Cell:
         last = max(self.points, round(self.tflops * 1e12 / self.step_flops(shape)))
         return tuple(round(last * (index + 1) / self.points) for index in range(self.points))
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its weights depend on beside its configuration and data."""
+        return {"tflops": self.tflops, "points": self.points}
+
     @cached_property
     def shares(self) -> tuple[float, ...]:
         """Share of each of its stages in the training distribution."""
         return Stages(self.config.edges).shares(self.config.process)
+
+
+@dataclass(frozen=True)
+class Climb(Cell):
+    """A model trained on and on at a constant rate, so that each of its points is the end of a budget of its own.
+
+    `tflops` is the budget of the first point; each point doubles that of the second before it. How many points there
+    may be changes nothing: a climb goes as far as `Cells.fill` is asked to.
+    """
+
+    points: int = 64
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its weights depend on beside its configuration and data."""
+        return {"climb": self.tflops}
+
+    def steps(self, shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Steps taken at each of its points."""
+        first = self.tflops * 1e12 / self.step_flops(shape)
+        return tuple(max(point + 1, round(first * 2 ** (point / 2))) for point in range(self.points))
 
 
 def cell(config: RunConfig, tflops: float, points: int) -> Cell:
@@ -88,9 +114,14 @@ def cell(config: RunConfig, tflops: float, points: int) -> Cell:
     Returns:
         The cell; a unified network has neither edges nor decoder widths.
     """
+    return Cell(plain(config), tflops, points)
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The run without the options that change nothing: a unified network has neither edges nor decoder widths."""
     if config.model.architecture == "unified":
         config = replace(config, stages=StagesConfig(), model=config.model.unified())
-    return Cell(config, tflops, points)
+    return config
 
 
 class Cells:
@@ -122,41 +153,42 @@ class Cells:
 
     def path(self, cell: Cell) -> Path:
         """The folder of a cell: named by what it is, keyed by everything that its weights depend on."""
-        document = {
-            "version": _VERSION, "config": distinct(cell.config), "tflops": cell.tflops, "points": cell.points
-        }  # fmt: skip
+        document = {"version": _VERSION, "config": distinct(cell.config), **cell.key}
         text = json.dumps({**document, "data": self.data.digest}, sort_keys=True)
         name = f"{cell.config.model.architecture}-{'-'.join(map(str, cell.config.model.capacities))}"
         return self.folder / f"{name}-seed{cell.config.training.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def done(self, cell: Cell) -> bool:
-        """Whether a cell is trained to its end."""
-        return self._record(cell, cell.points - 1).is_file()
+    def done(self, cell: Cell, point: int = -1) -> bool:
+        """Whether a cell is trained to a point, by default its end."""
+        return self._record(cell, point).is_file()
 
-    def fill(self, cells: Iterable[Cell], watch: Callable[[Cell], Watch] | None = None) -> None:
+    def fill(
+        self, cells: Iterable[Cell], watch: Callable[[Cell], Watch] | None = None, *, point: int = -1
+    ) -> None:  # fmt: skip
         """Train all cells that are not trained yet; those that another process holds come last.
 
         Args:
             cells: The cells, in the order of preference.
             watch: Makes the function that is called after each step of a cell.
+            point: The point to train them to; by default their end.
 
         Raises:
             NumericsError: A loss is not finite.
             CheckpointError: A file cannot be written or is damaged.
             StoppedError: SIGTERM or SIGINT came; the same call goes on from there.
         """
-        waiting = list(dict.fromkeys(one for one in cells if not self.done(one)))
+        waiting = list(dict.fromkeys(one for one in cells if not self.done(one, point)))
         while waiting:
             busy = []
             for one in waiting:
                 try:
                     with lock(self.path(one)):
-                        self._train(one, watch(one) if watch else None)
+                        self._train(one, watch(one) if watch else None, point)
                 except BusyError:
                     busy.append(one)
             if len(busy) == len(waiting):
                 time.sleep(_POLL)
-            waiting = [one for one in busy if not self.done(one)]
+            waiting = [one for one in busy if not self.done(one, point)]
 
     def denoiser(self, cell: Cell, point: int = -1) -> Denoiser:
         """The averaged model of a point, in evaluation mode."""
@@ -199,15 +231,15 @@ class Cells:
     def _record(self, cell: Cell, point: int) -> Path:
         return self.path(cell) / "points" / f"{point % cell.points}.json"
 
-    def _train(self, cell: Cell, watch: Watch | None) -> None:
-        """Train to the end, with a model kept at each point; goes on from what is there."""
-        if self.done(cell):  # by another process, since we looked
+    def _train(self, cell: Cell, watch: Watch | None, point: int) -> None:
+        """Train to a point, with a model kept at each one before; goes on from what is there."""
+        if self.done(cell, point):  # by another process, since we looked
             return
-        path, steps = self.path(cell), cell.steps(self.data.shape)
+        path, steps = self.path(cell), cell.steps(self.data.shape)[: point % cell.points + 1]
         tflops = steps[-1] * cell.step_flops(self.data.shape) / 1e12
         self.say(f"{path.name}: {steps[-1]} steps, {tflops:.2f} TFLOPs")
-        for point, step in enumerate(steps):
-            record = self._record(cell, point)
+        for index, step in enumerate(steps):
+            record = self._record(cell, index)
             if record.is_file():
                 continue
             training = replace(cell.config.training, steps=step, save_every=steps[-1], keep=1)

@@ -16,7 +16,8 @@ from multistage_diffusion.studies.drawing import (
     plain_numbers,
     styles,
 )
-from multistage_diffusion.studies.estimate import difference, differs
+from multistage_diffusion.studies.estimate import difference, differs, estimate
+from multistage_diffusion.studies.frontiers import Law, pairs
 from multistage_diffusion.studies.sheets import references
 from multistage_diffusion.studies.tables import METRICS
 
@@ -48,6 +49,8 @@ def draw(document: dict[str, Any]) -> Figure:
             return intervals_figure(rows, document["settings"]["stages"])
         case "interference":
             return interference_figure(rows)
+        case "scaling":
+            return scaling_figure(rows)
         case _:
             return table_figure(rows)
 
@@ -236,6 +239,52 @@ def interference_figure(rows: Rows) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside upper right")
     figure.supylabel("cosine of gradients", fontsize=10)
     return figure
+
+
+def scaling_figure(rows: Rows) -> Figure:
+    """Loss of the best of each arm against training FLOPs with fitted laws, and the share of compute at equal loss.
+
+    Args:
+        rows: From `frontiers.rows`.
+
+    Returns:
+        The figure; it shows the networks of the largest budget, and the others where they are other ones.
+    """
+    figure, axes = new_figure(1, 2, WIDE, 3.5)
+    unified, staged = pairs(rows)[-1]
+    for own, look, law in zip((unified, staged), (MODEL_STYLE["unified"], OTHERS[0]),
+                              staged["laws"] or (None, None), strict=True):  # fmt: skip
+        spent, losses = own["curve"]["tflops"], list(zip(*own["curve"]["loss"], strict=True))
+        points = [estimate(values).document() for values in losses]
+        _line(axes[0], spent, points, look, f"{own['arm']}: {own['design']}, rate {own['rate']:g}")
+        if law is not None:
+            axes[0].plot(spent, [Law(**law).loss(x) for x in spent], color=look.colour, linewidth=0.8, alpha=0.6)
+        for item in own["tried"]:
+            axes[0].plot(item["tflops"], item["loss"], marker=look.marker, markersize=3, color=look.colour, alpha=0.35)
+    axes[0].set(xlabel="training TFLOPs", ylabel=_WORDS["loss"], xscale="log", yscale="log")
+    plain_numbers(axes[0])
+    plain_numbers(axes[0], which="x")
+    axes[0].legend(frameon=False, fontsize=8)
+    for (_, best), fill in zip(pairs(rows)[::-1], ("full", "none"), strict=False):
+        for name, look in (("flops", OTHERS[0]), ("seconds", OTHERS[1])):
+            _ratio(axes[1], best["ratio"], name, look, fill, f"{best['tflops']:g} TFLOPs")
+    axes[1].axhline(1.0, color=SOFT, linewidth=0.8, linestyle="--")
+    axes[1].set(xlabel="training TFLOPs of the best unified network", ylabel="share at equal loss", xscale="log",
+                ylim=(0, None))  # fmt: skip
+    axes[1].yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    plain_numbers(axes[1], which="x")
+    axes[1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _ratio(axis: Axes, points: Rows, name: str, look: Style, fill: str, label: str) -> None:
+    """Shares against budgets with their 95% intervals."""
+    along, means = [point["tflops"] for point in points], [point[name]["mean"] for point in points]
+    axis.plot(along, means, color=look.colour, marker=look.marker, linestyle=look.line, markersize=5,
+              fillstyle="full" if fill == "full" else "none", label=f"{name}, best at {label}")  # fmt: skip
+    for point in points:
+        if point[name]["interval"] is not None:
+            axis.plot([point["tflops"]] * 2, point[name]["interval"], color=look.colour, linewidth=1.2, alpha=0.5)
 
 
 def _bars(axis: Axes, own: dict[str, Any], side: int, look: Style, *, final: bool) -> None:

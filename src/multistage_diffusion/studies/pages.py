@@ -26,6 +26,10 @@ CAPTIONS = {
     "solver.",
     "intervals": "Means over seeds, bands of one standard error. Above, the network draws on its stage alone and a "
     "well-trained unified one on the others.",
+    "scaling": "Left: the best of each arm at each budget, means over seeds with bands of one standard error; thin "
+    "lines: power laws with a common floor; faint marks: what else was tried, on the images that choose. Right: the "
+    "share of the best unified network's compute at which the staged one has its loss, with 95% intervals; below the "
+    "dashed line stages save.",
     "interference": "Means over seeds with a standard error at the end of training, corrected for the noise of the "
     "gradients; open marks: the first point of training.",
 }
@@ -104,7 +108,9 @@ def _conditions(documents: list[dict[str, Any]]) -> dict[tuple[tuple[str, str], 
             "process": " with prediction ".join(filter(None, (process["kind"], process.get("prediction")))),
             "data": f"{own['data']}: {own['images']:,} training and {own['held_out']:,} held-out images of "
             f"{' x '.join(map(str, own['shape']))}, digest {own['digest'][:12]}",
-            "features": f"{features['name']}, {features['accuracy']:.1%} of the held-out images named right, digest "
+            "features": "none: losses only"
+            if features is None
+            else f"{features['name']}, {features['accuracy']:.1%} of the held-out images named right, digest "
             f"{features['digest'][:12]}",
             "common partition": f"sigma {', '.join(f'{edge:.4g}' for edge in own['stages'])}",
             "budget": f"{digits(budget['tflops'])} TFLOPs a model; {budget['samples']:,} generated images behind a "

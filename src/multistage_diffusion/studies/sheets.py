@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multistage_diffusion.studies.estimate import difference, differs
+from multistage_diffusion.studies.frontiers import pairs
 
 Rows = Sequence[dict[str, Any]]
 
@@ -62,6 +63,8 @@ def sheets(document: dict[str, Any]) -> list[Sheet]:
             return [_interference(rows)]
         case "efficiency":
             return [*(_reach(rows, other) for other in references(rows)), _quality(rows), _models(rows)]
+        case "scaling":
+            return [_frontiers(rows), _ratios(rows), _tried(rows)]
         case _:
             return [_quality(rows), _models(rows)]
 
@@ -99,6 +102,56 @@ def _models(rows: Rows) -> Sheet:
         )  # fmt: skip
         lines.append(tuple(map(Item, words)))
     return Sheet("The models; loss by stage in the common partition", head, tuple(lines), words=3)
+
+
+def _frontiers(rows: Rows) -> Sheet:
+    """The best of each arm at each budget, and the compute at which the staged one has the unified one's loss."""
+    head = ("arm, budget", "network", "rate", "steps", "seconds", "images/s", "loss", "FLOPs to the unified loss",
+            "95% interval", "seconds to it", "95% interval")  # fmt: skip
+    lines = []
+    for own in rows:
+        line = [
+            own["label"], own["design"], f"{own['rate']:g}", f"{own['steps']:,}", digits(own["seconds"]),
+            digits(own["images_per_second"]), _mean(own["loss"]),
+        ]  # fmt: skip
+        reach = own.get("reach")
+        shares = [Item("")] * 4 if reach is None else [*_share(reach["flops"]), *_share(reach["seconds"])]
+        lines.append((*map(Item, line), *shares))
+    return Sheet("Best of each arm; seconds are steps times the time of a step, measured in turn", head, tuple(lines),
+                 words=2)  # fmt: skip
+
+
+def _ratios(rows: Rows) -> Sheet:
+    """Shares of the best unified network's compute at equal loss, at each point of its training."""
+    head = ("networks of", "TFLOPs of the unified", "FLOPs", "95% interval", "seconds", "95% interval")
+    lines = [
+        (Item(f"{staged['tflops']:g} TFLOPs"), Item(digits(point["tflops"])), *_share(point["flops"]),
+         *_share(point["seconds"]))
+        for _, staged in pairs(rows) for point in staged["ratio"]
+    ]  # fmt: skip
+    return Sheet("Share of the unified network's compute at which the staged one has its loss; marked where not 100%",
+                 head, tuple(lines))  # fmt: skip
+
+
+def _tried(rows: Rows) -> Sheet:
+    """What each arm tried, on the half that chooses."""
+    last = [own for own in rows if own["tflops"] == rows[-1]["tflops"]]
+    lines = [
+        tuple(map(Item, (own["arm"], item["design"], f"{item['rate']:g}", digits(item["tflops"]),
+                         f"{item['loss']:.4f}")))
+        for own in last for item in own["tried"]
+    ]  # fmt: skip
+    return Sheet("What each arm tried, one seed, on the images that choose",
+                 ("arm", "network", "rate", "TFLOPs", "loss"), tuple(lines), words=2)  # fmt: skip
+
+
+def _share(reach: dict[str, Any]) -> list[Item]:
+    """A share with its interval, marked where that leaves out 100%."""
+    interval = reach["interval"]
+    if interval is None:
+        return [Item(f"{reach['mean']:.0%}"), Item("")]
+    low, high = interval
+    return [Item(f"{reach['mean']:.0%}"), Item(f"{low:.0%} to {high:.0%}", not low <= 1 <= high)]
 
 
 def references(rows: Rows) -> list[str]:

@@ -15,13 +15,14 @@ from multistage_diffusion.data import load_parts
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.studies import curves, designs, interference, intervals, tables
+from multistage_diffusion.studies import curves, designs, frontiers, interference, intervals, scaling, tables
 from multistage_diffusion.studies.budgets import Budget
 from multistage_diffusion.studies.cells import Cell, Cells, Say, Watch
 from multistage_diffusion.studies.designs import Finder, Variants
 from multistage_diffusion.studies.tables import Lab
 
 Rows = list[dict[str, Any]]
+Seen = Callable[[Cell], Watch]
 FORMAT = 1  # of a study's document: raised when its rows change, so that no page is made from rows of another kind
 
 
@@ -35,7 +36,10 @@ class Study:
         variants: The models that it compares.
         rows: Measures them.
         findings: Says what the rows say.
-        extra: Further cells that it trains.
+        extra: Further cells that it trains, with their names.
+        train: Trains where what is trained depends on what was measured, and returns what it trained; by default all
+            cells are trained to their end.
+        distances: Whether it measures distances, which take features.
     """
 
     title: str
@@ -43,7 +47,9 @@ class Study:
     variants: Callable[[Finder], Variants]
     rows: Callable[[Lab, Variants], Rows]
     findings: Callable[[Sequence[dict[str, Any]]], list[str]]
-    extra: Callable[[Lab], list[Cell]] = lambda lab: []
+    extra: Callable[[Lab], list[tuple[str, Cell]]] = lambda lab: []
+    train: Callable[[Lab, Seen | None], list[Cell]] | None = None
+    distances: bool = True
 
     def cells(self, lab: Lab) -> list[Cell]:
         """All that it trains; all seeds of a model side by side."""
@@ -53,7 +59,15 @@ class Study:
         """All that it trains, with the names of the models."""
         variants = self.variants(lab.finder)
         found = [(label, one) for label, config in variants.items() for one in lab.runs(config)]
-        return [*found, *(("well-trained", one) for one in self.extra(lab))]
+        return [*found, *self.extra(lab)]
+
+    def fill(self, lab: Lab, watch: Seen | None) -> list[Cell]:
+        """Train all that it needs and return that, each cell as far as it was trained."""
+        if self.train is not None:
+            return self.train(lab, watch)
+        cells = self.cells(lab)
+        lab.cells.fill(cells, watch)
+        return cells
 
 
 def _architectures(lab: Lab, variants: Variants) -> Rows:
@@ -100,12 +114,19 @@ STUDIES = {
         "One stage at a time",
         "How good is a network on one stage alone, by its size, with a well-trained one on the others? (Fig. 2)",
         designs.intervals, intervals.intervals, intervals.intervals_findings,
-        lambda lab: [intervals.well_trained(lab)],
+        lambda lab: [("well-trained", intervals.well_trained(lab))],
     ),
     "interference": Study(
         "Interference between stages",
         "Do the gradients of different stages agree, in the encoder and in the decoders? (section 3)",
         designs.contenders, interference.interference, interference.interference_findings,
+    ),
+    "scaling": Study(
+        "Loss against training compute",
+        "At which share of the FLOPs and seconds of the best unified network, tuned as well, does a staged one have "
+        "its loss, and does that share grow or fade with the budget?",
+        lambda finder: {}, lambda lab, variants: frontiers.rows(lab), frontiers.findings, scaling.planned,
+        scaling.trained, distances=False,
     ),
 }  # fmt: skip
 
@@ -182,7 +203,7 @@ def costs(lab: Lab, wanted: Sequence[str]) -> Rows:
     return rows
 
 
-def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] | None = None) -> dict[str, Any]:
+def run_study(name: str, lab: Lab, out: Path, *, watch: Seen | None = None) -> dict[str, Any]:
     """Train what a study needs and is not in the cache, measure it, and write its document.
 
     Args:
@@ -199,9 +220,9 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] 
         StoppedError: SIGTERM or SIGINT came; the same call goes on from there.
     """
     begin, study = time.perf_counter(), STUDIES[name]
-    lab.cells.fill(study.cells(lab), watch)
+    cells = study.fill(lab, watch)
     rows = study.rows(lab, study.variants(lab.finder))
-    trained = {lab.cells.path(one).name: lab.cells.spent(one)["tflops"] for one in study.cells(lab)}
+    trained = {lab.cells.path(one).name: lab.cells.spent(one)["tflops"] for one in cells}
     document = {
         "format": FORMAT, "study": name, "title": study.title, "question": study.question, "rows": rows,
         "findings": study.findings(rows),
@@ -210,8 +231,7 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] 
             "budget": {key: value for key, value in asdict(lab.budget).items() if key != "base"},
             "stages": list(lab.cells.stages.edges), "data": lab.data.name, "digest": lab.data.digest,
             "images": len(lab.data), "held_out": len(lab.test), "shape": list(lab.data.shape),
-            "features": {"name": lab.extractor.name, "accuracy": lab.extractor.accuracy,
-                         "digest": lab.extractor.digest},
+            "features": _features(lab) if study.distances else None,
             "cells": len(trained), "training_tflops": sum(trained.values()),
             "search_tflops": lab.finder.search_tflops(),
         },
@@ -219,3 +239,8 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Callable[[Cell], Watch] 
     }  # fmt: skip
     write_json(out / f"{name}.json", document)
     return document
+
+
+def _features(lab: Lab) -> dict[str, Any]:
+    """What sees the images behind the distances."""
+    return {"name": lab.extractor.name, "accuracy": lab.extractor.accuracy, "digest": lab.extractor.digest}
