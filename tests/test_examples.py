@@ -46,7 +46,9 @@ def test_a_process_that_is_not_imported_is_named(laplace, tmp_path, capsys):
     laplace.main(str(tmp_path / "run"), steps=1)
     del Process._kinds["laplace"]
     for path in ("run", "run/model"):
-        with pytest.raises(UserError, match="no process laplace; known: .*; if it is your own, import its class first"):
+        with pytest.raises(
+            UserError, match=r"no process laplace \(a class of your own must be imported first\); known: edm, "
+        ):
             msd.load_run(tmp_path / path)
 
 

@@ -17,7 +17,7 @@ class UserError(Exception):
 
     def __init__(self, message: str, document: Any = None) -> None:
         super().__init__(message)
-        self.document = document  # what a command found before it failed, for --json
+        self.document = document  # results from before the failure, for --json
 
 
 class ConfigError(UserError, ValueError):
@@ -45,39 +45,15 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class PeerError(UserError):
-    """Another process of the run failed, and says why; this one ends quietly with the same exit code."""
+    """Another process of the run failed and prints the reason; this one exits with the same code, without a line."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def needs(condition: bool, option: str, other: str, value: object) -> None:
-    """Refuse an option that another one contradicts.
-
-    Args:
-        condition: Whether the two fit.
-        option: The option given, without dashes.
-        other: The other option with the value that `option` needs, like `method gradient`.
-        value: What the other option is.
-
-    Raises:
-        ConfigError: `condition` is false.
-    """
-    if not condition:
-        raise ConfigError(f"--{option} needs --{other}; it is {value}")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """A hint to append to a message about an unknown name.
-
-    Args:
-        name: What the user wrote.
-        known: What would have been right.
-
-    Returns:
-        `; did you mean "vp"?` if one is near, else `; known: edm, vp`.
-    """
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(known)}"
+def suggest(name: str, names: Iterable[str]) -> str:
+    """What to append to a message about an unknown name: `; did you mean "vp"?`, or `; known: edm, vp`."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(names)}"

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from multistage_diffusion.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
-MAX_JSON_BYTES = 64 * 2**20  # a JSON file larger than this is not one of ours
-MAX_MANIFEST_BYTES = 2**19  # nor a manifest, which holds 4,000 files: JSON takes up to 25 times its size in memory
+MAX_JSON_BYTES = 64 * 2**20  # nothing that this package writes is larger
+MAX_MANIFEST_BYTES = 2**19  # 4,000 files; JSON takes up to 25 times its size in memory
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
 
 
@@ -103,7 +103,7 @@ def read_json(path: Path, limit: int | None = None) -> Any:
             raise ConfigError(f"{path}: no such file")
         limit = limit or MAX_JSON_BYTES
         if path.stat().st_size > limit:
-            raise ConfigError(f"{path}: larger than {limit} bytes, not a file of this program")
+            raise ConfigError(f"{path}: larger than {limit} bytes, which no file of this package is")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
@@ -114,14 +114,7 @@ def read_json(path: Path, limit: int | None = None) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -130,11 +123,7 @@ def sha256(path: Path) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk, so that a rename in it survives a power loss.
-
-    Args:
-        path: An existing directory.
-    """
+    """Flush a directory's entries to disk, so that a rename in it survives a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -190,12 +179,9 @@ def whole_directory(path: Path, *, size: int = 0, replace: bool = False) -> Iter
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what interrupted writes left in a directory; nobody else may be writing there.
+    """Delete what interrupted writes left in a directory; no other process may be writing there.
 
-    A directory that a kill caught between its two renames gets its name back.
-
-    Args:
-        directory: Where files and directories are written; may be missing.
+    A directory that was killed between its two renames gets its name back.
     """
     for path in directory.iterdir() if directory.is_dir() else ():
         if match := _LEFTOVER.fullmatch(path.name):
@@ -209,25 +195,14 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Delete what writers of a file or directory left that are no longer running on this machine.
-
-    Args:
-        path: The name that they were to write.
-    """
+    """Delete what interrupted writes of a file or directory left, if their process no longer runs on this machine."""
     for leftover in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_leftover(leftover.name) and not is_running(int(leftover.name.split(".")[-2])):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or directory of this name was left by an interrupted write.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        Whether `remove_leftovers` would take it.
-    """
+    """Whether a file or directory of this name was left by an interrupted write."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
@@ -272,7 +247,7 @@ def is_running(process: int) -> bool:
 
 
 def _recover(path: Path) -> None:
-    """Give a directory its name back that a kill caught between its two renames."""
+    """Give a directory that was killed between its two renames its name back."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if is_leftover(leftover.name) and not path.exists():
             leftover.rename(path)
@@ -285,16 +260,16 @@ def _foreign(path: Path) -> str | None:
     if not path.is_dir():
         return "it is a file"
     try:
-        ours = {MANIFEST, *read_json(path / MANIFEST, MAX_MANIFEST_BYTES)["files"]}
+        written = {MANIFEST, *read_json(path / MANIFEST, MAX_MANIFEST_BYTES)["files"]}
     except (ConfigError, KeyError, TypeError):
-        ours = set()
+        written = set()
     entries = (entry for entry in path.rglob("*") if not entry.is_dir() or entry.is_symlink())
-    foreign = sorted(name for name in (entry.relative_to(path).as_posix() for entry in entries) if name not in ours)
+    foreign = sorted(name for name in (entry.relative_to(path).as_posix() for entry in entries) if name not in written)
     return f"it holds {foreign[0]}, which would be lost" if foreign else None
 
 
 def _seal(directory: Path) -> None:
-    """Flush every file of a directory and add the manifest; the files are as readable as any other that one makes."""
+    """Flush every file of a directory and add the manifest; the files get the permissions of any other new file."""
     contents = sorted(path for path in directory.rglob("*") if path.is_file())
     facts = {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}

@@ -60,6 +60,11 @@ class Tagged:
         """Every member of the family that is imported, by its tag."""
         return dict(cls._kinds)
 
+    def is_kind(self, document: Mapping[str, Any]) -> bool:
+        """Whether a document, which may leave the tag out, is one of this member."""
+        kind = getattr(self, self._tag)
+        return document.get(self._tag, kind) == kind
+
     @classmethod
     def by_kind(cls, kind: str) -> type[Any]:
         """The member with a tag.
@@ -69,7 +74,7 @@ class Tagged:
         """
         if kind not in cls._kinds:
             raise ConfigError(
-                f"no {cls._family} {kind}{suggest(kind, cls._kinds)}; if it is your own, import its class first"
+                f"no {cls._family} {kind} (a class of your own must be imported first){suggest(kind, cls._kinds)}"
             )
         return cls._kinds[kind]
 
@@ -99,20 +104,20 @@ def check(condition: bool, option: str, expected: str, value: object) -> None:
         raise ConfigError(f"{option} must be {expected}, got {value}")
 
 
-def check_needs(condition: bool, option: str, needed: str, value: object) -> None:
-    """Refuse an option beside another one: "--by-class needs --method optimal-denoiser; it is snr".
+def check_needs(condition: bool, option: str, other: str, value: object) -> None:
+    """Refuse an option that another one contradicts: "--by-class needs --method optimal-denoiser; it is snr".
 
     Args:
-        condition: Whether the two go together.
-        option: The option, with dashes.
-        needed: The other one, with the value that it should have.
-        value: The value that it has.
+        condition: Whether the two fit.
+        option: The option given, without dashes.
+        other: The other option with the value that `option` needs, like `method gradient`.
+        value: What the other option is.
 
     Raises:
         ConfigError: `condition` is false.
     """
     if not condition:
-        raise ConfigError(f"{option} needs {needed}; it is {value}")
+        raise ConfigError(f"--{option} needs --{other}; it is {value}")
 
 
 def check_numbers(record: Any, section: str) -> None:

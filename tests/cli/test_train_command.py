@@ -221,4 +221,11 @@ def test_stages_of_another_process_are_said(kind, warned, tmp_path, capsys):
     file.write_text(json.dumps({"edges": [0.7, 5.0], "process": {"kind": kind}}))
     found, said = document(["train", "digits", "--out", "x", "--dry-run", "--stages", str(file)], capsys)
     assert found["stages"]["edges"] == [0.7, 5.0]
-    assert ("was found for process edm, and the run's is vp" in " ".join(said.split())) == warned
+    assert ("was made for the process edm; the run's is vp" in " ".join(said.split())) == warned
+
+
+def test_another_process_is_chosen_with_its_own_options(capsys):
+    words = ["train", "digits", "--dry-run", "--process.kind", "edm", "--process.sigma-data", "0.6"]
+    found, _ = document(words, capsys)
+    assert found["process"]["kind"] == "edm" and found["process"]["sigma_data"] == 0.6
+    assert document(["train", "digits", "--dry-run", "--process.kind=vp"], capsys)[0]["process"]["prediction"] == "v"

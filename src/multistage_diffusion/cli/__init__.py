@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": "measure a run, or a folder of images",
     "study": "a table or figure of the paper, with seeds, intervals and a report",
     "verify": "check every file of a run against its manifest",
-    "convert": "a run to a folder for diffusers, or a U-Net of diffusers to a model of ours",
+    "convert": "a run to a folder for diffusers, or a U-Net of diffusers to a model",
     "export": "write a run's weights as one safetensors file",
 }
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code.
 
     0 done; 1 unforeseen; 2 usage or configuration; 3 data; 4 numerics; 5 checkpoint; 130/143 after SIGINT/SIGTERM;
-    141 when the reader of our output went away.
+    141 when standard output is a pipe that was closed.
 
     Args:
         arguments: Words after `msd`; by default those of the process.
@@ -50,25 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run a command and return its exit code; the last line on stderr of a failure is `error: ...`.
-
-    Args:
-        arguments: Words after `msd`.
+    """Run the command of the words after `msd`; the last line on stderr of a failure is `error: ...`.
 
     Returns:
         The exit code.
     """
     try:
-        return _ended(arguments)
-    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
-        nothing = os.open(os.devnull, os.O_WRONLY)
+        return _exit_code(arguments)
+    except BrokenPipeError:  # no message: the pipe may be that of stderr
+        null = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(nothing, stream.fileno())  # so that the flush at the end does not fail again
+            os.dup2(null, stream.fileno())  # so that the flush at the end does not fail again
         return 128 + signal.SIGPIPE
 
 
-def _ended(arguments: list[str]) -> int:
-    """Run a command; its exit code, with one line for a failure."""
+def _exit_code(arguments: list[str]) -> int:
+    """Run a command and print one line for a failure."""
     debug = "--debug" in arguments
     try:
         code = _run(arguments)
@@ -99,7 +96,7 @@ def _ended(arguments: list[str]) -> int:
 
 
 class StopError(BaseException):
-    """SIGTERM came where nothing else waits for it; not an `Exception`, so that nobody swallows it."""
+    """SIGTERM came outside of training; not an `Exception`, so that no handler of those swallows it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -111,7 +108,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _unforeseen(error: Exception) -> str:
-    """One line for an error that no part of the program foresaw."""
+    """One line for an error that is not a `UserError`."""
     first = " ".join((str(error).splitlines() or [""])[0].split())[:300]
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {first}; lower the batch size"
@@ -136,24 +133,20 @@ def _run(words: list[str]) -> int:
         raise ConfigError(f"no command {name}{suggest(name, COMMANDS)}; see msd --help")
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
     options = module.parse(arguments) if hasattr(module, "parse") else parse(module.Options, name, arguments)
-    console = Terminal(stderr=options.json, soft_wrap=True, quiet=not leads())
+    console = Terminal(stderr=options.json, soft_wrap=True, quiet=not is_main())
     try:
         document = module.run(options, console)
     except UserError as error:
         if options.json and error.document is not None:
             print(json.dumps(error.document, allow_nan=False))
         raise
-    if options.json and leads():
+    if options.json and is_main():
         print(json.dumps(document, allow_nan=False))
     return 0
 
 
-def leads() -> bool:
-    """Whether this process prints: of those that `torchrun` started, the first one.
-
-    Returns:
-        Whether it is, or is alone.
-    """
+def is_main() -> bool:
+    """Whether this process prints: it has rank 0, or `torchrun` did not start it."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -197,31 +190,31 @@ def _plain(panel: str) -> str:
 
 
 def _message(plain: str, kind: Any, config: Any, extra: dict[str, Any]) -> str:
-    """Say which choice or option was meant, where tyro does not, or names one that merely sits beside it."""
+    """tyro's message, with the nearest choice or option: tyro lists all choices, and options of similar spelling."""
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", plain):
-        known = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"})
-        return f"{choice[2]} must be one of {', '.join(known)}, got {choice[1]}{_near(choice[1], known)}"
+        choices = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"})
+        return f"{choice[2]} must be one of {', '.join(choices)}, got {choice[1]}{_near(choice[1], choices)}"
     if option := re.match(r"Unrecognized options: (--[^\s,=]+)", plain):
         import tyro
 
         with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
             tyro.cli(kind, args=["--help"], config=config, **extra)
-        known = sorted(set(re.findall(r"--[a-z][\w.-]*", text.getvalue())) - {"--help"})
-        same = [name for name in known if name.lstrip("-").split(".")[-1] == option[1].lstrip("-").split(".")[-1]]
-        hint = f"; did you mean {' or '.join(same)}?" if same else _near(option[1], known)
+        options = sorted(set(re.findall(r"--[a-z][\w.-]*", text.getvalue())) - {"--help"})
+        same = [name for name in options if re.split("--|[.]", name)[-1] == re.split("--|[.]", option[1])[-1]]
+        hint = f"; did you mean {' or '.join(same)}?" if same else _near(option[1], options)
         return f"no option {option[1]}{hint}"
     return plain
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    """A hint, if one is near; a list of all known would be too long, or is there already."""
-    hint = suggest(name, known)
+def _near(name: str, names: Sequence[str]) -> str:
+    """A hint, if one is near; a list of all would be too long, or is there already."""
+    hint = suggest(name, names)
     return hint.replace('"', "") if "did you mean" in hint else ""
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """One line for people, without the place in the code."""
-    if leads():
+    if is_main():
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -11,8 +11,9 @@ import tyro
 from multistage_diffusion.cli.common import Reads, prepare
 from multistage_diffusion.clustering.options import PAPER, ClusterOptions
 from multistage_diffusion.config import DataConfig, check
-from multistage_diffusion.errors import ConfigError, needs
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.recipes import recipe
+from multistage_diffusion.records import check_needs
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +103,8 @@ def _checked(options: Options) -> Options:
     """The options with --paper spelled out; conflicts are refused before anything is read or trained."""
     criteria = options.clustering
     method = criteria.method
-    needs(options.run is None or method == "gradient", "run", "method gradient", method)
-    needs(options.plot is None or method == "optimal-denoiser", "plot", "method optimal-denoiser", method)
+    check_needs(options.run is None or method == "gradient", "run", "method gradient", method)
+    check_needs(options.plot is None or method == "optimal-denoiser", "plot", "method optimal-denoiser", method)
     pictures = {
         "method gradient": method == "gradient",
         "allocate": options.allocate is not None,
@@ -115,12 +116,12 @@ def _checked(options: Options) -> Options:
     if options.allocate is not None:
         check(options.allocate > 0, "allocate", "positive", options.allocate)
         kind = recipe(options.recipe or options.source).process.kind
-        needs(options.process == kind, "allocate", f"process {kind}, that of the recipe", options.process)
+        check_needs(options.process == kind, "allocate", f"process {kind}, that of the recipe", options.process)
     if not options.paper:
         return options
     for name, value in PAPER.items():
         given = getattr(criteria, name)
-        needs(given in (value, getattr(ClusterOptions(), name)), "paper", f"{name} {value}", given)
+        check_needs(given in (value, getattr(ClusterOptions(), name)), "paper", f"{name} {value}", given)
     return replace(options, clustering=replace(criteria, **PAPER))
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Terminal(Console):
-    """rich's console; where the reader went away, it leaves the exit code to the command."""
+    """rich's console, which leaves the exit code of a closed pipe to the command."""
 
     def on_broken_pipe(self) -> None:
-        """Let the error rise, where rich would exit with 1."""
+        """Raise, where rich would exit with 1."""
         raise BrokenPipeError
 
 
@@ -55,15 +55,12 @@ class Reads(Compute):
     """With skip, the largest share of pictures that may be left out."""
 
     def data(self, source: str, resolution: int | None, autoencoder: str | None = None) -> DataConfig:
-        """What `msd train` would be told to read.
+        """The section `data` of a run that reads the same.
 
         Args:
             source: The source.
-            resolution: Pixels a side, or None for those it has.
-            autoencoder: Whose latents are wanted, if latents are.
-
-        Returns:
-            The configuration.
+            resolution: Pixels a side; None leaves the images as they are.
+            autoencoder: Autoencoder whose latents are read, if any.
 
         Raises:
             ConfigError: An option is out of range.
@@ -71,19 +68,17 @@ class Reads(Compute):
         check(0 <= self.max_bad < 1, "max-bad", "in [0, 1)", self.max_bad)
         check(resolution is None or resolution >= 4, "resolution", "at least 4", resolution)
         return DataConfig(
-            source=source, root=self.data_root, resolution=resolution, on_bad_file=self.on_bad_file,
-            max_bad=self.max_bad, autoencoder=autoencoder,
-        )  # fmt: skip
+            source=source,
+            root=self.data_root,
+            resolution=resolution,
+            on_bad_file=self.on_bad_file,
+            max_bad=self.max_bad,
+            autoencoder=autoencoder,
+        )
 
 
 def prepare(options: Compute) -> torch.device:
     """Set the number of threads and choose the device.
-
-    Args:
-        options: The command's options.
-
-    Returns:
-        The device.
 
     Raises:
         ConfigError: The device does not exist here, or the number of threads is not positive.
@@ -91,8 +86,7 @@ def prepare(options: Compute) -> torch.device:
     import torch
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {options.threads}")
+        check(options.threads >= 1, "--threads", "at least 1", options.threads)
         torch.set_num_threads(options.threads)
     name = options.device
     if name == "auto":

@@ -45,25 +45,25 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The command's document.
     """
-    found, sampling = _find(options.target, options.architecture)
+    target, sampling = _target(options.target, options.architecture)
 
     from multistage_diffusion.clustering.levels import time_shares
     from multistage_diffusion.metrics.cost import network_cost
     from multistage_diffusion.sampling import sampling_shares
     from multistage_diffusion.stages import Stages
 
-    unified = found.model.architecture == "unified"
-    if not unified and len(found.model.capacities) != len(found.edges) + 1:
+    unified = target.model.architecture == "unified"
+    if not unified and len(target.model.capacities) != len(target.edges) + 1:
         raise ConfigError(
-            f"{options.target} has {len(found.model.capacities)} model.decoder-widths for {len(found.edges) + 1} "
-            "stages; it can only be profiled as unified"
+            f"{options.target} has {len(target.model.capacities)} model.{target.model.capacity_option} for "
+            f"{len(target.edges) + 1} stages; profile it with --architecture unified"
         )
-    cost = network_cost(found.model, found.shape)
-    stages = Stages() if unified else Stages(found.edges)
+    cost = network_cost(target.model, target.shape)
+    stages = Stages() if unified else Stages(target.edges)
     shares = {
-        "training": stages.shares(found.process),
-        "time": time_shares(found.process, stages),
-        "sampling": sampling_shares(found.process, stages, sampling.solver, sampling.steps, sampling.spacing),
+        "training": stages.shares(target.process),
+        "time": time_shares(target.process, stages),
+        "sampling": sampling_shares(target.process, stages, sampling.solver, sampling.steps, sampling.spacing),
     }
     rows = [
         {
@@ -80,9 +80,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     ]
     document = {
         "target": options.target,
-        "architecture": found.model.architecture,
-        "process": to_dict(found.process),
-        "shape": list(found.shape),
+        "architecture": target.model.architecture,
+        "process": to_dict(target.process),
+        "shape": list(target.shape),
         "sampling": to_dict(sampling),
         "parameters": {"total": cost.parameters, "encoder": cost.encoder, "decoders": list(cost.decoders)},
         "stages": rows,
@@ -94,23 +94,23 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
-def _find(target: str, architecture: Architecture | None) -> tuple[Preset, SamplingConfig]:
+def _target(name: str, architecture: Architecture | None) -> tuple[Preset, SamplingConfig]:
     """A preset with its recipe's sampler, or the network of a run with the run's own."""
-    if not (Path(target) / "config.json").is_file():
-        return preset(target, architecture), recipe(target).sampling
-    sampling, document = SamplingConfig(), read_json(Path(target) / "config.json")
+    if not (Path(name) / "config.json").is_file():
+        return preset(name, architecture), recipe(name).sampling
+    sampling, document = SamplingConfig(), read_json(Path(name) / "config.json")
     if isinstance(document, dict) and "format" in document:
         from multistage_diffusion.denoiser import Denoiser
 
-        denoiser = Denoiser.from_pretrained(target)
+        denoiser = Denoiser.from_pretrained(name)
         model, process = denoiser.backbone, denoiser.process
         edges, shape = denoiser.stages.edges, denoiser.shape
     else:
         from multistage_diffusion.runs.checkpoints import newest_state
 
-        config = from_dict(RunConfig, document, f"{target}/config.json")
+        config = from_dict(RunConfig, document, f"{name}/config.json")
         model, process, edges, sampling = config.model, config.process, config.stages.edges, config.sampling
-        size = newest_state(Path(target))["shape"]
+        size = newest_state(Path(name))["shape"]
         shape = (size[0], size[1], size[2])
     if architecture is not None:
         model = replace(model, architecture=architecture)
@@ -119,21 +119,25 @@ def _find(target: str, architecture: Architecture | None) -> tuple[Preset, Sampl
 
 def _show(document: dict[str, Any], options: Options, console: Console) -> None:
     parameters = document["parameters"]
-    channels, high, wide = document["shape"]
+    channels, height, width = document["shape"]
     console.print(
-        f"{options.target}, {document['architecture']}, {channels}x{high}x{wide}: "
+        f"{options.target}, {document['architecture']}, {channels}x{height}x{width}: "
         f"{parameters['total'] / 1e6:.2f} M parameters, {parameters['encoder'] / 1e6:.2f} M in the encoder"
     )
     table = Table("stage", "sigma", "decoder M", "in use M", "GMACs", "GFLOPs", "time", "training", "sampling")
     if options.paper:
         table.add_column("paper's GFLOPs")
     for row, decoder in zip(document["stages"], parameters["decoders"], strict=True):
-        low, high_edge = row["sigma"]
+        low, high = row["sigma"]
         cells = [
-            str(row["stage"]), f"{low:.4g} to {'inf' if high_edge is None else format(high_edge, '.4g')}",
-            f"{decoder / 1e6:.2f}", f"{row['parameters'] / 1e6:.2f}", f"{row['gmacs']:.4g}", f"{row['gflops']:.4g}",
+            str(row["stage"]),
+            f"{low:.4g} to {'inf' if high is None else format(high, '.4g')}",
+            f"{decoder / 1e6:.2f}",
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['gmacs']:.4g}",
+            f"{row['gflops']:.4g}",
             *(f"{row['share'][name]:.1%}" for name in ("time", "training", "sampling")),
-        ]  # fmt: skip
+        ]
         table.add_row(*cells, *([f"{row['paper_gflops']:.4g}"] if options.paper else []))
     console.print(table)
     for title, key in (("GFLOPs", "weighted_gflops"), ("paper's GFLOPs", "weighted_paper_gflops"))[: 1 + options.paper]:

@@ -17,8 +17,9 @@ from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.config import RunConfig, check, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
+from multistage_diffusion.noise import process_by_kind
 from multistage_diffusion.recipes import RECIPES, recipe
-from multistage_diffusion.records import with_new_keys
+from multistage_diffusion.records import Tagged, with_new_keys
 
 if TYPE_CHECKING:
     from multistage_diffusion.training.trainer import StepResult
@@ -53,12 +54,6 @@ class Options(Compute):
 def parse(arguments: Sequence[str]) -> Options:
     """Parse the words after `msd train`: the recipe gives the defaults of all other options.
 
-    Args:
-        arguments: The words.
-
-    Returns:
-        The options.
-
     Raises:
         ConfigError: No recipe, or a wrong option.
     """
@@ -68,11 +63,13 @@ def parse(arguments: Sequence[str]) -> Options:
             raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}")
         arguments = ["digits", *arguments]
     base = recipe(arguments[0])
-    given = dict(_files(arguments))
-    if "--config" in given:
-        base = _merge(base, given["--config"])
-    if "--stages" in given:
-        base = _with_stages(base, given["--stages"])
+    values = dict(_values(arguments))
+    if "--config" in values:
+        base = _merge(base, values["--config"])
+    if "--process.kind" in values and not base.process.is_kind({"kind": values["--process.kind"]}):
+        base = replace(base, process=process_by_kind(values["--process.kind"]))
+    if "--stages" in values:
+        base = _with_stages(base, values["--stages"])
     return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
 
 
@@ -86,16 +83,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The command's document.
     """
-    config, found = options.run, None
+    config, stages = options.run, None
     if options.data_root is not None:
         config = replace(config, data=replace(config.data, root=options.data_root))
     if options.stages is not None:
         from multistage_diffusion.stages import Stages
 
-        found = Stages.load(Path(options.stages))
-        theirs, ours = found.provenance.get("process"), config.process.kind
-        if isinstance(theirs, dict) and theirs.get("kind", ours) != ours:
-            console.print(f"warning: {options.stages} was found for process {theirs['kind']}, and the run's is {ours}")
+        stages = Stages.load(Path(options.stages))
+        process = stages.provenance.get("process")
+        if isinstance(process, dict) and not config.process.is_kind(process):
+            console.print(
+                f"warning: {options.stages} was made for the process {process['kind']}; the run's is "
+                f"{config.process.kind}"
+            )
     if options.dry_run:
         document = to_dict(config)
         if not options.json:
@@ -116,7 +116,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             progress(result, steps)
 
         summary = train(
-            config, options.out, stages=found, device=device, on_step=on_step, on_encode=encoding_progress(console)
+            config, options.out, stages=stages, device=device, on_step=on_step, on_encode=encoding_progress(console)
         )
     if summary.resumed == summary.step:
         console.print(f"{summary.run} has all {summary.step} steps already")
@@ -151,36 +151,36 @@ def _profile(config: RunConfig, options: Options, console: Console) -> dict[str,
 
     data = load_examples(config.data, device, encoding_progress(console))
     with join(device, config.engine.timeout) as processes:
-        found = profile(config, data, device=device, steps=options.profile_steps, processes=processes)
+        measured = profile(config, data, device=device, steps=options.profile_steps, processes=processes)
     table = Table("part of a step", box=None)
     for name in ("ms", "share"):
         table.add_column(name, justify="right")
-    for part, seconds in found.parts.items():
-        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / found.watched_seconds:.1%}")
-    table.add_row("all", f"{found.watched_seconds * 1e3:.2f}", "")
+    for part, seconds in measured.parts.items():
+        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / measured.watched_seconds:.1%}")
+    table.add_row("all", f"{measured.watched_seconds * 1e3:.2f}", "")
     console.print(table)
-    memory = "" if found.gpu_memory_gib is None else f", {found.gpu_memory_gib:.1f} GiB of GPU memory"
+    memory = "" if measured.gpu_memory_gib is None else f", {measured.gpu_memory_gib:.1f} GiB of GPU memory"
     console.print(
-        f"unwatched, a step takes {found.seconds * 1e3:.2f} ms: {found.images_per_second:.1f} images/s, "
-        f"{found.tflops:.3g} TFLOP/s{memory} (means of {found.steps} steps on {device})"
+        f"unwatched, a step takes {measured.seconds * 1e3:.2f} ms: {measured.images_per_second:.1f} images/s, "
+        f"{measured.tflops:.3g} TFLOP/s{memory} (means of {measured.steps} steps on {device})"
     )
     return {
         "device": str(device),
-        "steps": found.steps,
-        "step_ms": found.seconds * 1e3,
-        "watched_step_ms": found.watched_seconds * 1e3,
-        "images_per_second": found.images_per_second,
-        "tflops": found.tflops,
-        "gpu_memory_gib": found.gpu_memory_gib,
-        "parts": [{"part": part, "ms": seconds * 1e3} for part, seconds in found.parts.items()],
+        "steps": measured.steps,
+        "step_ms": measured.seconds * 1e3,
+        "watched_step_ms": measured.watched_seconds * 1e3,
+        "images_per_second": measured.images_per_second,
+        "tflops": measured.tflops,
+        "gpu_memory_gib": measured.gpu_memory_gib,
+        "parts": [{"part": part, "ms": seconds * 1e3} for part, seconds in measured.parts.items()],
     }
 
 
-def _files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The files that change the defaults of the other options, by the option that names them."""
+def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The options that change the defaults of others, with their values."""
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
-        if name in ("--config", "--stages") and (equals or following is not None):
+        if name in ("--config", "--process.kind", "--stages") and (equals or following is not None):
             yield name, value if equals else following
 
 
@@ -206,8 +206,9 @@ def _merge(base: RunConfig, file: str) -> RunConfig:
     if not isinstance(changes, dict):
         raise ConfigError(f"{file} must hold named sections, like the config.json of a run")
     for section, values in changes.items():
-        same = isinstance(values, dict) and isinstance(document.get(section), dict)
-        if same and values.get("kind") == document[section].get("kind", values.get("kind")):
+        record = getattr(base, section, None)
+        other = isinstance(record, Tagged) and isinstance(values, dict) and not record.is_kind(values)
+        if isinstance(values, dict) and isinstance(document.get(section), dict) and not other:
             document[section] = {**document[section], **values}
         else:
             document[section] = values

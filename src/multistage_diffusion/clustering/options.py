@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from multistage_diffusion.errors import ConfigError, needs, suggest
-from multistage_diffusion.records import check
+from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.records import check, check_needs
 
 Method = Literal["optimal-denoiser", "timestep", "snr", "gradient"]
 Objective = Literal["crossing", "similarity", "variance"]
@@ -68,7 +68,7 @@ class ClusterOptions:
         check_choices(vars(self))
         if self.objective == "crossing" and self.stages != 3:
             raise ConfigError(f"the objective crossing finds 3 stages, got stages {self.stages}; use variance")
-        needs(
+        check_needs(
             not self.by_class or self.method == "optimal-denoiser", "by-class", "method optimal-denoiser", self.method
         )
 

@@ -15,7 +15,7 @@ Weighting = Literal["process", "min-snr", "p2"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Solver = Literal[
     "heun", "euler", "ddim", "ancestral", "dpm-1", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "sde-dpmpp-2m"
-]  # fmt: skip
+]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -36,13 +36,13 @@ class DataConfig:
     memory: float = 0.25
     """Share of the device's memory that the images may take; larger sets of shards are streamed from disk."""
     workers: int = 2
-    """Threads that read ahead where images are streamed; 0 reads when asked, and notices no disk that hangs."""
+    """Threads that read ahead where images are streamed; 0 reads in the step itself, without a timeout."""
     timeout: float = 60.0
-    """Seconds to wait for streamed images before the disk is said to hang."""
+    """Seconds to wait for streamed images before training stops with an error."""
     flip: bool = False
     """Mirror half of the training images left to right."""
     augment_probability: float = 0.0
-    """Probability of each of EDM's geometric augmentations; the network is told by model.augment-labels 9."""
+    """Probability of each of EDM's geometric augmentations; the network sees them with model.augment-labels 9."""
     autoencoder: str | None = None
     """Train on the latents of this autoencoder of diffusers: a folder, or a hub id like OWNER/NAME/SUBFOLDER."""
     latent_scale: float | None = None
@@ -57,8 +57,12 @@ class DataConfig:
         check(0 < self.timeout <= 86_400, "data.timeout", "above 0 and at most 86400", self.timeout)
         check(0 <= self.augment_probability <= 1, "data.augment-probability", "in [0, 1]", self.augment_probability)
         check(self.latent_scale is None or self.latent_scale > 0, "data.latent-scale", "positive", self.latent_scale)
-        check(self.autoencoder is None or self.augment_probability == 0, "data.augment-probability",
-              "0 with data.autoencoder: latents do not turn as images do", self.augment_probability)  # fmt: skip
+        check(
+            self.autoencoder is None or self.augment_probability == 0,
+            "data.augment-probability",
+            "0 with data.autoencoder: latents do not turn as images do",
+            self.augment_probability,
+        )
 
     @property
     def tolerated(self) -> float:
@@ -112,10 +116,10 @@ class TrainingConfig:
     ema_ramp_up: float | None = 0.05
     """The half-life is at most this share of the images seen; none: constant from the start."""
     sigma_rel: tuple[float, ...] = ()
-    """Lengths (sigma_rel) of power-function averages to track beside it, like 0.05 0.10; from their snapshots
-    --sigma-rel makes an average of any length after training."""
+    """Relative widths of power-function averages to track beside it, like 0.05 0.10; from their snapshots
+    --sigma-rel makes an average of any width after training."""
     ema_snapshot_every: int = 5_000
-    """Steps between snapshots of the power-function averages; each takes 4 bytes a parameter and length."""
+    """Steps between snapshots of the power-function averages; each takes 4 bytes a parameter and width."""
     seed: int = 0
     """Seed of weights, data order and noise."""
     save_every: int = 5_000
@@ -145,8 +149,12 @@ class TrainingConfig:
         check(self.ema_half_life > 0, "training.ema-half-life", "positive", self.ema_half_life)
         check(self.ema_ramp_up is None or self.ema_ramp_up > 0, "training.ema-ramp-up", "positive", self.ema_ramp_up)
         distinct = len(set(self.sigma_rel)) == len(self.sigma_rel)
-        check(distinct and all(0.001 <= length <= 0.28 for length in self.sigma_rel), "training.sigma-rel",
-              "different numbers in [0.001, 0.28]", self.sigma_rel)  # fmt: skip
+        check(
+            distinct and all(0.001 <= value <= 0.28 for value in self.sigma_rel),
+            "training.sigma-rel",
+            "different numbers in [0.001, 0.28]",
+            self.sigma_rel,
+        )
         check(self.keep_every >= 0, "training.keep-every", "at least 0", self.keep_every)
         check(0 <= self.seed < 2**63, "training.seed", "in [0, 2^63)", self.seed)
 
@@ -158,13 +166,13 @@ class EngineConfig:
     precision: Precision = "fp32"
     """Precision of matrix products and convolutions; weights, optimiser and average stay float32."""
     gradient_accumulation: int = 1
-    """Parts that each process cuts its share of a batch into, one after the other, to save memory."""
+    """Micro-batches that each process cuts its share of a batch into, to save memory."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: ddp, each holds all weights; fsdp, weights, optimiser and average are in shards."""
     compile: bool = False
     """Compile encoders and decoders with torch.compile; the first step then takes minutes."""
     activation_checkpointing: bool = False
-    """Repeat the forward pass of residual blocks in the backward pass: less memory, more time."""
+    """Recompute residual blocks in the backward pass: less memory, more time."""
     channels_last: bool = False
     """Keep channels side by side in memory, which convolutions of GPUs prefer in half precision."""
     tf32: bool = False
@@ -182,7 +190,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How images are drawn from the model unless told otherwise."""
+    """How images are drawn from the model by default."""
 
     solver: Solver = "heun"
     """Solver: docs/sampling.md."""
@@ -215,7 +223,7 @@ class LoggingConfig:
     metrics: tuple[str, ...] = ("fd", "loss")
     """What is evaluated, as in msd evaluate; loss alone draws no samples and needs no features."""
     features: str = "classifier"
-    """What sees the images for the distances, as in msd evaluate."""
+    """Extractor of the distances' features, as in msd evaluate."""
     evaluate_images: int = 1_000
     """Generated images behind an evaluation's distances."""
     sample_batch: int = 256
@@ -228,8 +236,12 @@ class LoggingConfig:
         for name in ("grid_every", "evaluate_every"):
             check(getattr(self, name) >= 0, f"logging.{name.replace('_', '-')}", "at least 0", getattr(self, name))
         for name, least in (("grid_images", 1), ("evaluate_images", 2), ("sample_batch", 1)):
-            check(getattr(self, name) >= least, f"logging.{name.replace('_', '-')}", f"at least {least}",
-                  getattr(self, name))  # fmt: skip
+            check(
+                getattr(self, name) >= least,
+                f"logging.{name.replace('_', '-')}",
+                f"at least {least}",
+                getattr(self, name),
+            )
         check(self.evaluate_every == 0 or len(self.metrics) > 0, "logging.metrics", "one or more names", self.metrics)
 
 
@@ -251,10 +263,18 @@ class RunConfig:
         self.model.require_stages(stages, self.stages.edges)
         few = stages <= self.training.batch_size
         check(few, "training.batch-size", f"at least {stages}, the number of stages", self.training.batch_size)
-        check(self.engine.gradient_accumulation <= self.training.batch_size, "engine.gradient-accumulation",
-              f"at most training.batch-size {self.training.batch_size}", self.engine.gradient_accumulation)  # fmt: skip
-        check((self.data.augment_probability > 0) == (self.model.augment_labels > 0), "model.augment-labels",
-              "9 with data.augment-probability above 0, and 0 without", self.model.augment_labels)  # fmt: skip
+        check(
+            self.engine.gradient_accumulation <= self.training.batch_size,
+            "engine.gradient-accumulation",
+            f"at most training.batch-size {self.training.batch_size}",
+            self.engine.gradient_accumulation,
+        )
+        check(
+            (self.data.augment_probability > 0) == (self.model.augment_labels > 0),
+            "model.augment-labels",
+            "9 with data.augment-probability above 0, and 0 without",
+            self.model.augment_labels,
+        )
         if self.training.quotas:
             check(len(self.training.quotas) == stages, "training.quotas", f"{stages} shares", self.training.quotas)
 
