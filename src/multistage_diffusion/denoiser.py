@@ -224,8 +224,8 @@ class Denoiser(nn.Module):
         where = str(folder / CONFIG)
         try:
             document = read_json(folder / CONFIG)
-            process = from_dict(Process, document["process"], where)
-            shape, backbone = _shape(document["shape"]), from_dict(Backbone, document["model"], where)
+            process = from_dict(Process, document["process"], where, "process")
+            shape, backbone = _shape(document["shape"]), from_dict(Backbone, document["model"], where, "model")
             stages = Stages.parse(document["stages"], f"{where}, stages")
             if network is not None:
                 denoiser = cls(network, process, stages, shape=shape, classes=backbone.classes)

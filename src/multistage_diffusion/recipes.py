@@ -23,7 +23,7 @@ EMA_WARM_UP = math.log(2) / 9
 
 
 def half_life(decay: float, batch_size: int) -> float:
-    """Half-life in images of an average that keeps a share `decay`, like 0.9999, in each step of `batch_size` images."""
+    """Half-life in images of an average that keeps a share `decay`, like 0.9999, at a step of `batch_size` images."""
     return batch_size * math.log(0.5) / math.log(decay)
 
 

@@ -141,8 +141,12 @@ class TrainingConfig:
         check(all(0 <= beta < 1 for beta in self.betas), "training.betas", "in [0, 1)", self.betas)
         check(self.weight_decay >= 0, "training.weight-decay", "at least 0", self.weight_decay)
         check(self.warmup_images >= 0, "training.warmup-images", "at least 0", self.warmup_images)
-        check(self.schedule != "inverse-sqrt" or self.warmup_images > 0, "training.warmup-images",
-              "positive with training.schedule inverse-sqrt", self.warmup_images)  # fmt: skip
+        check(
+            self.schedule != "inverse-sqrt" or self.warmup_images > 0,
+            "training.warmup-images",
+            "positive with training.schedule inverse-sqrt",
+            self.warmup_images,
+        )
         check(self.clip_norm is None or self.clip_norm > 0, "training.clip-norm", "positive or none", self.clip_norm)
         check(all(share > 0 for share in self.quotas), "training.quotas", "positive shares", self.quotas)
         check(0 <= self.label_dropout <= 1, "training.label-dropout", "in [0, 1]", self.label_dropout)
