@@ -18,7 +18,7 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation.images import distances, generated
 from multistage_diffusion.metrics.classifier import Classifier
-from multistage_diffusion.metrics.cost import CONVENTION, network_cost
+from multistage_diffusion.metrics.cost import CONVENTION, denoiser_cost
 from multistage_diffusion.metrics.extractor import Description, FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.metrics.metric import FeatureMetric, Metric
@@ -293,7 +293,7 @@ class _Clock:
 
 
 def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[int] | None) -> SampleCost:
-    cost = network_cost(denoiser.backbone, denoiser.shape)
+    cost = denoiser_cost(denoiser)
     calls = call_plan(denoiser, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing)
     stage_calls = tuple(calls.count(k) for k in range(len(cost.stages)))
     return SampleCost(
