@@ -109,3 +109,9 @@ def test_own_network(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("own_*.py")), ids=lambda path: path.stem)
 def test_examples_of_ones_own_parts_are_short(path):
     assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 40
+
+
+def test_the_page_on_extending_shows_the_examples_as_they_are():
+    page = (EXAMPLES.parent / "docs" / "extending.md").read_text()
+    shown = [path for path in EXAMPLES.glob("own_*.py") if f"```python\n{path.read_text().rstrip()}\n```" in page]
+    assert {path.stem for path in EXAMPLES.glob("own_*.py")} - {path.stem for path in shown} <= {"own_images"}
