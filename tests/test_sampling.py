@@ -96,7 +96,9 @@ def conditional():
 def recorded(denoiser):
     """Calls of the denoiser's network: (stage, images, labels)."""
     calls = []
-    hook = denoiser.network.register_forward_pre_hook(lambda module, given: calls.append(given[2:4] + given[:1]))
+    hook = denoiser.network.register_forward_pre_hook(
+        lambda module, given: calls.append((given[2], given[3].labels, given[0]))
+    )
     return calls, hook
 
 

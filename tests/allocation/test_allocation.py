@@ -19,7 +19,6 @@ from multistage_diffusion.allocation.laws import (
 from multistage_diffusion.config import StagesConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.multidecoder import MultiDecoder
 from multistage_diffusion.recipes import recipe
 
 LAWS = (
@@ -147,7 +146,7 @@ def test_no_recipe_is_too_wide_to_choose_widths_for(measured, name, shape):
     proxies.allocate(run, numbered(20, shape), 1e6, "training")
     with torch.device("meta"):
         for width in (*proxies.candidate_widths(run.model)[:2], *measured["widths"]):
-            network = MultiDecoder(replace(run.model, blocks=1, decoder_widths=(width,)), shape)
+            network = replace(run.model, blocks=1, decoder_widths=(width,)).network(shape)
             assert len(network.decoders) == 1
 
 

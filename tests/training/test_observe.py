@@ -17,6 +17,7 @@ from multistage_diffusion.data import to_uint8
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.metrics.classifier import Classifier
+from multistage_diffusion.runs import build_denoiser
 from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.sampling import sample
 from multistage_diffusion.training import observe

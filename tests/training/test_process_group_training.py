@@ -162,13 +162,13 @@ def test_the_parts_of_a_batch_are_its_rows(kind, parts):
         seen = []
         for part in range(parts):
             own = batches(step, part, parts)
-            assert own.whole == whole.counts and sum(own.counts) == len(own.images)
+            assert own.batch_counts == whole.counts and sum(own.counts) == len(own.images)
             assert [count > 0 for count in own.counts] == [count > 0 for count in whole.counts]  # the same decoders
             places = [rows[index] for index in own.index.tolist()]
             for name in ("noise", "sigma", "labels"):
                 assert torch.equal(getattr(own, name), getattr(whole, name)[places])
             torch.testing.assert_close(own.images, whole.images[places], atol=1e-6, rtol=0)  # turned ones round
-            real = torch.tensor(own.real).repeat_interleave(torch.tensor(own.counts))
+            real = torch.tensor(own.counted).repeat_interleave(torch.tensor(own.counts))
             assert torch.equal(own.weight, whole.weight[places] * real)
             seen += [place for place, counts in zip(places, real.tolist(), strict=True) if counts]
             assert 0 <= len(own.images) - 9 // parts <= 3  # one row more at most, and what fills up three stages
@@ -184,7 +184,7 @@ def test_each_image_is_seen_once_in_an_epoch_by_whichever_process(parts):
     for step in range(5):  # two epochs of two and a half batches
         for part in range(parts):
             own = batches(step, part, parts)
-            real = torch.tensor(own.real).repeat_interleave(torch.tensor(own.counts))
+            real = torch.tensor(own.counted).repeat_interleave(torch.tensor(own.counts))
             seen += [picked[index] for index in own.index[real].tolist()]
     assert sorted(seen) == sorted(list(range(10)) * 2)
     assert sorted(picked[:10]) == sorted(picked[10:]) == list(range(10))

@@ -19,11 +19,12 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from multistage_diffusion.backbones import Backbone
 from multistage_diffusion.conditioning import Conditioning
-from multistage_diffusion.config import ModelConfig, from_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.interop.schedulers import level, require_fit
 from multistage_diffusion.noise import Flow, Process
+from multistage_diffusion.records import from_dict
 from multistage_diffusion.stages import Stages
 
 
@@ -54,9 +55,9 @@ class MultistageUNet(ModelMixin, ConfigMixin):
         super().__init__()
         self.process = from_dict(Process, process, "the network's process", "process")
         self.stages = Stages(tuple(edges))
-        channels, height, width = shape
-        config = from_dict(ModelConfig, model, "the network's model", "model")
-        self.network = config.network((channels, height, width))
+        self.backbone = from_dict(Backbone, model, "the network's model", "model")
+        self.shape = (shape[0], shape[1], shape[2])
+        self.network = self.backbone.network(self.shape)
         if len(self.network.decoders) != len(self.stages):
             raise ConfigError(f"{len(self.network.decoders)} decoders do not fit the stage edges {edges}")
 
