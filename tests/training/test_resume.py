@@ -150,7 +150,7 @@ def test_another_kind_of_device_is_said(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         save = run.save_checkpoint
         patch.setattr(
-            run, "save_checkpoint", lambda *words: save(*words[:2], {**words[2], "device": "cuda"}, *words[3:])
+            run, "save_checkpoint", lambda *a: save(*a[:2], {**a[2], "device": "cuda"}, *a[3:])
         )
         train(tiny.run_config(steps=3), tmp_path / "run", data=tiny.images())
     with pytest.warns(UserWarning, match="trained on cuda and is continued on cpu: equal up to rounding"):
