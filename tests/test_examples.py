@@ -107,3 +107,13 @@ def test_own_network(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("own_*.py")), ids=lambda path: path.stem)
 def test_examples_of_ones_own_parts_are_short(path):
     assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 40
+
+
+def test_own_callback(tmp_path, capsys):
+    example = load("own_callback")
+    example.main(str(tmp_path / "run"), steps=4, low_enough=0.0)
+    lines = [line.split(",") for line in (tmp_path / "run.csv").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["2", "4"] and "step 4: " in capsys.readouterr().out
+    with pytest.raises(example.LowEnoughError, match="after step 2"):
+        example.main(str(tmp_path / "stopped"), steps=4, low_enough=1e9)
+    assert len((EXAMPLES / "own_callback.py").read_text().splitlines()) < 40
