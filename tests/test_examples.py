@@ -115,3 +115,13 @@ def test_the_page_on_extending_shows_the_examples_as_they_are():
     page = (EXAMPLES.parent / "docs" / "extending.md").read_text()
     shown = [path for path in EXAMPLES.glob("own_*.py") if f"```python\n{path.read_text().rstrip()}\n```" in page]
     assert {path.stem for path in EXAMPLES.glob("own_*.py")} - {path.stem for path in shown} <= {"own_images"}
+
+
+def test_own_callback(tmp_path, capsys):
+    example = load("own_callback")
+    example.main(str(tmp_path / "run"), steps=4, low_enough=0.0)
+    lines = [line.split(",") for line in (tmp_path / "run.csv").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["2", "4"] and "step 4: " in capsys.readouterr().out
+    with pytest.raises(example.LowEnoughError, match="after step 2"):
+        example.main(str(tmp_path / "stopped"), steps=4, low_enough=1e9)
+    assert len((EXAMPLES / "own_callback.py").read_text().splitlines()) < 40

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.runs import Run, build_denoiser, load_run
     from multistage_diffusion.sampling import sample
     from multistage_diffusion.stages import Stages
+    from multistage_diffusion.training.callbacks import Callback, LogRecord
     from multistage_diffusion.training.run import build_trainer, fit, train
     from multistage_diffusion.training.trainer import Trainer
 
@@ -61,6 +62,8 @@ _HOMES = {
     "train": "training.run",
     "fit": "training.run",
     "build_trainer": "training.run",
+    "Callback": "training.callbacks",
+    "LogRecord": "training.callbacks",
     "build_denoiser": "runs",
     "recipe": "recipes",
     "preset": "recipes",
@@ -76,6 +79,7 @@ __all__ = [
     "VE",
     "VP",
     "Backbone",
+    "Callback",
     "ClusterOptions",
     "Conditioning",
     "Cosine",
@@ -83,6 +87,7 @@ __all__ = [
     "EngineConfig",
     "Flow",
     "Images",
+    "LogRecord",
     "LoggingConfig",
     "ModelConfig",
     "MultiDecoder",

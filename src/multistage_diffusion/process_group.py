@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, final
@@ -38,17 +38,19 @@ _POLL = 0.02  # seconds between two looks at the store
 @final
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that work together; all of them call the methods in the same order, except for the flags.
+    """The processes that work together; all of them call the methods in the same order.
 
     Attributes:
         rank: Number of this process.
         size: Number of processes.
         store: Where they met; none for a single process.
+        prefix: Of its keys in the store.
     """
 
     rank: int = 0
     size: int = 1
     store: Store | None = None
+    prefix: str = ""
     _calls: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False, compare=False)
 
     @property
@@ -60,15 +62,6 @@ class ProcessGroup:
         """This process's share of `num` indices; shares follow each other and differ by one at most."""
         return range(self.rank * num // self.size, (self.rank + 1) * num // self.size)
 
-    def set_flag(self, key: str) -> None:
-        """Set a flag that every process can read; it stays set."""
-        if self.store is not None:
-            self.store.set(f"flag {key}", "")
-
-    def flag_is_set(self, key: str) -> bool:
-        """Whether any process has set a flag; does not wait."""
-        return self.store is not None and self.store.check([f"flag {key}"])
-
     def gather_objects(self, value: Any = None, while_waiting: Callable[[], object] = lambda: None) -> list[Any]:
         """The JSON value of every process, by rank. Waits without limit, and calls `while_waiting` again and again.
 
@@ -76,7 +69,7 @@ class ProcessGroup:
             PeerError: Another process failed.
             UserError: Another process was killed, or hangs.
         """
-        key = f"call {next(self._calls)}"
+        key = self._key()
         self._send(key, value)
         return [value] if self.store is None else self._collect(key, while_waiting)
 
@@ -91,7 +84,7 @@ class ProcessGroup:
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
         """A block that may fail in one process: the others then end it with a `PeerError`, so that all go on alike."""
-        key = f"call {next(self._calls)}"
+        key = self._key()
         try:
             yield
         except Exception as error:
@@ -119,6 +112,25 @@ class ProcessGroup:
             if not local_main:
                 yield
 
+    @contextlib.contextmanager
+    def section(self) -> Iterator[ProcessGroup]:
+        """A block that one process may leave by an exception: the others' calls in it then fail, and no later ones."""
+        section = replace(self, prefix=f"{self._key()} ")
+        try:
+            yield section
+        except Exception as error:
+            section.cancel(error)
+            raise
+
+    def cancel(self, error: BaseException | None = None) -> None:
+        """Let the calls of all processes in this section fail."""
+        if self.store is not None:
+            self.store.set(f"{self.prefix}error", json.dumps(_failure(self.rank, error or InterruptedError())))
+
+    def is_cancelled(self) -> bool:
+        """Whether a process has left or cancelled this section; does not wait."""
+        return self.store is not None and self.store.check([f"{self.prefix}error"])
+
     def require_same(self, name: str, value: str) -> None:
         """Refuse a value that differs from that of process 0; `name` is a plural."""
         if self.broadcast(value) != value:
@@ -138,6 +150,9 @@ class ProcessGroup:
             dist.broadcast(tensor, 0)
         return copies
 
+    def _key(self) -> str:
+        return f"{self.prefix}call {next(self._calls)}"
+
     def _send(self, key: str, value: Any) -> None:
         if self.store is not None:
             self.store.set(f"{key} {self.rank}", json.dumps(value))
@@ -147,8 +162,9 @@ class ProcessGroup:
         keys = [f"{key} {rank}" for rank in range(self.size)]
         beats, missed, next_look = [-1] * self.size, [0] * self.size, 0.0
         while not self.store.check(keys):
-            if self.store.check(["error"]):
-                raise _peer_error(json.loads(self.store.get("error")))
+            for error in {"error", f"{self.prefix}error"}:
+                if self.store.check([error]):
+                    raise _peer_error(json.loads(self.store.get(error)))
             # Looks are counted, not seconds: if all processes were halted for an hour, none is lost.
             if time.monotonic() >= next_look:
                 last, beats = beats, [self.store.add(f"beat {rank}", 0) for rank in range(self.size)]

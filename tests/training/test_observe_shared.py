@@ -20,7 +20,7 @@ from multistage_diffusion.errors import NumericsError, UserError
 from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.runs import load_run
 from multistage_diffusion.runs.checkpoints import list_checkpoints
-from multistage_diffusion.training import loop, observe
+from multistage_diffusion.training import observe
 from multistage_diffusion.training import run as runs_of
 from multistage_diffusion.training.run import train
 from multistage_diffusion.training.trainer import Trainer
@@ -104,17 +104,13 @@ def dawdle():
 
 
 def no_memory_for_the_copy():
-    averaged, build = Trainer.averaged, loop.build_denoiser
+    copy = Trainer._copy
 
-    def fail(*words):
-        loop.build_denoiser = build
+    def fail(self):
+        Trainer._copy = copy
         no_memory()
 
-    def begin(self):
-        Trainer.averaged, loop.build_denoiser = averaged, fail
-        return averaged(self)
-
-    Trainer.averaged = begin
+    Trainer._copy = fail
 
 
 def alarm(seconds):

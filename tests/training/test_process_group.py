@@ -31,8 +31,13 @@ def talk(rank):
             with processes.all_or_none():
                 heard.append(turn)
             with processes.local_main_first():
-                heard.append(processes.flag_is_set(f"first {turn}"))
-                processes.set_flag(f"first {turn}")
+                heard.append(processes.store.check([f"first {turn}"]))
+                processes.store.set(f"first {turn}", "")
+            with contextlib.suppress(PeerError if rank else DataError), processes.section() as section:
+                if rank == 0:
+                    raise DataError("left early")
+                section.barrier()
+                heard.append("not reached")
             with pytest.raises(PeerError if rank else DataError, match="no network"), processes.local_main_first():
                 raise DataError("no network")
         differs = pytest.raises(ConfigError, match="the options of process 1 are not")
@@ -76,7 +81,7 @@ def test_a_process_that_only_takes_long_is_waited_for(tmp_path):
 
 
 def test_one_process_alone_needs_nobody():
-    assert SINGLE.gather_objects(3) == [3] and not SINGLE.flag_is_set("numbers")
+    assert SINGLE.gather_objects(3) == [3] and SINGLE.broadcast("a") == "a" and not SINGLE.is_cancelled()
     with pytest.raises(DataError), SINGLE.all_or_none():
         raise DataError("a file is damaged")
     with SINGLE.local_main_first():

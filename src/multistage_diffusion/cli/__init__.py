@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import Any
 
+from multistage_diffusion.cli.streams import standard_streams
 from multistage_diffusion.errors import ConfigError, PeerError, UserError, suggest
 from multistage_diffusion.records import new_word
 
@@ -55,13 +56,11 @@ def dispatch(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    try:
-        return _exit_code(arguments)
-    except BrokenPipeError:  # no message: the pipe may be that of stderr
-        null = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(null, stream.fileno())  # so that the flush at the end does not fail again
-        return 128 + signal.SIGPIPE
+    with standard_streams():
+        try:
+            return _exit_code(arguments)
+        except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
+            return 128 + signal.SIGPIPE
 
 
 def _exit_code(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from multistage_diffusion.cli.streams import printing_may_fail
 from multistage_diffusion.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def training_progress(
             left = min((steps - result.step) * config.batch_size / max(clock["rate"], 1e-3), 1e9)
             console.print(f"{name} step {result.step}/{steps}  {text}  {timedelta(seconds=round(left))} left")
 
-    with bar:
+    with printing_may_fail(), bar:
         yield on_step
 
 

@@ -45,9 +45,11 @@ class Options(Compute):
     dry_run: bool = False
     """Print the whole resolved configuration and stop."""
     profile: bool = False
-    """Train for a few steps, print where their time goes, and write nothing."""
+    """Train for a few steps, print where their time goes, and write no run."""
     profile_steps: int = 20
     """Steps that --profile measures."""
+    profile_trace: str | None = None
+    """File for --profile's trace, to be opened in chrome://tracing or ui.perfetto.dev."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -148,31 +150,40 @@ def _profile(config: RunConfig, options: Options, console: Console) -> dict[str,
     from multistage_diffusion.data.latents import load_examples
     from multistage_diffusion.process_group import join
     from multistage_diffusion.training.profile import profile
+    from multistage_diffusion.training.run import build_trainer
 
     data = load_examples(config.data, device, encoding_progress(console))
     with join(device, config.engine.timeout) as processes:
-        measured = profile(config, data, device=device, steps=options.profile_steps, processes=processes)
+        trainer = build_trainer(config, data, device=device, processes=processes)
+        trace = Path(options.profile_trace) if options.profile_trace and processes.is_main else None
+        step = profile(trainer, steps=options.profile_steps, trace=trace)
+    on_gpu = step.gpu_memory_gib is not None
     table = Table("part of a step", box=None)
-    for name in ("ms", "share"):
+    for name in ("ms", "share", *(("GPU ms",) if on_gpu else ())):
         table.add_column(name, justify="right")
-    for part, seconds in measured.parts.items():
-        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / measured.watched_seconds:.1%}")
-    table.add_row("all", f"{measured.watched_seconds * 1e3:.2f}", "")
+    for part in step.parts:
+        gpu = () if part.gpu_seconds is None else (f"{part.gpu_seconds * 1e3:.2f}",)
+        table.add_row(part.part, f"{part.seconds * 1e3:.2f}", f"{part.seconds / step.profiled_seconds:.1%}", *gpu)
+    table.add_row("all", f"{step.profiled_seconds * 1e3:.2f}")
     console.print(table)
-    memory = "" if measured.gpu_memory_gib is None else f", {measured.gpu_memory_gib:.1f} GiB of GPU memory"
+    memory = f", {step.gpu_memory_gib:.1f} GiB of GPU memory" if on_gpu else ""
     console.print(
-        f"unwatched, a step takes {measured.seconds * 1e3:.2f} ms: {measured.images_per_second:.1f} images/s, "
-        f"{measured.tflops:.3g} TFLOP/s{memory} (means of {measured.steps} steps on {device})"
+        f"without the profiler, a step takes {step.seconds * 1e3:.2f} ms: {step.images_per_second:.1f} images/s, "
+        f"{step.tflops:.3g} TFLOP/s{memory} (means of {step.steps} steps on {device})"
     )
     return {
         "device": str(device),
-        "steps": measured.steps,
-        "step_ms": measured.seconds * 1e3,
-        "watched_step_ms": measured.watched_seconds * 1e3,
-        "images_per_second": measured.images_per_second,
-        "tflops": measured.tflops,
-        "gpu_memory_gib": measured.gpu_memory_gib,
-        "parts": [{"part": part, "ms": seconds * 1e3} for part, seconds in measured.parts.items()],
+        "steps": step.steps,
+        "step_ms": step.seconds * 1e3,
+        "watched_step_ms": step.profiled_seconds * 1e3,
+        "images_per_second": step.images_per_second,
+        "tflops": step.tflops,
+        "gpu_memory_gib": step.gpu_memory_gib,
+        "parts": [
+            {"part": part.part, "ms": part.seconds * 1e3}
+            | ({} if part.gpu_seconds is None else {"gpu_ms": part.gpu_seconds * 1e3})
+            for part in step.parts
+        ],
     }
 
 

@@ -1,31 +1,46 @@
-"""Where the time of a training step goes, part by part.
-
-The parts follow one another without a gap, so their times add up to the step's. On a GPU they are taken between events
-on its own timeline: nothing waits that would not wait in training, and a part in which the GPU had nothing to do counts
-as long as it lasted. How much slower the step is for being watched is measured too.
-"""
+"""Where the time of a training step goes, measured by `torch.profiler`."""
 
 from __future__ import annotations
 
-import itertools
+import bisect
+import contextlib
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.profiler import ProfilerActivity, record_function, schedule
 
-from multistage_diffusion.config import RunConfig
-from multistage_diffusion.data.examples import Examples
-from multistage_diffusion.metrics.cost import network_cost
-from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.training.run import build_trainer
-from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.errors import CheckpointError
+from multistage_diffusion.metrics.cost import denoiser_cost
 
-_PASSES = ("batch", "forward", "backward")  # then what follows them, as it came
-_BACKWARD, _FIRST_BACKWARD = "backward", "backward: loss"
+if TYPE_CHECKING:
+    from multistage_diffusion.multidecoder import MultiDecoder
+    from multistage_diffusion.training.trainer import Trainer
+
+SCOPES = ("batch", "forward", "backward", "optimizer", "averages")  # of a step, in this order
+_FORWARD, _REST = "forward: ", "rest"
 _WARM_UP = 5  # steps before anything is measured: memory is taken, kernels are chosen and compiled
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Mean time that a step spends in a part.
+
+    Attributes:
+        part: Its name.
+        seconds: Of the host.
+        gpu_seconds: Of the kernels that the part started on the GPU; none on a CPU.
+    """
+
+    part: str
+    seconds: float
+    gpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,149 +49,143 @@ class StepProfile:
 
     Attributes:
         steps: Steps that were measured.
-        seconds: Mean time of a step, unwatched.
-        watched_seconds: Mean time of a step while its parts are timed; what `parts` add up to.
-        parts: Seconds of each part in a mean step, in their order.
-        images_per_second: Images trained on, unwatched.
+        seconds: Mean time of a step without the profiler.
+        profiled_seconds: Mean time of a step with the profiler; what `parts` add up to.
+        parts: The parts in their order.
+        images_per_second: Images trained on, without the profiler.
         tflops: Achieved 10^12 FLOPs a second, counting those of the network's forward and backward pass.
         gpu_memory_gib: Most memory that torch held of the GPU; none on a CPU.
     """
 
     steps: int
     seconds: float
-    watched_seconds: float
-    parts: dict[str, float]
+    profiled_seconds: float
+    parts: tuple[PartTime, ...]
     images_per_second: float
     tflops: float
     gpu_memory_gib: float | None
 
 
-def profile(
-    config: RunConfig,
-    data: Examples,
-    *,
-    device: torch.device | str = "cpu",
-    steps: int = 20,
-    processes: ProcessGroup = SINGLE,
-) -> StepProfile:
-    """Train for a few steps, and time them; nothing is written.
+def profile(trainer: Trainer, *, steps: int = 20, trace: Path | None = None) -> StepProfile:
+    """Train for a few steps and measure them: first without the profiler, then as many with it.
 
     Args:
-        config: The run.
-        data: Its images or latents.
-        device: Where to train.
-        steps: Steps to measure unwatched, and as many watched.
-        processes: The processes that train together; each of them profiles itself.
+        trainer: Its steps are taken as in a run; under `torchrun` each process profiles itself.
+        steps: Steps to measure each time.
+        trace: Where to write a trace for chrome://tracing or Perfetto.
 
     Returns:
         The profile of this process.
 
     Raises:
-        ConfigError: The configuration does not fit the data.
+        CheckpointError: The trace cannot be written.
     """
-    trainer = build_trainer(config, data, device=device, processes=processes)
-    clock = _Clock(trainer.device)
-    _run(trainer, _WARM_UP)
-    clock.wait()
-    begin, seen = time.perf_counter(), list(trainer.stage_images)
-    _run(trainer, steps)
-    clock.wait()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on stderr that it starts
+    _advance(trainer, _WARM_UP)
+    begin, before = time.perf_counter(), list(trainer.stage_images)
+    _advance(trainer, steps)
     seconds = (time.perf_counter() - begin) / steps
-    spent = [now - before for now, before in zip(trainer.stage_images, seen, strict=True)]
-    flops = network_cost(config.model, data.shape).training_flops(spent) / processes.size / steps
-    _listen(trainer, clock)
-    _run(trainer, 1)  # one more, as the first timed call of each part is slower
-    clock.start()
-    _run(trainer, steps)
-    parts = {name: total / steps for name, total in clock.totals().items()}
-    memory = torch.cuda.max_memory_reserved(trainer.device) / 2**30 if trainer.device.type == "cuda" else None
+    images = [now - then for now, then in zip(trainer.stage_images, before, strict=True)]
+    flops = denoiser_cost(trainer.denoiser).training_flops(images) / trainer.processes.size / steps
+    is_gpu = trainer.device.type == "cuda"
+    events: list[Any] = []
+
+    def collect(profiler: torch.profiler.profile) -> None:
+        events.extend(profiler.events() or ())
+        if trace is not None:
+            try:
+                trace.parent.mkdir(parents=True, exist_ok=True)
+                profiler.export_chrome_trace(str(trace))
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f"cannot write {trace}: {error}; choose another --profile-trace") from error
+
+    with (
+        _network_scopes(trainer.denoiser.network),
+        torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])],
+            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+            on_trace_ready=collect,
+        ) as profiler,
+    ):
+        for _ in trainer.run(trainer.step + 1 + steps):
+            profiler.step()
+    parts = tuple(_parts(events, steps, is_gpu))
+    memory = torch.cuda.max_memory_reserved(trainer.device) / 2**30 if is_gpu else None
     return StepProfile(
-        steps, seconds, sum(parts.values()), parts, config.training.batch_size / seconds, flops / seconds / 1e12, memory
+        steps=steps,
+        seconds=seconds,
+        profiled_seconds=sum(part.seconds for part in parts),
+        parts=parts,
+        images_per_second=trainer.training.batch_size / seconds,
+        tflops=flops / seconds / 1e12,
+        gpu_memory_gib=memory,
     )
 
 
-def _run(trainer: Trainer, steps: int) -> None:
+def _advance(trainer: Trainer, steps: int) -> None:
     for _ in trainer.run(trainer.step + steps):
         pass
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
 
 
 @final
-class _Clock:
-    """The ends of parts, as they come; read at the very end."""
+class _Scope(nn.Module):
+    """A part of the network whose calls the profiler sees by a name."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device if device.type == "cuda" else None
-        self._laps: list[tuple[str, Any]] = []
-        self._backward = _FIRST_BACKWARD  # what the backward pass is at
+    def __init__(self, part: nn.Module, name: str) -> None:
+        super().__init__()
+        self.part, self.name = part, name
 
-    def start(self) -> None:
-        """Forget what came before."""
-        self._laps.clear()
-        self.lap("")
-
-    def lap(self, part: str) -> None:
-        """A part has ended."""
-        if part == _BACKWARD:
-            part, self._backward = self._backward, _FIRST_BACKWARD
-        time_of = self._event() if self._gpu is not None else time.perf_counter()
-        self._laps.append((part, time_of))
-
-    def enter(self) -> None:
-        """The forward pass of a part of the network begins."""
-        if self._laps[-1][0] == "batch":
-            self.lap("forward: input")
-
-    def backward(self, part: str) -> None:
-        """The gradient has reached a part's output: the backward pass has ended what comes after it."""
-        self.lap(self._backward)
-        self._backward = f"backward: {part}"
-
-    def wait(self) -> None:
-        """Until the GPU has done all that it was given."""
-        if self._gpu is not None:
-            torch.cuda.synchronize(self._gpu)
-
-    def totals(self) -> dict[str, float]:
-        """Seconds of each part in all."""
-        self.wait()
-        totals: dict[str, float] = {}
-        for (_, begin), (part, end) in itertools.pairwise(self._laps):
-            seconds = end - begin if self._gpu is None else begin.elapsed_time(end) / 1e3
-            totals[part] = totals.get(part, 0.0) + seconds
-        return dict(sorted(totals.items(), key=lambda item: _place(item[0])))
-
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._gpu))
-        return event
+    def forward(self, *inputs: Any) -> Any:
+        with record_function(self.name):
+            return self.part(*inputs)
 
 
-def _place(part: str) -> int:
-    kind = part.partition(":")[0]
-    return _PASSES.index(kind) if kind in _PASSES else len(_PASSES)
-
-
-def _listen(trainer: Trainer, clock: _Clock) -> None:
-    """Have a trainer tell the clock about the parts of its steps, and of its network."""
-    network, trainer.lap = trainer.denoiser.network, clock.lap
+@contextlib.contextmanager
+def _network_scopes(network: MultiDecoder) -> Iterator[None]:
+    """Let each call of an encoder or decoder be a scope, whether it is compiled, checkpointed or sharded."""
     shared = len(network.encoders) == 1
-    for index, encoder in enumerate(network.encoders):
-        _time_calls(encoder, "encoder" if shared else f"encoder {index}", clock)
-    for index, decoder in enumerate(network.decoders):
-        _time_calls(decoder, f"decoder {index}", clock)
+    groups = [(network.encoders, "encoder" if shared else "encoder {}"), (network.decoders, "decoder {}")]
+    for group, name in groups:
+        for index, part in enumerate(group):
+            group[index] = _Scope(part, _FORWARD + name.format(index))
+    try:
+        yield
+    finally:
+        for group, _ in groups:
+            for index, scope in enumerate(group):
+                assert isinstance(scope, _Scope)
+                group[index] = scope.part
 
 
-def _time_calls(module: nn.Module, name: str, clock: _Clock) -> None:
-    """Tell when a call begins and ends, and when the gradient reaches its output, whether it is compiled or not."""
-    call: Callable[..., Any] = module._compiled_call_impl or module._call_impl
+def _parts(events: Sequence[Any], steps: int, is_gpu: bool) -> Iterator[PartTime]:
+    """The scopes, those of the network in place of the forward pass, and what is left of the forward pass and the step.
 
-    def timed(*words: Any, **named: Any) -> Any:
-        clock.enter()
-        output = call(*words, **named)
-        clock.lap(f"forward: {name}")
-        first = output if isinstance(output, Tensor) else output[0]
-        if first.requires_grad:
-            first.register_hook(lambda gradient: clock.backward(name))
-        return output
+    The backward pass of a GPU runs on a thread of its own, so kernels belong to the scope at whose time they were
+    started, not to the scope that called.
+    """
+    host = [event for event in events if event.device_type.name == "CPU"]
+    outer, inner = (
+        sorted((event.time_range.start, event.time_range.end, event.name) for event in host if is_scope(event.name))
+        for is_scope in (lambda name: name in SCOPES, lambda name: name.startswith(_FORWARD))
+    )
+    names = [*dict.fromkeys(name for *_, name in inner), _FORWARD + _REST]
+    order = [part for scope in SCOPES for part in (names if scope == "forward" else [scope])] + [_REST]
+    seconds = dict.fromkeys([*order, "forward"], 0.0)
+    for begin, end, name in outer + inner:
+        seconds[name] += (end - begin) / 1e6
+    whole = sum(event.time_range.elapsed_us() for event in host if event.name.startswith("ProfilerStep")) / 1e6
+    seconds[_REST] = whole - sum(seconds[name] for name in SCOPES)
+    seconds[_FORWARD + _REST] = seconds["forward"] - sum(seconds[name] for name in names[:-1])
+    gpu = dict.fromkeys(order, 0.0)
+    for event in host:
+        if event.kernels:
+            name = _scope_at(event.time_range.start, inner) or _scope_at(event.time_range.start, outer) or _REST
+            gpu[_FORWARD + _REST if name == "forward" else name] += sum(k.duration for k in event.kernels) / 1e6
+    return (PartTime(name, seconds[name] / steps, gpu[name] / steps if is_gpu else None) for name in order)
 
-    setattr(module, "_compiled_call_impl", timed)  # noqa: B010  (what torch calls in place of a module)
+
+def _scope_at(time_us: float, scopes: Sequence[tuple[float, float, str]]) -> str | None:
+    index = bisect.bisect_right(scopes, (time_us, math.inf, "")) - 1
+    return scopes[index][2] if index >= 0 and time_us <= scopes[index][1] else None

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl always, and the trackers that were asked for."""
+"""What a run reports while it trains: metrics.jsonl always, trackers and callbacks where they are asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,12 @@ from multistage_diffusion.config import RunConfig, to_dict
 from multistage_diffusion.errors import CheckpointError
 from multistage_diffusion.files import remove_leftovers, write_atomic
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.training.trackers import About, Trackers, flat_numbers
+from multistage_diffusion.training.callbacks import Callback, LogRecord
+from multistage_diffusion.training.trackers import SAMPLES, TrackedRun, Trackers
 from multistage_diffusion.training.trainer import StepResult
 
-METRICS, SAMPLES = "metrics.jsonl", "samples"
-_EVALUATION = "evaluation"
+METRICS, _EVALUATION = "metrics.jsonl", "evaluation"
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)  # of a foreign line
 
 
 @dataclass
@@ -38,11 +39,7 @@ class Window:
     overflows: int = 0
 
     def add(self, result: StepResult) -> None:
-        """Take a step's losses.
-
-        Args:
-            result: The step's result.
-        """
+        """Take a step's losses."""
         if not self.stage_loss:
             self.stage_loss, self.stage_steps = [0.0] * len(result.stage_loss), [0] * len(result.stage_loss)
         self.steps += 1
@@ -55,58 +52,61 @@ class Window:
                 self.stage_steps[stage] += 1
 
     def close(self) -> dict[str, Any]:
-        """The means, and a fresh start.
-
-        Returns:
-            `loss` and `stage_loss`; `clipped`, in how many steps the gradient was, and `overflows` of fp16.
-        """
+        """The means, and how many steps were clipped or overflowed in fp16; the sums begin anew."""
         pairs = zip(self.stage_loss, self.stage_steps, strict=True)
         line = {
             "loss": self.loss / self.steps,
             "stage_loss": [total / count if count else None for total, count in pairs],
-            "clipped": self.clipped, "overflows": self.overflows,
-        }  # fmt: skip
+            "clipped": self.clipped,
+            "overflows": self.overflows,
+        }
         vars(self).update(vars(Window(last=line["loss"])))
         return line
 
 
 @final
 class Report:
-    """The lines of a run, as a context: to metrics.jsonl, and to the trackers.
+    """metrics.jsonl, the trackers and the callbacks of a run, as a context; process 0 alone reports.
 
     Args:
         folder: The run directory.
         config: The run.
-        step: Steps taken before. What a killed run reported beyond them is dropped: it will be reported again.
+        step: Steps taken. Lines of later steps, which a killed run left, are dropped: they will be written again.
         device: Whose memory is reported.
-        processes: The processes that train together; only process 0 reports.
+        processes: The processes that train together.
+        callbacks: Called with each record after it was written.
 
     Raises:
         CheckpointError: metrics.jsonl cannot be written.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, step: int, device: torch.device, processes: ProcessGroup = SINGLE
+        self,
+        folder: Path,
+        config: RunConfig,
+        step: int,
+        device: torch.device,
+        processes: ProcessGroup = SINGLE,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.folder, self._config, self._device = folder, config, device
-        self._clock = (time.perf_counter(), step)
-        self._began = time.perf_counter()
+        self.folder, self._batch_size, self._device = folder, config.training.batch_size, device
+        self._began, self._last_line = time.perf_counter(), (time.perf_counter(), step)
         self._evaluated: set[int] = set()
         self._file: int | None = None
-        reported = self._continue(step) if processes.is_main else {}
-        name = config.logging.name or folder.absolute().name
-        about = About(folder, config.logging.project, name, to_dict(config), reported)
-        self._trackers = Trackers(config.logging.trackers if processes.is_main else (), about)
+        self._trackers: Trackers | None = None
+        self._callbacks: Sequence[Callback] = ()
+        if processes.is_main:
+            reported = self._continue(step)
+            name = config.logging.name or folder.absolute().name
+            run = TrackedRun(folder, config.logging.project, name, to_dict(config), reported)
+            self._trackers = Trackers(config.logging.trackers, run)
+            self._callbacks = (self._trackers, *callbacks)
 
     def _continue(self, step: int) -> dict[str, int]:
-        """Open metrics.jsonl without the lines beyond a step.
-
-        Returns:
-            The last step at which each number was reported, those lines included.
-        """
+        """Open metrics.jsonl without the lines after a step; the last step of each number, those lines included."""
         folder, kept, reported = self.folder, [], dict[str, int]()
         for line in (folder / METRICS).read_bytes().splitlines() if (folder / METRICS).is_file() else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(*_MALFORMED):
                 document = json.loads(line)
                 reported |= dict.fromkeys(flat_numbers(document), int(document["step"]))
                 if document["step"] <= step:
@@ -127,7 +127,8 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._trackers.__exit__(kind, error, trace)
+        if self._trackers is not None:
+            self._trackers.__exit__(kind, error, trace)
         if self._file is not None:
             os.close(self._file)
 
@@ -139,48 +140,34 @@ class Report:
             window: The losses since the last line; begins anew.
             flops: FLOPs spent in all.
         """
-        now, (then, step) = time.perf_counter(), self._clock
-        self._clock = (now, result.step)
-        images = (result.step - step) * self._config.training.batch_size
+        now, (then, step) = time.perf_counter(), self._last_line
+        self._last_line = (now, result.step)
+        images = (result.step - step) * self._batch_size
         line = {
-            "step": result.step, "images": result.images, **window.close(), "learning_rate": result.learning_rate,
-            "gradient_norm": result.gradient_norm, "training_flops": flops,
+            "step": result.step,
+            "images": result.images,
+            **window.close(),
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "training_flops": flops,
             "images_per_second": round(images / max(now - then, 1e-9), 3),
-        }  # fmt: skip
+        }
         if self._device.type == "cuda":
             line["gpu_memory_gib"] = round(torch.cuda.max_memory_reserved(self._device) / 2**30, 3)
         self._write(line)
 
     def evaluation(self, step: int, images: int, figures: dict[str, Any]) -> None:
-        """Report what an evaluation found.
-
-        Args:
-            step: Steps taken.
-            images: Images seen.
-            figures: The figures.
-        """
+        """Report the figures of an evaluation."""
         self._write({"step": step, "images": images, _EVALUATION: figures})
         self._evaluated.add(step)
 
     def evaluated(self, step: int) -> bool:
-        """Whether an evaluation of a step was reported.
-
-        Args:
-            step: Steps taken.
-
-        Returns:
-            Whether it was, in this life of the run or an earlier one.
-        """
+        """Whether an evaluation of a step was reported, now or before the run was interrupted."""
         return step in self._evaluated
 
-    def picture(self, step: int, path: Path) -> None:
-        """Report a grid of samples.
-
-        Args:
-            step: Steps taken.
-            path: The file.
-        """
-        self._trackers.image(step, SAMPLES, path)
+    def picture(self, step: int, images: int, path: Path) -> None:
+        """Report a grid of samples."""
+        self._log(LogRecord(step, images, picture=path))
 
     def sync(self) -> None:
         """Bring the lines to the disk."""
@@ -196,7 +183,12 @@ class Report:
             content = (json.dumps(line) + "\n").encode()
             while content:
                 content = content[os.write(self._file, content) :]
-        self._trackers.scalars(line["step"], flat_numbers({key: value for key, value in line.items() if key != "step"}))
+        scalars = flat_numbers(line)
+        self._log(LogRecord(line["step"], line["images"], {name: scalars[name] for name in scalars if name != "step"}))
+
+    def _log(self, record: LogRecord) -> None:
+        for callback in self._callbacks:
+            callback.on_log(record)
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -208,7 +200,20 @@ class Report:
             ) from error
 
 
+def flat_numbers(document: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line by name: {"loss": 1, "stage_loss": [0.2, None]} has "loss" and "stage_loss/0"."""
+    numbers: dict[str, float] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            numbers |= flat_numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (list, tuple)):
+            numbers |= flat_numbers({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            numbers[f"{prefix}{key}"] = float(value)
+    return numbers
+
+
 def _step(picture: Path) -> int:
     """The step of a file like step-00001000.png."""
     digits = picture.stem.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if digits.isdecimal() else 0

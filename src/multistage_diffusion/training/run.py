@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, final
@@ -28,6 +28,7 @@ from multistage_diffusion.runs import Checkpoint, build_denoiser
 from multistage_diffusion.runs.averages import FOLDER as SNAPSHOTS
 from multistage_diffusion.runs.checkpoints import newest_valid
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import prune, restore_checkpoint, save_checkpoint
 from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.observe import Observer, require_metrics
@@ -72,6 +73,7 @@ def train(
     stages: Stages | None = None,
     network: nn.Module | None = None,
     device: torch.device | str = "cpu",
+    callbacks: Sequence[Callback] = (),
     on_step: Callable[[StepResult, int], None] | None = None,
     on_encode: Callable[[int, int], None] | None = None,
 ) -> TrainingSummary:
@@ -86,6 +88,7 @@ def train(
         stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
         network: A network of the user's, in place of the one that `config.model` describes.
         device: Where to train; `cuda` is the GPU of this process.
+        callbacks: Whose `on_log` takes what metrics.jsonl and the grids show, in process 0.
         on_step: Called after each step with its result and the number of steps to take.
         on_encode: Called with the number of images encoded into latents, and of all, where that is not in the cache.
 
@@ -97,7 +100,7 @@ def train(
         DataError: The source cannot be read.
         CheckpointError: The disk is full, or all checkpoints are damaged.
         NumericsError: The loss is not finite.
-        StoppedError: SIGTERM or SIGINT came; a checkpoint of the last step was written.
+        StoppedError: A signal of `guard.SIGNALS` came; a checkpoint of the last step was written.
         PeerError: Another process of the run failed, and says why.
     """
     started, folder, device = time.perf_counter(), Path(out), local_device(device)
@@ -111,7 +114,9 @@ def train(
             data, images = _read(config, data, device, on_encode)
         if stages is None and (folder / "stages.json").is_file():
             stages = Stages.load(folder / "stages.json")  # with the provenance, from the call that knew it
-        trainer = build_trainer(config, data, stages, network=network, device=device, processes=processes)
+        trainer = build_trainer(
+            config, data, stages, network=network, device=device, processes=processes, callbacks=callbacks
+        )
         return _Life(folder, config, trainer, on_step).run(images, started)
 
 
@@ -123,6 +128,7 @@ def build_trainer(
     network: nn.Module | None = None,
     device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE,
+    callbacks: Sequence[Callback] = (),
 ) -> Trainer:
     """The bridge from a configuration to a trainer.
 
@@ -133,6 +139,7 @@ def build_trainer(
         network: A network of the user's, in place of the one that `config.model` describes.
         device: Where to train.
         processes: The processes that train together.
+        callbacks: As in `train`.
 
     Returns:
         The trainer, at step 0.
@@ -150,6 +157,7 @@ def build_trainer(
         feed=make_feed(data, torch.device(device), config.data),
         device=device,
         processes=processes,
+        callbacks=callbacks,
     )
 
 
@@ -179,7 +187,7 @@ def fit(
         ConfigError: The directory holds another run, or something else; or there are no images to evaluate on.
         CheckpointError: The disk is full, or all checkpoints are damaged.
         NumericsError: The loss is not finite.
-        StoppedError: SIGTERM or SIGINT came; a checkpoint of the last step was written.
+        StoppedError: A signal of `guard.SIGNALS` came; a checkpoint of the last step was written.
     """
     started, folder, denoiser = time.perf_counter(), Path(out), trainer.denoiser
     augmented = trainer.augment_probability > 0
@@ -241,7 +249,7 @@ class _Life:
             with processes.local_main_first():  # what it needs may have to be fetched
                 observer = Observer(folder, config, self.data, images, trainer.device, received)
             del images  # the observer keeps those that it needs
-            with Report(folder, config, resumed, trainer.device, processes) as report:
+            with Report(folder, config, resumed, trainer.device, processes, trainer.callbacks) as report:
                 processes.barrier()  # trackers may take their time to answer
                 stop = observer.look(trainer, report)  # what a signal kept the run from drawing
                 if stop is not None:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import itertools
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -27,14 +26,15 @@ from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.training.batches import Batch, Batches
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
+from multistage_diffusion.training.guard import SIGNALS
 from multistage_diffusion.training.precision import LossScale, require_few
 from multistage_diffusion.training.schedule import learning_rate
 from multistage_diffusion.training.weighting import relative_weight
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Trainer:
             rate is set in each step.
         device: Where to train; by default where the denoiser is.
         processes: The processes that train together; each of them makes its trainer.
+        callbacks: Whose `on_log` takes what a run directory's metrics.jsonl and grids show.
 
     Raises:
         ConfigError: The options do not fit the data, or the batch has fewer images than micro-batches.
@@ -105,10 +106,11 @@ class Trainer:
         optimizer: MakeOptimizer | None = None,
         device: torch.device | str | None = None,
         processes: ProcessGroup = SINGLE,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.device = denoiser.device if device is None else torch.device(device)
         self.data, self.training, self.engine, self.processes = data, training, engine, processes
-        self.flip, self.augment_probability = flip, augment_probability
+        self.flip, self.augment_probability, self.callbacks = flip, augment_probability, callbacks
         micro_batches = processes.size * engine.gradient_accumulation
         if training.batch_size < micro_batches:
             raise ConfigError(
@@ -137,7 +139,7 @@ class Trainer:
         self._dropout = takes_dropout_seed(denoiser.network)
         self._model = self._prepare()
         self.scale = LossScale() if engine.precision == "fp16" else None
-        self._flags = torch.cat((torch.zeros(1, 2), torch.eye(2))).to(self.device)
+        self._signal_flags = torch.eye(len(SIGNALS) + 1)[:, 1:].to(self.device)  # no signal, then each of them
         network = denoiser.network
         self.ema = EMA(network, HalfLife(training.ema_half_life, training.ema_ramp_up))
         self.powers = {width: EMA(network, Power(width)) for width in training.sigma_rel}
@@ -303,7 +305,7 @@ class Trainer:
             summands = torch.stack([loss.detach(), *means])
             figures, counts = (figures + summands if turn else summands), batch.batch_counts
         if processes.size > 1:
-            flags = self._flags[1 + _SIGNALS.index(received[0]) if received else 0]
+            flags = self._signal_flags[1 + SIGNALS.index(received[0]) if received else 0]
             figures = processes.all_reduce(torch.cat((figures, flags)))
         return figures, counts
 
@@ -324,7 +326,8 @@ class Trainer:
         """The signal that any of several processes got; all know it at the same step."""
         if self.processes.size == 1:
             return None
-        return next((int(number) for number, count in zip(_SIGNALS, figures[-2:], strict=True) if count), None)
+        counts = figures[-len(SIGNALS) :]
+        return next((int(number) for number, count in zip(SIGNALS, counts, strict=True) if count), None)
 
     def _require_finite(self, stage_loss: tuple[float | None, ...]) -> None:
         """Stop before the update where a loss is not finite."""
