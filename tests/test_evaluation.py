@@ -234,7 +234,7 @@ def test_metrics_of_the_user_stand_beside_the_library_s():
 
         def measure(self, denoiser, examples, **_):
             x = examples.floats()
-            return {"bias": float((denoiser(x, torch.full((len(x),), 0.1)) - x).mean())}
+            return {"bias": float((denoiser(x, 0.1) - x).mean())}
 
     evaluation = evaluate(
         tiny.denoiser(), tiny.images(40), ["loss", Bias(), Shift()], features=extractor(), num=20, sampling=SAMPLING

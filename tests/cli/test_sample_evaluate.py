@@ -8,6 +8,8 @@ from PIL import Image
 
 import tiny
 from multistage_diffusion.cli import dispatch
+from multistage_diffusion.data import load_data
+from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.training.run import train
 
 
@@ -138,3 +140,22 @@ def test_evaluate_names_mistakes(run, tmp_path, call):
     assert "one or more names" in call("evaluate", run, "--metrics", ",")[2]
     (tmp_path / "pictures").mkdir()
     assert "--data is needed" in call("evaluate", tmp_path / "pictures")[2]
+
+
+def test_evaluate_measures_a_folder_to_published_statistics(run, tmp_path, call):
+    test, train = (load_data("digits", split=split) for split in ("test", "train"))
+    features = load_extractor("classifier", train, test)(test.floats()).features.double().numpy()
+    np.savez(tmp_path / "digits.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    reference = ("--reference", tmp_path / "digits.npz")
+    call("sample", run, "--num", 20, "--steps", 2, "--out", tmp_path / "samples")
+    figures = [
+        json.loads(call("evaluate", tmp_path / "samples", "--data", "digits", *words, "--json")[1])
+        for words in ((), reference)
+    ]
+    assert figures[0]["fd"] == pytest.approx(figures[1]["fd"], rel=1e-6)
+    assert figures[1]["statistics"]["source"] == str(tmp_path / "digits.npz")
+    assert "is not a file" in call("evaluate", run, "--reference", tmp_path / "none.npz")[2]
+    assert "test, train or FILE.npz" in call("evaluate", run, "--reference", "tset")[2]
+    np.savez(tmp_path / "other.npz", mu=np.zeros(8), sigma=np.eye(8))
+    words = ("--data", "digits", "--reference", tmp_path / "other.npz")
+    assert "is of 8 features, and digits-classifier gives 64" in call("evaluate", tmp_path / "samples", *words)[2]

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from multistage_diffusion.process_group import ProcessGroup
     from multistage_diffusion.runs import LoadedRun
 
-_MINUTES = 10.0  # that processes wait for one another where they add up what they saw
+_RUN = "config.json"  # a folder with this file is a run directory
+_TRAINED = ("classifier", "source")  # features that are trained on images of the source
+_MINUTES = 10.0  # that processes wait for one another where they add up their sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +44,17 @@ class Options(Compute):
     """Run directory, or folder of images."""
     data: str | None = None
     """Source of the real images; by default that of the run."""
-    metrics: str = "fd,loss"
-    """Metrics, separated by commas."""
+    metrics: str | None = None
+    """Metrics, separated by commas; by default fd,loss for a run and fd for a folder of images."""
     features: str = "classifier"
     """What the distances see the images with: classifier (a small one, trained on the labels of the source),
     efficientnet-lite0, inception or dinov2; behind a colon a local file of its weights (dinov2: folder, or name on the
     hub)."""
     num: int = 1_000
     """Generated images behind the distances, for a run."""
-    reference: Literal["test", "train"] = "test"
-    """Which real images: the held-out ones, or the training set, as published FIDs do."""
+    reference: str = "test"
+    """Which real images: test, the held-out ones; train, as published FIDs do; or FILE.npz with the mean (mu) and the
+    covariance (sigma) of their features, for fd."""
     solver: str | None = None
     """Solver; by default the run's."""
     steps: int | None = None
@@ -83,14 +86,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         The command's document.
     """
     device = prepare(options)
-    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    check(len(names) > 0, "metrics", "one or more names separated by commas", repr(options.metrics))
-    if "fid" in names and options.features.partition(":")[0] != "inception":
-        raise ConfigError("fid is fd with the features inception; add --features inception, or ask for fd")
-    names = ["fd" if name == "fid" else name for name in names]
     target = Path(options.target)
     if not target.is_dir():
         raise ConfigError(f"{target} is neither a run directory nor a folder of images")
+    text = options.metrics
+    if text is None:
+        text = "fd,loss" if (target / _RUN).is_file() else "fd"
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    check(len(names) > 0, "metrics", "one or more names separated by commas", repr(text))
+    if "fid" in names and options.features.partition(":")[0] != "inception":
+        raise ConfigError("fid is fd with the features inception; add --features inception, or ask for fd")
+    names = ["fd" if name == "fid" else name for name in names]
+    is_file = options.reference.endswith(".npz")
+    check(is_file or options.reference in ("test", "train"), "reference", "test, train or FILE.npz", options.reference)
 
     from multistage_diffusion.files import write_json
     from multistage_diffusion.process_group import join, local_device
@@ -115,7 +123,7 @@ def _shown(value: Any) -> str:
         case list() | tuple():
             return ", ".join(map(_shown, value))
         case dict():
-            return ", ".join(f"{key} {_shown(own)}" for key, own in value.items())
+            return ", ".join(f"{key} {_shown(part)}" for key, part in value.items())
         case _:
             return str(value)
 
@@ -128,43 +136,46 @@ def _measure(
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.evaluation import evaluate, evaluate_images
     from multistage_diffusion.metrics.extractors import load_extractor
+    from multistage_diffusion.metrics.reference import read_moments
     from multistage_diffusion.metrics.table import resolve
     from multistage_diffusion.runs import load_run
 
-    loaded = (
-        load_run(target, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
-        if (target / "config.json").is_file()
-        else None
-    )
-    source = options.data or (loaded.config.data.source if loaded and loaded.config else None)
-    if source is None:
-        raise ConfigError(f"--data is needed: {target} does not say which images it should resemble")
-    size = loaded.config.data.resolution if loaded and loaded.config else None
-    root = options.data_root or (loaded.config.data.root if loaded and loaded.config else None)
-    bad = loaded.config.data.tolerated if loaded and loaded.config else 0.0
-    train, test = (
-        load_data(source, split=split, root=root, resolution=size, max_bad=bad) for split in ("train", "test")
-    )
-    real = test if options.reference == "test" else train
-
+    loaded = None
+    if (target / _RUN).is_file():
+        loaded = load_run(target, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
+    of_features, of_model = resolve(metrics)
+    statistics = None if options.reference in ("test", "train") else read_moments(Path(options.reference))
+    train = test = None
+    if statistics is None or of_model or options.features in _TRAINED:
+        train, test = _real_images(options, target, loaded)
+    real = train if options.reference == "train" else test
     extractor = None
-    if resolve(metrics)[0]:
+    if of_features:
         with processes.local_main_first():  # a classifier is trained, or weights are downloaded, once
             extractor = load_extractor(options.features, train, test, device=device)
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
-        images = load_data(f"folder:{pictures}", split="all")
-        evaluation = evaluate_images(images, real, metrics, features=extractor or "classifier", processes=processes)
+        evaluation = evaluate_images(
+            load_data(f"folder:{pictures}", split="all"),
+            real,
+            metrics,
+            features=extractor or options.features,
+            statistics=statistics,
+            processes=processes,
+        )
     else:
         loaded.denoiser.precision = options.precision
         codec = load_codec(target, device)
-        if codec is None:
-            _check_shape(loaded, real)
+        if codec is None and real is not None and loaded.denoiser.shape != real.shape:
+            raise ConfigError(
+                f"the run makes images of {loaded.denoiser.shape}, but those of {real.name} are {real.shape}"
+            )
         evaluation = evaluate(
             loaded.denoiser,
             real,
             metrics,
             features=extractor,
+            statistics=statistics,
             num=options.num,
             sampling=_sampling(loaded, options),
             seed=options.seed,
@@ -176,14 +187,30 @@ def _measure(
     return {"target": str(target), "step": loaded.step if loaded else None, **evaluation.to_dict()}
 
 
+def _real_images(options: Options, target: Path, loaded: LoadedRun | None) -> tuple[Images, Images]:
+    """Training and held-out images of the source: the option's, or the run's own."""
+    from multistage_diffusion.data import load_data
+
+    config = loaded.config.data if loaded and loaded.config else None
+    source = options.data or (config.source if config else None)
+    if source is None:
+        raise ConfigError(f"--data is needed: {target} does not say which images it should resemble")
+    train, test = (
+        load_data(
+            source,
+            split=split,
+            root=options.data_root or (config.root if config else None),
+            resolution=config.resolution if config else None,
+            max_bad=config.tolerated if config else 0.0,
+        )
+        for split in ("train", "test")
+    )
+    return train, test
+
+
 def _sampling(loaded: LoadedRun, options: Options) -> SamplingConfig:
     """The run's sampling, with the options in place of its own."""
     default = loaded.config.sampling if loaded.config else SamplingConfig()
     if options.solver is not None and options.solver != default.solver:
         default = replace(default, solver=options.solver, spacing=None)
     return default if options.steps is None else replace(default, steps=options.steps)
-
-
-def _check_shape(loaded: LoadedRun, real: Images) -> None:
-    if loaded.denoiser.shape != real.shape:
-        raise ConfigError(f"the run makes images of {loaded.denoiser.shape}, but those of {real.name} are {real.shape}")

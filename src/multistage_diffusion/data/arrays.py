@@ -43,7 +43,7 @@ def read_npz(source: str, path: Path) -> Collection:
         def find(names: tuple[str, ...]) -> Any:
             for name in names:
                 if name in arrays:
-                    return _read_array(source, archive, arrays[name])
+                    return read_array(source, archive, arrays[name])
             return None
 
         pixels, labels, train, test = find(_PIXELS), find(_LABELS), find(_TRAIN), find(_TEST)
@@ -66,8 +66,12 @@ def read_npz(source: str, path: Path) -> Collection:
         return Collection(_labelled(source, images, joined), held_out)
 
 
-def _read_array(source: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
-    """One array, after its header has been compared with the size of its entry."""
+def read_array(source: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+    """One array of an npz file, after its header has been compared with the size of its entry.
+
+    Raises:
+        DataError: Damaged, or an array of objects.
+    """
     where = f"{source}: {info.filename}"
     try:
         with archive.open(info) as file:

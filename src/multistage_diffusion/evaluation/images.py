@@ -15,10 +15,12 @@ from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
 from multistage_diffusion.data.examples import Codec
 from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics import inception
 from multistage_diffusion.metrics.extractor import FeatureExtractor
-from multistage_diffusion.metrics.metric import Metric
-from multistage_diffusion.metrics.statistics import Statistics, reference_statistics
+from multistage_diffusion.metrics.metric import FeatureMetric, Metric
+from multistage_diffusion.metrics.reference import PublishedMoments
+from multistage_diffusion.metrics.statistics import Moments, Statistics, reference_statistics
 from multistage_diffusion.metrics.table import feature_metrics, keeps_features, measure
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import sample_batches
@@ -65,7 +67,7 @@ def generated(
 
 def distances(
     extractor: FeatureExtractor,
-    reference: Images,
+    reference: Images | PublishedMoments | None,
     images: Iterable[Float[Tensor, "_ channels height width"]],
     metrics: Sequence[str | Metric],
     *,
@@ -76,7 +78,8 @@ def distances(
 
     Args:
         extractor: Gives the features.
-        reference: Real images; their statistics are kept in the cache.
+        reference: Real images, whose statistics are kept in the cache, or published statistics; none where no metric
+            compares.
         images: Batches of generated images in [-1, 1]: the share of this process.
         metrics: Metrics of features.
         first: Index of the first image of this process in the whole set.
@@ -92,6 +95,7 @@ def distances(
     """
     chosen = feature_metrics(metrics)
     keep_real, keep_generated = keeps_features(chosen)
+    _check_reference(chosen, reference, extractor)
     seen = Statistics(extractor.num_features, extractor.num_classes, keep=keep_generated, first=first)
     with processes.all_or_none():
         for batch in images:
@@ -101,14 +105,34 @@ def distances(
     with processes.all_or_none():
         if not processes.is_main:
             return {}
-        if any(metric.compares for metric in chosen):
+        real: Moments = Statistics(extractor.num_features, 0)
+        if isinstance(reference, PublishedMoments):
+            real = reference
+        elif reference is not None and any(metric.compares for metric in chosen):
             real = reference_statistics(extractor, reference, keep=keep_real)
-        else:
-            real = Statistics(extractor.num_features, 0)
         figures = measure(chosen, real, seen)
     if extractor.name == inception.NAME and "fd" in figures:
         figures = {"fid": figures["fd"], **figures}
     return figures
+
+
+def _check_reference(
+    metrics: Sequence[FeatureMetric], reference: Images | PublishedMoments | None, extractor: FeatureExtractor
+) -> None:
+    if reference is None and (names := [metric.name for metric in metrics if metric.compares]):
+        raise ConfigError(f"metrics {', '.join(names)} compare with real images, and none were given")
+    if not isinstance(reference, PublishedMoments):
+        return
+    if names := [metric.name for metric in metrics if metric.keeps == "both"]:
+        raise ConfigError(
+            f"metrics {', '.join(names)} need the features of real images, and {reference.source} holds their mean and "
+            f"covariance only; leave them out of metrics"
+        )
+    if len(reference.mu) != extractor.num_features:
+        raise ConfigError(
+            f"{reference.source} is of {len(reference.mu)} features, and {extractor.name} gives "
+            f"{extractor.num_features}; choose other features"
+        )
 
 
 def _join(rows: Tensor, processes: ProcessGroup) -> Tensor:

@@ -22,6 +22,7 @@ from multistage_diffusion.metrics.cost import CONVENTION, denoiser_cost
 from multistage_diffusion.metrics.extractor import Description, FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.metrics.metric import FeatureMetric, Metric
+from multistage_diffusion.metrics.reference import PublishedMoments
 from multistage_diffusion.metrics.table import feature_metrics, resolve, with_followers
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.sampling import call_plan
@@ -31,11 +32,11 @@ _CAUTION = "the classifier was trained without held-out images, by default on th
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images: `source` as the user wrote it, their number, shape, and SHA-256."""
+    """Real images: `source` as the user wrote it, number, shape and SHA-256; or a file of published statistics."""
 
     source: str
-    images: int
-    shape: tuple[int, ...]
+    images: int | None
+    shape: tuple[int, ...] | None
     digest: str
 
 
@@ -74,7 +75,8 @@ class Evaluation:
 
     Attributes:
         figures: Figures of the metrics by key; all values are such as JSON holds.
-        reference: The real images.
+        reference: The real images, if there are any.
+        statistics: The file of published statistics that the distances were measured to, in place of the real images.
         samples: Number of generated images; 0 where none was drawn.
         seconds: Wall time of all.
         features: What the distances were measured with.
@@ -84,9 +86,10 @@ class Evaluation:
     """
 
     figures: dict[str, Any]
-    reference: Reference
+    reference: Reference | None
     samples: int
     seconds: float
+    statistics: Reference | None = None
     features: Description | None = None
     cost: SampleCost | None = None
     sampling_seconds: float | None = None
@@ -104,29 +107,35 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document: figures and costs side by side, without what was not measured."""
-        document = {
-            **self.figures,
+        optional = {
             "cautions": list(self.cautions) or None,
             "features": None if self.features is None else asdict(self.features),
             "sampling_seconds": self.sampling_seconds,
             "samples": self.samples,
-            "reference": {**asdict(self.reference), "shape": list(self.reference.shape)},
+            "reference": _plain(self.reference),
+            "statistics": _plain(self.statistics),
+            **(_plain(self.cost) or {}),
+            "seconds": self.seconds,
         }
-        if self.cost is not None:
-            calls, gmacs = list(self.cost.stage_calls), list(self.cost.stage_gmacs)
-            document |= {**asdict(self.cost), "stage_calls": calls, "stage_gmacs": gmacs}
-        optional = {"cautions", "features", "sampling_seconds", "training_images", "training_pflops"}
-        document = {key: value for key, value in document.items() if value is not None or key not in optional}
-        return {**document, "seconds": self.seconds}
+        return {**self.figures, **{key: value for key, value in optional.items() if value is not None}}
+
+
+def _plain(record: Reference | SampleCost | None) -> dict[str, Any] | None:
+    """A record as JSON holds it, without what is none."""
+    if record is None:
+        return None
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def evaluate(
     denoiser: Denoiser,
-    reference: Images,
+    reference: Images | None,
     metrics: Sequence[str | Metric] | None = None,
     *,
     features: str | FeatureExtractor | None = None,
     train: Images | None = None,
+    statistics: PublishedMoments | None = None,
     num: int = 1_000,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008  (frozen)
     seed: int = 0,
@@ -139,10 +148,11 @@ def evaluate(
 
     Args:
         denoiser: The model.
-        reference: Real images, held out from its training.
+        reference: Real images, held out from its training; none if `statistics` suffice.
         metrics: Names of `METRICS`, and metrics of your own; by default `loss`, and `fd` where `features` are given.
         features: What the distances see the images with: a name like `classifier`, or an extractor.
         train: Images to train the features `classifier` on; without them it is trained on the reference.
+        statistics: Published statistics, to which `fd` is measured in place of the reference.
         num: Number of generated images.
         sampling: Solver, steps, spacing.
         seed: Seed of the first image, and of the held-out loss.
@@ -171,8 +181,10 @@ def evaluate(
         part = processes.shard(num)
         images = generated(denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, codec=codec)
         images = drawing.timed(images) if part else ()
-        figures = _distances(extractor, reference, images, of_features, num, processes)
+        figures = _distances(extractor, statistics or reference, images, of_features, num, processes)
     if of_model:
+        if reference is None:
+            raise ConfigError(f"the metric {of_model[0].name} needs real images, and none were given")
         examples = reference
         if codec is not None:
             with processes.local_main_first():
@@ -181,17 +193,19 @@ def evaluate(
             for metric in of_model:
                 figures |= metric.measure(denoiser, examples, seed=seed, batch_size=batch_size, processes=processes)
     spent = drawing.seconds if of_features else None
-    measured = _evaluation(figures, begin, spent, num if of_features else 0, reference, extractor, processes)
+    samples = num if of_features else 0
+    measured = _evaluation(figures, begin, spent, samples, reference, statistics, extractor, processes)
     return replace(measured, cost=_cost(denoiser, sampling, stage_images))
 
 
 def evaluate_images(
     images: Images,
-    reference: Images,
+    reference: Images | None,
     metrics: Sequence[str | Metric] = ("fd",),
     *,
     features: str | FeatureExtractor = "classifier",
     train: Images | None = None,
+    statistics: PublishedMoments | None = None,
     device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE,
 ) -> Evaluation:
@@ -199,10 +213,11 @@ def evaluate_images(
 
     Args:
         images: The images.
-        reference: Real images of the same shape.
+        reference: Real images of the same shape; none if `statistics` suffice.
         metrics: Metrics of features: names of `METRICS`, and metrics of your own.
         features: As in `evaluate`.
         train: As in `evaluate`.
+        statistics: As in `evaluate`.
         device: Where features given by name are computed.
         processes: The processes that share the work.
 
@@ -217,13 +232,13 @@ def evaluate_images(
     chosen = feature_metrics(metrics)
     extractor = _extractor(features, reference, train, device, processes)
     batches = (images.floats(rows) for rows in torch.arange(part.start, part.stop).split(500))
-    figures = _distances(extractor, reference, batches, chosen, len(images), processes)
-    return _evaluation(figures, begin, None, len(images), reference, extractor, processes)
+    figures = _distances(extractor, statistics or reference, batches, chosen, len(images), processes)
+    return _evaluation(figures, begin, None, len(images), reference, statistics, extractor, processes)
 
 
 def _extractor(
     features: str | FeatureExtractor,
-    reference: Images,
+    reference: Images | None,
     train: Images | None,
     device: torch.device | str,
     processes: ProcessGroup,
@@ -238,7 +253,7 @@ def _extractor(
 
 def _distances(
     extractor: FeatureExtractor,
-    reference: Images,
+    reference: Images | PublishedMoments | None,
     images: Iterable[Tensor],
     metrics: Sequence[FeatureMetric],
     num: int,
@@ -258,7 +273,8 @@ def _evaluation(
     begin: float,
     sampling_seconds: float | None,
     samples: int,
-    reference: Images,
+    reference: Images | None,
+    statistics: PublishedMoments | None,
     extractor: FeatureExtractor | None,
     processes: ProcessGroup,
 ) -> Evaluation:
@@ -267,9 +283,10 @@ def _evaluation(
     figures, times = processes.broadcast([figures, times])
     return Evaluation(
         {key: value for key, value in figures.items() if key != "cautions"},
-        Reference(reference.name, len(reference), reference.shape, reference.digest),
+        None if reference is None else Reference(reference.name, len(reference), reference.shape, reference.digest),
         samples,
         times[0],
+        statistics=None if statistics is None else Reference(statistics.source, None, None, statistics.digest),
         features=None if extractor is None else extractor.describe(),
         sampling_seconds=times[1],
         cautions=tuple(figures.get("cautions", ())),

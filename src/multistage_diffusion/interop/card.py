@@ -9,7 +9,7 @@ from typing import Any
 
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.denoiser import Denoiser
-from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
+from multistage_diffusion.metrics.cost import denoiser_cost
 from multistage_diffusion.metrics.table import SHOWN
 
 _TASK = "unconditional-image-generation"
@@ -107,7 +107,7 @@ def _usage(denoiser: Denoiser, facts: Facts) -> str:
 
 
 def _stages(denoiser: Denoiser) -> str:
-    cost = network_cost(denoiser.backbone, denoiser.shape)
+    cost = denoiser_cost(denoiser)
     shares = denoiser.stages.shares(denoiser.process)
     rows = [
         "| stage | noise levels sigma | parameters in use | GFLOPs an image | share of training |",

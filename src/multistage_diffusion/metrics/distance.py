@@ -16,7 +16,7 @@ from torch import Tensor
 from multistage_diffusion import rng
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.metrics.metric import FeatureMetric, Figures
-from multistage_diffusion.metrics.statistics import SPLITS, Statistics
+from multistage_diffusion.metrics.statistics import SPLITS, Moments, Statistics
 
 CUSTOMARY = 50_000  # generated images behind published figures; with fewer, the plain Fréchet distance needs its limit
 _NEIGHBOURS = 5  # Naeem et al. 2020
@@ -35,13 +35,13 @@ class _Frechet(FeatureMetric):
     Source: Heusel et al. 2017.
     """
 
-    def cautions(self, real: int, generated: int, num_features: int) -> tuple[str, ...]:
+    def cautions(self, real: int | None, generated: int, num_features: int) -> tuple[str, ...]:
         """With fewer than twice as many images as features, covariances are close to singular."""
         return tuple(
             f"{count} {kind} images, fewer than 2 x {num_features} features: "
             "the Fréchet distance says more about their number than about their quality"
             for kind, count in (("real", real), ("generated", generated))
-            if count < 2 * num_features
+            if count is not None and count < 2 * num_features
         )
 
 
@@ -54,7 +54,7 @@ class FrechetDistance(_Frechet):
     companions = ("fid",)
     shown = ("fid", "fd")
 
-    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+    def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """`fd`."""
         roots = (_root(each.covariance()) for each in (real, generated))
         return {self.name: _frechet(real.mean(), generated.mean(), *roots)}
@@ -80,7 +80,7 @@ class FrechetDistanceLimit(_Frechet):
     name = "fd_infinity"
     keeps = "generated"
 
-    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+    def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """`fd_infinity`, and the least and the most images of the line: `fd_infinity_images`."""
         features, num_features = generated.features, len(generated.total)
         count, least = len(features), 2 * num_features
@@ -117,7 +117,7 @@ class KernelDistance(FeatureMetric):
     companions = ("kid_std",)
     keeps = "both"
 
-    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+    def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """Mean and standard deviation over the subsets: `kid`, `kid_std`."""
         sets = {"real": real.features, "generated": generated.features}
         counts = [len(rows) for rows in sets.values()]
@@ -150,7 +150,7 @@ class InceptionScore(FeatureMetric):
     companions = ("is_std",)
     compares = False
 
-    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+    def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """Mean and standard deviation over the splits: `is`, `is_std`."""
         if generated.split_probability.shape[1] == 0:
             raise ConfigError(
@@ -176,7 +176,7 @@ class PrecisionRecall(FeatureMetric):
     shown = ("precision", "recall", "density", "coverage")
     keeps = "both"
 
-    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+    def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """`prdc`, which holds its four."""
         return {self.name: prdc(real.features.double(), generated.features.double(), self.neighbours)}
 

@@ -16,14 +16,14 @@ NAMES = ("classifier", "efficientnet-lite0", "inception", "dinov2")
 
 
 def load_extractor(
-    name: str, train: Images, test: Images | None = None, *, device: torch.device | str = "cpu"
+    name: str, train: Images | None, test: Images | None = None, *, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
     """A feature extractor.
 
     Args:
         name: One of `NAMES`; behind a colon the file of its weights (`inception`, `efficientnet-lite0`) or its folder
             or name on the hub (`dinov2`).
-        train: Images to train the `classifier` on.
+        train: Images to train the `classifier` on; other features need none.
         test: Held-out images of the same source, for its accuracy.
         device: Where the extractor will work.
 
@@ -40,6 +40,8 @@ def load_extractor(
         kind = "classifier"
     match kind:
         case "classifier":
+            if train is None:
+                raise ConfigError("the features classifier need images to be trained on, and none were given")
             try:
                 return classifier_features(train, test, device=device)
             except DataError as error:

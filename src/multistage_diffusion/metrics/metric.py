@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.denoiser import Denoiser
-from multistage_diffusion.metrics.statistics import Statistics
+from multistage_diffusion.metrics.statistics import Moments, Statistics
 from multistage_diffusion.process_group import ProcessGroup
 
 Figures: TypeAlias = Mapping[str, Any]
@@ -42,11 +42,14 @@ class FeatureMetric(Metric, ABC):
     compares: bool = True
 
     @abstractmethod
-    def measure(self, real: Statistics, generated: Statistics, *, seed: int) -> Figures:
+    def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """Figures of generated images against real ones; `seed` is that of random subsets."""
 
-    def cautions(self, real: int, generated: int, num_features: int) -> tuple[str, ...]:
-        """What a reader must know of figures from so many images, one line each; none if there are enough."""
+    def cautions(self, real: int | None, generated: int, num_features: int) -> tuple[str, ...]:
+        """What a reader must know of figures from so many images, one line each; none if there are enough.
+
+        The number of real images is none where it is not known.
+        """
         return ()
 
     def followers(self, generated: int, num_features: int) -> tuple[FeatureMetric, ...]:

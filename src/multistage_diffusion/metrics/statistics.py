@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import final
@@ -23,8 +24,30 @@ SPLITS = 10  # parts of a set whose inception scores give the score's deviation 
 _MOMENTS, _FEATURES = "moments.safetensors", "features.safetensors"
 
 
+class Moments(ABC):
+    """What a Fréchet distance needs to know of a set of images."""
+
+    @abstractmethod
+    def mean(self) -> Float[Tensor, " features"]:
+        """Mean of the features, float64."""
+
+    @abstractmethod
+    def covariance(self) -> Float[Tensor, "features features"]:
+        """Unbiased covariance of the features, float64."""
+
+    @property
+    def num_images(self) -> int | None:
+        """Number of images; none where it is not known."""
+        return None
+
+    @property
+    def features(self) -> Float[Tensor, "images features"]:
+        """The features of every image, float32, in the order of the images; no rows where they were not kept."""
+        return torch.zeros(0, len(self.mean()))
+
+
 @final
-class Statistics:
+class Statistics(Moments):
     """Takes features batch by batch; how they were batched changes nothing but rounding.
 
     The sums take the same memory for any number of images. The features themselves are kept only where a metric needs
@@ -85,8 +108,13 @@ class Statistics:
         self._next += len(rows)
 
     @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return self.count
+
+    @property
     def features(self) -> Float[Tensor, "images features"]:
-        """All features, float32, in the order of the images."""
+        """The features of every image, float32, in the order of the images; no rows where they were not kept."""
         return torch.cat(self.kept) if self.kept else torch.zeros(0, len(self.total))
 
     def mean(self) -> Float[Tensor, " features"]:

@@ -15,7 +15,7 @@ from multistage_diffusion.metrics.distance import (
 )
 from multistage_diffusion.metrics.held_out import DenoisingLoss
 from multistage_diffusion.metrics.metric import FeatureMetric, Metric, ModelMetric
-from multistage_diffusion.metrics.statistics import Statistics
+from multistage_diffusion.metrics.statistics import Moments, Statistics
 
 METRICS: dict[str, FeatureMetric | ModelMetric] = {
     metric.name: metric
@@ -80,9 +80,7 @@ def with_followers(metrics: Sequence[FeatureMetric], generated: int, num_feature
     return (*metrics, *(one for name, one in more.items() if name not in {metric.name for metric in metrics}))
 
 
-def measure(
-    metrics: Sequence[FeatureMetric], real: Statistics, generated: Statistics, *, seed: int = 0
-) -> dict[str, Any]:
+def measure(metrics: Sequence[FeatureMetric], real: Moments, generated: Statistics, *, seed: int = 0) -> dict[str, Any]:
     """Figures of generated images against real ones.
 
     Args:
@@ -101,15 +99,15 @@ def measure(
     """
     compares = any(metric.compares for metric in metrics)
     for kind, count, mend in (
-        ("real", real.count if compares else 2, "take a larger source"),
+        ("real", real.num_images if compares else 2, "take a larger source"),
         ("generated", generated.count, "raise num"),
     ):
-        if count < 2:
+        if count is not None and count < 2:
             raise DataError(f"at least 2 {kind} images are needed for a distance, got {count}; {mend}")
     result = dict[str, Any]()
     for metric in metrics:
         result |= metric.measure(real, generated, seed=seed)
-    sizes = (real.count, generated.count, len(generated.total))
+    sizes = (real.num_images, generated.count, len(generated.total))
     if cautions := dict.fromkeys(line for metric in metrics for line in metric.cautions(*sizes)):
         result["cautions"] = list(cautions)
     return result
