@@ -191,4 +191,4 @@ def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> N
     (Path(out) / RECORD).unlink(missing_ok=True)
     denoiser.save_pretrained(out)
     if codec is not None:
-        codec.save(Path(out) / RECORD)
+        codec.save(Path(out))
