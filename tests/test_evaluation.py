@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from multistage_diffusion.analytic import GaussianDenoiser
-from multistage_diffusion.config import ModelConfig, SamplingConfig
+from multistage_diffusion.config import ModelConfig, Sampler
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import (
@@ -29,7 +29,7 @@ from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.metrics.metric import Metric
 from multistage_diffusion.stages import Stages
 
-SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=3)
+SAMPLING = Sampler(solver="dpmpp-2m", steps=3)
 
 
 @pytest.fixture(autouse=True)
@@ -107,14 +107,14 @@ def test_a_conditional_model_draws_every_class(monkeypatch):
     denoiser = tiny.denoiser(model)
     forward = denoiser.forward
     monkeypatch.setattr(
-        denoiser, "forward", lambda x, sigma, labels=None: seen.append(labels) or forward(x, sigma, labels)
+        denoiser, "forward", lambda x, sigma, given: seen.append(given.labels) or forward(x, sigma, given)
     )
-    list(generated(denoiser, 60, SamplingConfig(solver="ddim", steps=1)))
+    list(generated(denoiser, 60, Sampler(solver="ddim", steps=1)))
     assert seen[0].bincount(minlength=4).tolist()[3] == 0 and min(seen[0].bincount(minlength=3).tolist()) > 10
 
 
 def test_evaluation_names_what_it_was_measured_with():
-    evaluation = evaluate(tiny.denoiser(), tiny.images(40), features=extractor(), num=20, sampling=SAMPLING)
+    evaluation = evaluate(tiny.denoiser(), tiny.images(40), features=extractor(), num=20, sampler=SAMPLING)
     document = evaluation.to_dict()
     assert document["fd"] > 0 and document["loss"] > 0 and len(document["stage_loss"]) == 3
     assert document["features"]["name"] == "untrained" and "32 pixels" in document["features"]["resize"]
@@ -123,7 +123,7 @@ def test_evaluation_names_what_it_was_measured_with():
 
 
 def test_cost_is_that_of_the_calls_and_of_the_images_of_each_stage():
-    evaluation = evaluate(tiny.denoiser(), tiny.images(40), sampling=SAMPLING, stage_images=(7, 0, 2))
+    evaluation = evaluate(tiny.denoiser(), tiny.images(40), sampler=SAMPLING, stage_images=(7, 0, 2))
     document = evaluation.to_dict()
     cost = network_cost(tiny.MODEL, tiny.SHAPE)
     assert sum(document["stage_calls"]) == document["nfe"] == 3
@@ -160,7 +160,7 @@ def test_figures_do_not_depend_on_the_batch():
     data, features = tiny.images(40, labels=True), extractor()
     whole, parts = (
         evaluate(
-            tiny.denoiser(), data, metrics, features=features, num=30, sampling=SAMPLING, seed=5, batch_size=size
+            tiny.denoiser(), data, metrics, features=features, num=30, sampler=SAMPLING, seed=5, batch_size=size
         ).figures
         for size in (30, 7)
     )
@@ -215,9 +215,9 @@ def test_the_defaults_measure_the_loss():
 
 def test_features_by_name_are_trained_on_the_reference_where_nothing_else_is_given():
     data = tiny.images(40, labels=True)
-    alone = evaluate(tiny.denoiser(), data, features="classifier", num=20, sampling=SAMPLING)
+    alone = evaluate(tiny.denoiser(), data, features="classifier", num=20, sampler=SAMPLING)
     assert alone.fd > 0 and alone.features.accuracy is None and "by default on the reference" in alone.cautions[-1]
-    more = evaluate(tiny.denoiser(), data, ["fd"], features="classifier", train=data, num=20, sampling=SAMPLING)
+    more = evaluate(tiny.denoiser(), data, ["fd"], features="classifier", train=data, num=20, sampler=SAMPLING)
     assert more.features.accuracy is not None and more.fd == alone.fd
     assert not any("on the reference" in line for line in more.cautions)
 
@@ -237,7 +237,7 @@ def test_metrics_of_the_user_stand_beside_the_library_s():
             return {"bias": float((denoiser(x, 0.1) - x).mean())}
 
     evaluation = evaluate(
-        tiny.denoiser(), tiny.images(40), ["loss", Bias(), Shift()], features=extractor(), num=20, sampling=SAMPLING
+        tiny.denoiser(), tiny.images(40), ["loss", Bias(), Shift()], features=extractor(), num=20, sampler=SAMPLING
     )
     assert next(iter(evaluation.figures)) == "shift" and evaluation.shift > 0 and evaluation.bias != 0
     json.dumps(evaluation.to_dict(), allow_nan=False)

@@ -11,7 +11,7 @@ import torch
 
 import ranks
 import tiny
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.evaluation import evaluate, evaluate_images
 from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.process_group import SINGLE, join
@@ -24,9 +24,9 @@ FIGURES = ("fd", "kid", "is", "is_std", "loss")
 def measure(num, processes=SINGLE):
     """Of a model, and of a set of images; in batches of 8."""
     data, features = tiny.images(40), Classifier("untrained", tiny.SHAPE, ("a", "b", "c"), 0.5).eval()
-    sampling = SamplingConfig(solver="ddim", steps=2)
+    sampling = Sampler(solver="ddim", steps=2)
     model = evaluate(
-        tiny.denoiser(), data, METRICS, features=features, num=num, sampling=sampling, batch_size=8, processes=processes
+        tiny.denoiser(), data, METRICS, features=features, num=num, sampler=sampling, batch_size=8, processes=processes
     )
     images = evaluate_images(tiny.images(num, seed=1), data, METRICS[:-1], features=features, processes=processes)
     return model.to_dict(), images.to_dict()
@@ -73,12 +73,12 @@ def test_torchrun_prints_one_document_with_the_figures_of_one_process(tmp_path):
 CODE = """
 import resource, sys
 import tiny
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.metrics.classifier import Classifier
 features = Classifier("untrained", tiny.SHAPE, ("a", "b")).eval()
 evaluate(tiny.denoiser(tiny.SMALLEST), tiny.images(300), ["fd", "is"], features=features,
-         num=int(sys.argv[1]), sampling=SamplingConfig(solver="ddim", steps=1))
+         num=int(sys.argv[1]), sampler=Sampler(solver="ddim", steps=1))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -1,7 +1,10 @@
 """Solvers against closed forms on Gaussian data; images as functions of their seeds; the plan against the run."""
 
 import math
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +15,13 @@ from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.noise import EDM, VP, sigma_schedule
 from multistage_diffusion.sampling import (
     SOLVERS,
-    call_plan,
+    Sampler,
     ddim,
     dpm,
     dpmpp_3m,
     evaluations,
-    find_solver,
     heun,
-    plan,
     sample,
-    sample_batches,
 )
 from multistage_diffusion.sampling.exponential import step_orders
 from multistage_diffusion.stages import Stages
@@ -94,7 +94,7 @@ def conditional():
 
 
 def recorded(denoiser):
-    """Calls of the denoiser's network: (stage, images, labels)."""
+    """Calls of the denoiser's network: (stage, conditioning, images)."""
     calls = []
     hook = denoiser.network.register_forward_pre_hook(
         lambda module, given: calls.append((given[2], given[3].labels, given[0]))
@@ -144,7 +144,7 @@ def test_released_weight_of_dpmpp_3m_is_of_order_2():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_gaussian_marginal_is_right(name):
     # Fine steps from noise to 0: mean and variance of the data, to the statistical error of 20000 draws (1 %) and 3 %.
-    solver = find_solver(name, churn=20.0 if name == "heun" else 0.0, eta=0.5 if name == "ddim" else 0.0)
+    solver = Sampler(solver=name, churn=20.0 if name == "heun" else 0.0, eta=0.5 if name == "ddim" else 0.0)
     generator = torch.Generator().manual_seed(1)
     draw = partial(torch.randn, 20_000, generator=generator, dtype=torch.float64)
     sigmas = sigma_schedule(EDM(), "log-snr", 400)
@@ -164,10 +164,11 @@ def test_nfe_is_exact(name, steps):
 
     x = torch.full((3,), 80.0)
     end = SOLVERS[name].run(denoise, x, sigma_schedule(EDM(), "karras", steps), noise=lambda step: torch.zeros(3))
-    assert len(calls) == SOLVERS[name].nfe(steps)
+    assert len(calls) == (2 * steps - 1 if name == "heun" else steps) == SOLVERS[name].nfe(steps)
+    assert len(calls) == Sampler(solver=name, steps=steps).nfe
     assert all(isinstance(sigma, float) and sigma > 0 for sigma in calls)
     assert end.isfinite().all()
-    assert tuple(calls) == evaluations(name, sigma_schedule(EDM(), "karras", steps))
+    assert tuple(calls) == evaluations(SOLVERS[name].run, sigma_schedule(EDM(), "karras", steps))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -261,7 +262,7 @@ def test_a_seed_is_the_same_image_in_any_order(denoiser):
 
 
 def test_batches_stream_seeds_and_ordinary_tensors(denoiser):
-    batches = list(sample_batches(denoiser, 5, steps=2, batch_size=2))
+    batches = list(Sampler(steps=2).batches(denoiser, range(5), batch_size=2))
     assert [seeds.tolist() for seeds, _ in batches] == [[0, 1], [2, 3], [4]]
     images = batches[0][1]
     assert not images.is_inference() and not torch.is_inference_mode_enabled()
@@ -274,9 +275,13 @@ def test_plan_is_what_the_run_does(denoiser, name):
     result = sample(denoiser, 2, solver=name, steps=7)
     hook.remove()
     stages = tuple(stage for stage, *_ in calls)
-    assert stages == call_plan(denoiser, solver=name, steps=7)
+    sampler = Sampler(solver=name, steps=7)
+    assert stages == sampler.plan(denoiser.process, denoiser.stages)
     sigmas = sigma_schedule(denoiser.process, SOLVERS[name].default_spacing, 7)
-    assert stages == plan(name, sigmas, denoiser.stages)
+    assert torch.equal(sampler.levels(denoiser.process), sigmas)
+    assert stages == tuple(denoiser.stages.of(sigma) for sigma in evaluations(SOLVERS[name].run, sigmas))
+    shares = sampler.shares(denoiser.process, denoiser.stages)
+    assert shares == pytest.approx([stages.count(k) / len(stages) for k in range(3)]) and sum(shares) == 1
     assert set(stages) == {0, 1, 2} and list(stages) == sorted(stages, reverse=True)
     assert result.stage_calls == tuple(stages.count(k) for k in range(3))
     assert result.nfe == len(stages) == SOLVERS[name].nfe(7) and result.seconds > 0
@@ -284,9 +289,10 @@ def test_plan_is_what_the_run_does(denoiser, name):
 
 def test_plan_follows_churn_across_an_edge():
     # Noise added before a step lifts it over an edge just above the level: the plan must know.
-    sigmas = [1.0, 0.0]
-    assert plan("euler", sigmas, Stages((1.1,))) == (0,)
-    assert plan(find_solver("euler", churn=1.0), sigmas, Stages((1.1,))) == (1,)
+    top, stages = EDM().sigma_max, Stages((1.1 * EDM().sigma_max,))
+    assert Sampler(solver="euler", steps=1).plan(EDM(), stages) == (0,)
+    assert Sampler(solver="euler", steps=1, churn=1.0).plan(EDM(), stages) == (1,)
+    assert evaluations(Sampler(solver="euler", churn=1.0).run, [top, 0.0]) == (pytest.approx(2**0.5 * top),)
 
 
 def test_modes_are_restored_and_dropout_is_off():
@@ -306,10 +312,10 @@ def test_guidance_is_the_formula_in_its_interval(conditional):
         given = conditional(x, sigma, labels)
     expected = without + 2.5 * (given - without)
     assert not torch.allclose(given, without)
-    from multistage_diffusion.sampling.images import _Call
+    from multistage_diffusion.sampling.images import _Drawing
 
     for interval, wanted in (((0.1, 1.0), expected), ((0.6, 1.0), given), ((0.1, 0.4), given)):
-        call = _Call(conditional, 2.5, interval, False, None).denoise(labels)
+        call = _Drawing(Sampler(guidance=2.5, guidance_interval=interval), conditional).denoise(labels)
         with torch.inference_mode():
             torch.testing.assert_close(call(x, sigma), wanted, rtol=1e-4, atol=1e-5)
 
@@ -321,8 +327,8 @@ def test_guidance_uses_one_doubled_batch_and_counts_once(conditional):
     inside = [EDGES[0] <= sigma <= EDGES[1] for sigma in sigma_schedule(EDM(), "karras", 6)[:-1].tolist()]
     assert [len(x) for *_, x in calls] == [6 if guided else 3 for guided in inside]
     assert result.nfe == 6 and any(inside) and not all(inside)
-    doubled = next(labels for _, labels, x in calls if len(x) == 6)
-    assert doubled.tolist() == [3, 3, 3, 1, 1, 1]
+    doubled = next(conditioning for _, conditioning, x in calls if len(x) == 6)
+    assert doubled.labels.tolist() == [3, 3, 3, 1, 1, 1]
 
 
 def test_labels_belong_to_images_not_to_batches(conditional):
@@ -336,8 +342,8 @@ def test_labels_belong_to_images_not_to_batches(conditional):
 
 def test_offload_holds_each_stage_once_a_batch_and_changes_nothing(denoiser, monkeypatch):
     held = []
-    original = Denoiser.hold
-    monkeypatch.setattr(Denoiser, "hold", lambda self, stage: (held.append(stage), original(self, stage))[1])
+    original = Denoiser.offload
+    monkeypatch.setattr(Denoiser, "offload", lambda self, stage: (held.append(stage), original(self, stage))[1])
     offloaded = sample(denoiser, 4, steps=7, batch_size=2, offload=True)
     assert held == [2, 1, 0, 2, 1, 0, None]
     torch.testing.assert_close(offloaded.images, sample(denoiser, 4, steps=7, batch_size=2).images, rtol=0, atol=0)
@@ -379,6 +385,10 @@ def test_an_image_that_is_not_finite_names_its_seed():
         ({"labels": 1}, "model is unconditional"),
         ({"guidance": 2.0}, "needs labels"),
         ({"guidance_interval": (2.0, 1.0)}, "guidance-interval must be"),
+        ({"seed": -1}, r"seed must be a whole number in \[0, 2\^63\), got -1"),
+        ({"seed": 2**63}, "seed must be a whole number"),
+        ({"seed": 2**63 - 1}, "seed must be a whole number"),
+        ({"seeds": [0, -1]}, "seed must be a whole number"),
         ({"solver": "dpmpp-2m", "churn": 1.0}, "dpmpp-2m takes no churn .* heun, euler"),
         ({"solver": "ancestral", "eta": 0.5}, "ancestral takes no eta .* ddim"),
         ({"solver": "ddim", "eta": 1.5}, "eta must be between 0 and 1"),
@@ -387,8 +397,35 @@ def test_an_image_that_is_not_finite_names_its_seed():
 )
 def test_bad_options_are_one_line(denoiser, options, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        sample_batches(denoiser, **options)  # at the call, not at the first batch
+        sample(denoiser, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_fractions_are_refused():
+    # In a process without the tests' own check of types.
+    code = """
+import torch, tiny
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.sampling import Sampler, sample
+denoiser = tiny.denoiser()
+for draw in (
+    lambda: Sampler(steps=2.5), lambda: sample(denoiser, seed=0.5), lambda: sample(denoiser, seed="0"),
+    lambda: sample(denoiser, 1.5), lambda: sample(denoiser, seeds=[0, 1.5]), lambda: sample(denoiser, seeds=[True]),
+    lambda: sample(denoiser, seeds=torch.tensor([0.0])), lambda: sample(denoiser, seeds=torch.tensor([[0]])),
+):
+    try:
+        draw()
+    except ConfigError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.count("whole number") == 8, done.stdout + done.stderr
+
+
+def test_wrong_arguments_are_refused_at_the_call_and_not_at_the_first_batch(denoiser):
+    for seeds, options in (([], {}), ([0], {"batch_size": 0}), ([0], {"labels": 1})):
+        with pytest.raises(ConfigError):
+            Sampler().batches(denoiser, seeds, **options)
 
 
 @pytest.mark.parametrize(("labels", "words"), [([0, 4], "got 4"), ([-1, 0], "got -1"), ([0], "each of 2 images")])

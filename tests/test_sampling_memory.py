@@ -8,7 +8,8 @@ import torch
 
 import tiny
 from multistage_diffusion.denoiser import Denoiser
-from multistage_diffusion.sampling import Trace, is_out_of_memory, sample
+from multistage_diffusion.errors import is_out_of_memory
+from multistage_diffusion.sampling import Trace, sample
 
 
 def scarce(monkeypatch, most, error=torch.OutOfMemoryError):
@@ -45,7 +46,7 @@ def test_other_errors_and_a_single_image_are_not_tried_again(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         sample(tiny.denoiser(), 1, steps=4)
     with pytest.raises(torch.OutOfMemoryError):
-        sample(tiny.denoiser(), 4, steps=4, callback=Trace(1).see)
+        sample(tiny.denoiser(), 4, steps=4, callback=Trace(1))
     assert not is_out_of_memory(RuntimeError("sizes differ"))
 
 

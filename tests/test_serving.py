@@ -26,7 +26,7 @@ from PIL import Image
 
 import tiny
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.data.pictures import grid
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.sampling import sample
@@ -35,7 +35,7 @@ from multistage_diffusion.serving import MAX_BODY, MAX_WAITING, Server
 
 @contextlib.contextmanager
 def serving(denoiser=None, **options):
-    server = Server(denoiser or tiny.denoiser(process="edm"), defaults=SamplingConfig(), name="tiny", **options)
+    server = Server(denoiser or tiny.denoiser(process="edm"), sampler=Sampler(), name="tiny", **options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -129,10 +129,10 @@ def test_a_class_is_guided():
     [
         ({"num": 10_000}, "num must be in 1..64, got 10000"),
         ({"steps": 0}, "steps must be in 1..200"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, "seed must be a whole number in [0, 2^63)"),
         ({"guidance": 1e9}, "guidance must be between"),
-        ({"solver": "huen"}, "input should be 'heun', 'euler'"),
-        ({"spacing": "log-sn"}, "input should be 'karras'"),
+        ({"solver": "huen"}, 'no solver huen; did you mean "heun"'),
+        ({"spacing": "log-sn"}, 'no spacing log-sn; did you mean "log-snr"'),
         ({"numb": 1}, 'unknown key numb; did you mean "num"'),
         ({"num": "1"}, "num"),
         ([], "must hold named values"),

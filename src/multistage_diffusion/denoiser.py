@@ -20,6 +20,7 @@ from multistage_diffusion.files import MANIFEST, check_directory, read_json, who
 from multistage_diffusion.multidecoder import MultiDecoder
 from multistage_diffusion.noise import Process, process_by_kind
 from multistage_diffusion.records import from_dict, to_dict
+from multistage_diffusion.sampling.sampler import Sampler
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.weights import load_weights, require_fit
 
@@ -48,11 +49,13 @@ class Denoiser(nn.Module):
         backbone: Record from which the network was built, or which names its class where it was given as it is.
         precision: What the network's matrix products and convolutions compute in, by autocast: "fp32", "bf16" or
             "fp16". Weights, inputs and estimates are float32 in each of them. It is not saved.
+        sampler: How images are drawn unless told otherwise, as its run was configured; saved with the weights.
     """
 
     _home: Tensor
     backbone: Backbone
     precision: Precision
+    sampler: Sampler | None
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class Denoiser(nn.Module):
             )
         self.process = process_by_kind(process) if isinstance(process, str) else process
         self.network, self.stages, self.shape, self.classes = network, stages, shape, classes
-        self.backbone, self.precision = _describe(network, classes), "fp32"
+        self.backbone, self.precision, self.sampler = _describe(network, classes), "fp32", None
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @classmethod
@@ -195,6 +198,8 @@ class Denoiser(nn.Module):
             "stages": {**self.stages.provenance, "edges": list(self.stages.edges)},
             "model": to_dict(self.backbone),
         }
+        if self.sampler is not None:
+            document["sampling"] = to_dict(self.sampler)
         with whole_directory(Path(directory)) as temporary:
             (temporary / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
             state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
@@ -234,6 +239,8 @@ class Denoiser(nn.Module):
                     skeleton = backbone.network(shape)
                 require_fit(skeleton, folder / WEIGHTS)  # before memory is taken for what a strange file asks
                 denoiser = cls.from_backbone(backbone, process, shape, stages)
+            if "sampling" in document:
+                denoiser.sampler = from_dict(Sampler, document["sampling"], where, "sampling")
         except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
         load_weights(denoiser.network, folder / WEIGHTS)

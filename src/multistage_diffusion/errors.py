@@ -52,6 +52,23 @@ class PeerError(UserError):
         self.exit_code = exit_code
 
 
+# Of torch's allocators, oneDNN, cuDNN and cuBLAS, most of whose errors have no class of their own.
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left: torch's and its libraries', or Python's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
 def suggest(name: str, names: Iterable[str]) -> str:
     """What to append to a message about an unknown name: `; did you mean "vp"?`, or `; known: edm, vp`."""
     names = sorted(names)

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from multistage_diffusion.backbones import Architecture, Backbone, UNet
-from multistage_diffusion.config import DataConfig, RunConfig, SamplingConfig, StagesConfig, TrainingConfig
+from multistage_diffusion.config import DataConfig, RunConfig, Sampler, StagesConfig, TrainingConfig
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise import EDM, LDM, VP, Flow, Process
 
-EDM_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="karras")
-FLOW_SAMPLING = SamplingConfig(solver="heun", steps=18, spacing="uniform-t")
-LDM_SAMPLING = SamplingConfig(solver="dpmpp-2m", steps=20, spacing="uniform-t")
+EDM_SAMPLING = Sampler(solver="heun", steps=18, spacing="karras")
+FLOW_SAMPLING = Sampler(solver="heun", steps=18, spacing="uniform-t")
+LDM_SAMPLING = Sampler(solver="dpmpp-2m", steps=20, spacing="uniform-t")
 
 # The usual warm-up of a decay, (1 + n)/(10 + n) after n steps, is a half-life of this share of the images seen.
 EMA_WARM_UP = math.log(2) / 9
@@ -38,7 +38,7 @@ def digits() -> RunConfig:
         training=TrainingConfig(
             steps=1_000, batch_size=128, learning_rate=2e-3, warmup_images=6_400, ema_half_life=6_400.0, save_every=250
         ),
-        sampling=SamplingConfig(solver="dpmpp-2m", steps=20),
+        sampling=Sampler(solver="dpmpp-2m", steps=20),
     )
 
 
@@ -67,7 +67,7 @@ def fashion_mnist() -> RunConfig:
         training=TrainingConfig(
             steps=5_000, batch_size=64, learning_rate=1e-3, warmup_images=12_800, ema_half_life=25_000.0, save_every=500
         ),
-        sampling=SamplingConfig(solver="dpmpp-2m", steps=20),
+        sampling=Sampler(solver="dpmpp-2m", steps=20),
     )
 
 
@@ -117,7 +117,7 @@ def vp_cifar10() -> RunConfig:
             ema_half_life=half_life(0.9999, 128),
             ema_ramp_up=EMA_WARM_UP,
         ),
-        sampling=SamplingConfig(solver="dpm-3", steps=20, spacing="log-snr"),
+        sampling=Sampler(solver="dpm-3", steps=20, spacing="log-snr"),
     )
 
 

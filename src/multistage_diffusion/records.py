@@ -13,6 +13,7 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 from multistage_diffusion.errors import ConfigError, suggest
@@ -27,6 +28,7 @@ RENAMED: dict[str, str] = {
     "engine.checkpointing": "engine.activation_checkpointing",
 }
 
+MAX_SEED = 2**63 - 1  # seeds are int64
 _LARGEST = 1e30  # fits float32, and no sensible value comes near it
 
 
@@ -137,9 +139,30 @@ def check_numbers(record: Any, section: str) -> None:
                 check(abs(number) <= _LARGEST, f"{section}.{item.name.replace('_', '-')}", "a finite number", value)
 
 
+def check_count(value: Any, option: str, least: int = 1) -> None:
+    """Refuse a number that is not whole, or too small."""
+    check(isinstance(value, Integral), option, "a whole number", value)
+    check(value >= least, option, f"at least {least}", value)
+
+
+def check_seed(seed: Any, count: int = 1, option: str = "seed") -> None:
+    """Refuse a seed, or the first of several consecutive ones, that is no whole number in [0, 2^63)."""
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    check(whole and 0 <= int(seed) <= MAX_SEED - (count - 1), option, "a whole number in [0, 2^63)", seed)
+
+
 def to_dict(record: Any) -> dict[str, Any]:
-    """A record as plain JSON types: nested dictionaries; tuples become lists."""
-    return json.loads(json.dumps(asdict(record)))
+    """A record as plain JSON types: nested dictionaries; tuples become lists.
+
+    Raises:
+        ConfigError: It holds something that no file can hold, like a function.
+    """
+    return json.loads(json.dumps(asdict(record), default=_refuse))
+
+
+def _refuse(value: Any) -> None:
+    name = getattr(value, "__qualname__", repr(value))
+    raise ConfigError(f"{name} is an object of Python, which no file can hold; configure a run with a name instead")
 
 
 def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,7 +284,8 @@ def _read(kind: type[Any], document: Any, where: str, path: str) -> Any:
     values = {}
     for key, value in document.items():
         if key not in names:
-            raise ConfigError(f"{where}: unknown key {path}{key}{suggest(str(key), names)}")
+            name = key if str(key).isprintable() else repr(key)
+            raise ConfigError(f"{where}: unknown key {path}{name}{suggest(str(key), names)}")
         hint: Any = hints[key]
         if is_dataclass(hint):
             values[key] = _read(typing.cast(type[Any], hint), value, where, f"{path}{key}.")

@@ -17,7 +17,7 @@ import socket
 import socketserver
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any, final
@@ -25,13 +25,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from torch import Tensor
 
-from multistage_diffusion.config import SamplingConfig, Solver, check, from_dict
+from multistage_diffusion.config import check, from_dict, to_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, UserError
-from multistage_diffusion.noise import Spacing
-from multistage_diffusion.sampling import SOLVERS, SolverStep, call_plan, sample
+from multistage_diffusion.records import check_seed
+from multistage_diffusion.sampling import SOLVERS, Sampler, SamplerOptions, SolverStep, consecutive_seeds
 
 MAX_IMAGES, MAX_STEPS, MAX_BODY, MAX_WAITING = 64, 200, 1 << 20, 8
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -41,27 +41,22 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What a request asks for.
+class Request(SamplerOptions):
+    """What a request for images says; options left out are those of the server's sampler.
 
     Raises:
-        ConfigError: Something is out of range; the rest is checked by `sample`.
+        ConfigError: Something is out of range; the rest is checked by `Sampler`.
     """
 
     num: int = 16
     seed: int = 0
-    solver: Solver = "heun"
-    steps: int = 18
-    spacing: Spacing | None = None
     label: int | None = None
-    guidance: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check(1 <= self.num <= MAX_IMAGES, "num", f"in 1..{MAX_IMAGES}", self.num)
-        check(1 <= self.steps <= MAX_STEPS, "steps", f"in 1..{MAX_STEPS}", self.steps)
-        check(0 <= self.seed < 2**31, "seed", "in 0..2^31 - 1", self.seed)
-        check(abs(self.guidance) <= 100, "guidance", "between -100 and 100", self.guidance)
+        check(self.steps is None or 1 <= self.steps <= MAX_STEPS, "steps", f"in 1..{MAX_STEPS}", self.steps)
+        check_seed(self.seed, self.num)
+        check(abs(self.guidance or 0) <= 100, "guidance", "between -100 and 100", self.guidance)
 
 
 class _GoneError(Exception):
@@ -75,7 +70,7 @@ class Server(ThreadingHTTPServer):
     Args:
         denoiser: The model.
         codec: Decodes latents.
-        defaults: What the page proposes.
+        sampler: How images are drawn unless a request says otherwise; the page proposes it.
         name: What the page calls the model.
         address: Host and port; port 0 takes a free one.
         token: What requests must carry as `?token=`; needed where others can reach the port.
@@ -87,14 +82,14 @@ class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
     def __init__(
-        self, denoiser: Denoiser, *, codec: LatentCodec | None = None, defaults: SamplingConfig, name: str,
+        self, denoiser: Denoiser, *, codec: LatentCodec | None = None, sampler: Sampler, name: str,
         address: tuple[str, int] = ("127.0.0.1", 0), token: str | None = None,
     ) -> None:  # fmt: skip
-        self.denoiser, self.codec, self.token = denoiser, codec, token
+        self.denoiser, self.codec, self.sampler, self.token = denoiser, codec, sampler, token
         self.page = files("multistage_diffusion").joinpath("serving.html").read_bytes()
         self.about = json.dumps({
             "name": name, "classes": denoiser.classes, "edges": denoiser.stages.edges, "colours": STAGE_COLOURS,
-            "solvers": list(SOLVERS), "defaults": asdict(defaults), "most": [MAX_IMAGES, MAX_STEPS],
+            "solvers": list(SOLVERS), "defaults": to_dict(sampler), "most": [MAX_IMAGES, MAX_STEPS],
         }).encode()  # fmt: skip
         self.closing, self.drawing = threading.Event(), threading.Lock()
         self.places = threading.BoundedSemaphore(1 + MAX_WAITING)
@@ -195,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _answer(self, length: int) -> None:
-        """Read a wish, wait for its turn, draw; one line for whatever is wrong with it."""
+        """Read a request, wait for its turn, draw; one line for whatever is wrong with it."""
         server = self.server
         try:
             content = self.rfile.read(length)  # a client that is slow to ask takes nobody's place
@@ -204,11 +199,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not server.places.acquire(blocking=False):
             return self.send_error(429, f"{MAX_WAITING} requests wait already; try again later")
         try:
-            wish = from_dict(Wish, json.loads(content), "request")
+            request = from_dict(Request, json.loads(content), "request")
             while not server.drawing.acquire(timeout=0.2):
                 self._stop()
             try:
-                self._draw(wish)
+                self._draw(request)
             finally:
                 server.drawing.release()
         except (ValueError, RecursionError, UserError) as error:
@@ -222,21 +217,23 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             server.places.release()
 
-    def _draw(self, wish: Wish) -> None:
+    def _draw(self, request: Request) -> None:
         """Draw images, and tell of every step."""
-        denoiser = self.server.denoiser
+        denoiser, sampler = self.server.denoiser, request.apply(self.server.sampler)
 
         def see(step: SolverStep) -> None:
             stage, picture = denoiser.stages.of(step.sigma), self._picture(step.denoised[:_SHOWN])
             self._line({"step": step.index, "sigma": step.sigma, "stage": stage, "image": picture})
 
-        calls = call_plan(denoiser, solver=wish.solver, steps=wish.steps, spacing=wish.spacing)
-        self._line({"calls": calls})
-        samples = sample(
-            denoiser, wish.num, seed=wish.seed, solver=wish.solver, steps=wish.steps, spacing=wish.spacing,
-            labels=wish.label, guidance=wish.guidance, guidance_interval=wish.guidance_interval, batch_size=wish.num,
-            callback=see, stop=self._stop,
-        )  # fmt: skip
+        self._line({"calls": sampler.plan(denoiser.process, denoiser.stages)})
+        samples = sampler.draw(
+            denoiser,
+            consecutive_seeds(request.seed, request.num),
+            labels=request.label,
+            batch_size=request.num,
+            callback=see,
+            stop=self._stop,
+        )
         self._line({
             "image": self._picture(samples.images), "nfe": samples.nfe, "stage_calls": samples.stage_calls,
             "seconds": round(samples.seconds, 2),

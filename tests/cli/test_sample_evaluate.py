@@ -102,7 +102,8 @@ def test_samples_replace_samples_and_nothing_else(run, tmp_path, call):
         (("--num", "0"), "num must be at least 1"),
         (("--device", "quantum"), "--device quantum is not available"),
         (("--device", "meta"), "--device meta is not supported"),
-        (("--seed", "99999999999999999999"), "seed must be in"),
+        (("--seed", "99999999999999999999"), "seed must be a whole number in [0, 2^63)"),
+        (("--seed", "-1"), "seed must be a whole number in [0, 2^63), got -1"),
     ],
 )
 def test_wrong_options_are_one_line(run, tmp_path, call, words, message):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tiny
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.evaluation import evaluate, evaluate_images
 from multistage_diffusion.metrics.classifier import Classifier
@@ -45,7 +45,7 @@ def test_the_distance_to_statistics_is_that_to_their_images(extractor, tmp_path)
 
 def test_the_loss_is_still_that_of_the_images(extractor, tmp_path):
     statistics = read_moments(saved(tmp_path / "real.npz", extractor, tiny.images(200)))
-    options = {"num": 20, "sampling": SamplingConfig(solver="ddim", steps=1), "statistics": statistics}
+    options = {"num": 20, "sampler": Sampler(solver="ddim", steps=1), "statistics": statistics}
     evaluation = evaluate(tiny.denoiser(), tiny.images(8), features=extractor, **options)
     assert evaluation.fd > 0 and evaluation.loss > 0 and evaluation.reference.images == 8
     assert evaluate(tiny.denoiser(), None, ["fd"], features=extractor, **options).fd == evaluation.fd

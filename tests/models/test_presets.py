@@ -9,7 +9,7 @@ from multistage_diffusion.clustering.levels import time_shares
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.recipes import RECIPES, preset
-from multistage_diffusion.sampling import sampling_shares
+from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.stages import Stages
 
 CLOSE = 1e-3
@@ -92,7 +92,7 @@ def test_stages_of_the_paper_in_three_weightings():
     process, stages = found.process, Stages(found.edges)
     assert stages.shares(process) == pytest.approx((0.961, 0.035, 0.0035), abs=1e-3)
     # 9, 2 and 7 of the 18 levels lie in the stages; Heun visits each twice, but the highest once.
-    assert sampling_shares(process, stages, "heun", 18) == pytest.approx((18 / 35, 4 / 35, 13 / 35), abs=1e-9)
+    assert Sampler().shares(process, stages) == pytest.approx((18 / 35, 4 / 35, 13 / 35), abs=1e-9)
     vp = preset("vp-cifar10")
     assert time_shares(vp.process, Stages(vp.edges)) == pytest.approx((0.442, 0.189, 0.369), abs=1e-3)
 

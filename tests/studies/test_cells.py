@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 
 import tiny
-from multistage_diffusion.config import SamplingConfig, StagesConfig
+from multistage_diffusion.config import Sampler, StagesConfig
 from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies import cells as module
@@ -214,7 +214,7 @@ def test_early_stopping_takes_each_stage_where_its_loss_was_least(tmp_path):
     cells.fill([one])
     for point, losses in enumerate(([3.0, 1.0, 2.0], [1.0, 2.0, 2.5], [2.0, 3.0, 1.0])):
         cells.remember(one, point, "validation", lambda losses=losses: {"stage_loss": losses})
-    budget = Budget(base=replace(CONFIG, sampling=SamplingConfig(steps=2)), tflops=TINY)
+    budget = Budget(base=replace(CONFIG, sampling=Sampler(steps=2)), tflops=TINY)
     finder = Finder(tmp_path, cells.data, budget, lambda: cells, print)
     denoiser, chosen = _assembled(Lab(budget, cells.data, cells.test, cells, finder), one)
     assert chosen == [1, 0, 2]

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.studies.demo import DemoOptions, run_demo, step_flops
 from multistage_diffusion.studies.report import summary, verdict, write_report
 
 CONFIG = replace(
-    tiny.run_config(batch_size=16, warmup_images=16, save_every=100), sampling=SamplingConfig(solver="ddim", steps=2)
+    tiny.run_config(batch_size=16, warmup_images=16, save_every=100), sampling=Sampler(solver="ddim", steps=2)
 )
 OPTIONS = DemoOptions(tflops=1e-4, points=2, samples=8, shown=4)
 

@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from multistage_diffusion import rng
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.evaluation import generated
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.interference import corrected_cosines, stage_gradients
@@ -78,7 +78,7 @@ def test_exact_gradients_have_their_cosines():
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm-3", "dpmpp-2m", "heun"])
 def test_equal_parts_draw_the_images_of_one_model(solver):
-    denoiser, sampling = tiny.denoiser(process="edm"), SamplingConfig(solver=solver, steps=4)
+    denoiser, sampling = tiny.denoiser(process="edm"), Sampler(solver=solver, steps=4)
     own = torch.cat(list(spliced([denoiser] * 3, denoiser.stages, 5, sampling, seed=7, batch_size=3)))
     assert (own.abs() < 1).any()  # not all of it is clipped
     assert torch.equal(own, torch.cat(list(generated(denoiser, 5, sampling, seed=7, batch_size=3))))
@@ -88,7 +88,7 @@ def test_equal_parts_draw_the_images_of_one_model(solver):
 
 def test_a_part_acts_on_its_stage_alone():
     ours, others = tiny.denoiser(process="edm"), tiny.randomise(tiny.denoiser(process="edm"), seed=1)
-    sampling = SamplingConfig(solver="ddim", steps=4)
+    sampling = Sampler(solver="ddim", steps=4)
 
     def drawn(*parts, edges=tiny.EDGES):
         return torch.cat(list(spliced(parts, Stages(edges), 3, sampling, seed=0)))
@@ -100,5 +100,5 @@ def test_a_part_acts_on_its_stage_alone():
 
 def test_a_unified_model_can_stand_beside_others():
     unified = tiny.denoiser(replace(tiny.architecture("unified"), decoder_widths=(8,)))
-    images = list(spliced([tiny.denoiser(), unified, unified], Stages(tiny.EDGES), 2, SamplingConfig(steps=3), seed=0))
+    images = list(spliced([tiny.denoiser(), unified, unified], Stages(tiny.EDGES), 2, Sampler(steps=3), seed=0))
     assert images[0].shape == (2, *tiny.SHAPE)

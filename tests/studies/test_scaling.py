@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.noise import VP
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies import budgets, frontiers, scaling
@@ -22,7 +22,7 @@ from multistage_diffusion.studies.tables import Lab
 
 BASE = replace(
     tiny.run_config(tiny.SMALLEST, batch_size=8, warmup_images=16, ema_half_life=50.0),
-    process=VP(prediction="v"), sampling=SamplingConfig(solver="ddim", steps=2),
+    process=VP(prediction="v"), sampling=Sampler(solver="ddim", steps=2),
 )  # fmt: skip
 BUDGET = Budget(base=BASE, tflops=1e-5, points=2, seeds=2)
 FEW = replace(BUDGET, ladder=Ladder(unified=(1.0,), staged=((0.5,) * 5,), rungs=(0.5, 1.0)))

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config import Sampler
 from multistage_diffusion.noise import VP
 from multistage_diffusion.studies import budgets, designs, interference
 from multistage_diffusion.studies.budgets import Budget
@@ -23,7 +23,7 @@ def smallest():
     """A budget of about two steps a model."""
     base = replace(
         tiny.run_config(tiny.SMALLEST, batch_size=8, warmup_images=16, ema_half_life=50.0),
-        process=VP(prediction="v"), sampling=SamplingConfig(solver="ddim", steps=2),
+        process=VP(prediction="v"), sampling=Sampler(solver="ddim", steps=2),
     )  # fmt: skip
     return Budget(
         base=base, tflops=1e-5, points=2, seeds=2, samples=16, samples_on_the_way=8, proxy_steps=4,

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import tiny
-from multistage_diffusion.config import LoggingConfig, SamplingConfig
+from multistage_diffusion.config import LoggingConfig, Sampler
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.runs import build_denoiser
-from multistage_diffusion.runs.checkpoints import list_checkpoints
+from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, list_checkpoints
 from multistage_diffusion.sampling import sample
 from multistage_diffusion.training import observe
 from multistage_diffusion.training import run as runs_of
@@ -31,7 +31,7 @@ from runs import PowerError, log, same_run, tensors
 
 def config(training=None, model=tiny.SMALLEST, **logging):
     base = tiny.run_config(model, **(training or {}))
-    return replace(base, sampling=SamplingConfig(solver="dpmpp-2m", steps=2), logging=LoggingConfig(**logging))
+    return replace(base, sampling=Sampler(solver="dpmpp-2m", steps=2), logging=LoggingConfig(**logging))
 
 
 GRIDS = {"grid_every": 2, "grid_images": 4}
@@ -85,7 +85,8 @@ def test_a_grid_shows_the_averaged_weights_with_fixed_seeds(watched, tmp_path):
 
 def test_classes_take_turns(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(observe, "sample", lambda *w, **named: asked.append(named["labels"]) or sample(*w, **named))
+    draw = Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", lambda *w, **named: asked.append(named["labels"]) or draw(*w, **named))
     model = replace(tiny.SMALLEST, classes=3)
     train(config(model=model, grid_every=8, grid_images=5), tmp_path / "run", data=tiny.images(labels=True))
     assert asked[0].tolist() == [0, 1, 2, 0, 1]
@@ -175,7 +176,7 @@ def test_what_fails_for_memory_or_numerics_is_left_out_with_a_count(error, reaso
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(observe, "sample", fail)
+    monkeypatch.setattr(Sampler, "draw", fail)
     with pytest.warns(UserWarning) as caught:
         train(config(**GRIDS), tmp_path / "run", data=tiny.images())
     said = [str(warning.message) for warning in caught]
@@ -199,7 +200,7 @@ def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("sizes differ")
 
-    monkeypatch.setattr(observe, "sample", fail)
+    monkeypatch.setattr(Sampler, "draw", fail)
     with pytest.raises(RuntimeError, match="sizes differ"):
         train(config(**GRIDS), tmp_path / "run", data=tiny.images())
 

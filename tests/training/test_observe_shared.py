@@ -14,7 +14,7 @@ import torch
 import ranks
 import tiny
 from multistage_diffusion import process_group
-from multistage_diffusion.config import EngineConfig, LoggingConfig, SamplingConfig
+from multistage_diffusion.config import EngineConfig, LoggingConfig, Sampler
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import NumericsError, UserError
 from multistage_diffusion.metrics.classifier import Classifier
@@ -34,7 +34,7 @@ WATCHED = LoggingConfig(
 def config(parallel="ddp", logging=WATCHED):
     base = tiny.run_config(sigma_rel=(0.05, 0.1), ema_snapshot_every=2, steps=8)
     return replace(
-        base, logging=logging, sampling=SamplingConfig(solver="dpmpp-2m", steps=2),
+        base, logging=logging, sampling=Sampler(solver="dpmpp-2m", steps=2),
         engine=EngineConfig(parallel=parallel),
     )  # fmt: skip
 

@@ -22,8 +22,6 @@ from multistage_diffusion.config import RunConfig, check
 from multistage_diffusion.data import Images
 from multistage_diffusion.evaluation import held_out_loss
 from multistage_diffusion.metrics.cost import StageCost, network_cost
-from multistage_diffusion.noise import sigma_schedule
-from multistage_diffusion.sampling import find_solver, plan
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.run import build_trainer
 
@@ -211,10 +209,9 @@ def widths_for_sampling(
     images: float,
 ) -> Allocation:
     """Decoder widths of least expected loss, after some images, under a budget of FLOPs for one image to be drawn."""
-    stages, process, sampling = Stages(config.stages.edges), config.process, config.sampling
-    solver = find_solver(sampling.solver)
-    planned = plan(solver, sigma_schedule(process, sampling.spacing or solver.default_spacing, sampling.steps), stages)
-    calls = [planned.count(stage) for stage in range(len(stages))]
+    stages, process = Stages(config.stages.edges), config.process
+    plan = config.sampling.plan(process, stages)
+    calls = [plan.count(stage) for stage in range(len(stages))]
     flops = _flops(config, shape, candidates, len(stages), lambda cost: cost.flops)
     return allocate_sampling(laws, stages.shares(process), candidates, flops, calls, budget, images)
 

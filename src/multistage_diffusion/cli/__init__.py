@@ -12,11 +12,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from types import FrameType
-from typing import Any
+from types import FrameType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from multistage_diffusion.cli.streams import standard_streams
-from multistage_diffusion.errors import ConfigError, PeerError, UserError, suggest
+from multistage_diffusion.errors import ConfigError, PeerError, UserError, is_out_of_memory, suggest
 from multistage_diffusion.records import new_word
 
 COMMANDS = {
@@ -109,7 +109,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _unforeseen(error: Exception) -> str:
     """One line for an error that is not a `UserError`."""
     first = " ".join((str(error).splitlines() or [""])[0].split())[:300]
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return f"out of memory: {first}; lower the batch size"
     return f"{type(error).__name__}: {first}; run again with --debug to see where"
 
@@ -168,7 +168,7 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
 
     arguments = list(map(new_word, arguments))
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {"registry": _named_values()} | ({} if default is None else {"default": default})
     out, err = io.StringIO(), io.StringIO()
     wants_help = any(word in ("-h", "--help") for word in arguments)
     if wants_help:
@@ -179,6 +179,23 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
     except SystemExit as stop:
         panel = _plain(err.getvalue() or out.getvalue())
         raise ConfigError(f"{_message(panel, kind, config, extra)}; see msd {name} --help") from stop
+
+
+def _named_values() -> Any:
+    """A rule of tyro's for options of named values that in Python may be others, too: the names are the choices."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def named_value(info: Any) -> Any:
+        kinds = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else ()
+        if not (str in kinds and any(get_origin(kind) is Literal for kind in kinds)):
+            return None
+        names: Any = Union[tuple(kind for kind in kinds if get_origin(kind) is Literal or kind is type(None))]  # noqa: UP007
+        return ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(names, info.markers))
+
+    return registry
 
 
 def _plain(panel: str) -> str:

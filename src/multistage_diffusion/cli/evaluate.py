@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,8 +12,9 @@ from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.cli.sample import RESULT as SAMPLES
-from multistage_diffusion.config import Precision, SamplingConfig, check
+from multistage_diffusion.config import Precision, check
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ _MINUTES = 10.0  # that processes wait for one another where they add up their s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute):
+class Options(SamplerOptions, Compute):
     """Measure a run, or a folder of images, against real images that were held out from training.
 
     Metrics: fd (Fréchet distance), fd_infinity (the same, extrapolated to infinitely many images; comes with fd where
@@ -55,10 +56,6 @@ class Options(Compute):
     reference: str = "test"
     """Which real images: test, the held-out ones; train, as published FIDs do; or FILE.npz with the mean (mu) and the
     covariance (sigma) of their features, for fd."""
-    solver: str | None = None
-    """Solver; by default the run's."""
-    steps: int | None = None
-    """Steps of the solver; by default the run's."""
     seed: int = 0
     """Seed of the first image and of the held-out loss."""
     batch_size: int = 256
@@ -177,7 +174,7 @@ def _measure(
             features=extractor,
             statistics=statistics,
             num=options.num,
-            sampling=_sampling(loaded, options),
+            sampler=options.apply(loaded.denoiser.sampler or Sampler()),
             seed=options.seed,
             batch_size=options.batch_size,
             codec=codec,
@@ -206,11 +203,3 @@ def _real_images(options: Options, target: Path, loaded: LoadedRun | None) -> tu
         for split in ("train", "test")
     )
     return train, test
-
-
-def _sampling(loaded: LoadedRun, options: Options) -> SamplingConfig:
-    """The run's sampling, with the options in place of its own."""
-    default = loaded.config.sampling if loaded.config else SamplingConfig()
-    if options.solver is not None and options.solver != default.solver:
-        default = replace(default, solver=options.solver, spacing=None)
-    return default if options.steps is None else replace(default, steps=options.steps)

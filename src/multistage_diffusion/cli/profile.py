@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from multistage_diffusion.cli.common import Common
-from multistage_diffusion.config import Architecture, RunConfig, SamplingConfig, from_dict, to_dict
+from multistage_diffusion.config import Architecture, RunConfig, Sampler, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.recipes import Preset, preset, recipe
@@ -49,7 +49,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     from multistage_diffusion.clustering.levels import time_shares
     from multistage_diffusion.metrics.cost import network_cost
-    from multistage_diffusion.sampling import sampling_shares
     from multistage_diffusion.stages import Stages
 
     unified = target.model.architecture == "unified"
@@ -63,7 +62,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     shares = {
         "training": stages.shares(target.process),
         "time": time_shares(target.process, stages),
-        "sampling": sampling_shares(target.process, stages, sampling.solver, sampling.steps, sampling.spacing),
+        "sampling": sampling.shares(target.process, stages),
     }
     rows = [
         {
@@ -94,17 +93,17 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return document
 
 
-def _target(name: str, architecture: Architecture | None) -> tuple[Preset, SamplingConfig]:
+def _target(name: str, architecture: Architecture | None) -> tuple[Preset, Sampler]:
     """A preset with its recipe's sampler, or the network of a run with the run's own."""
     if not (Path(name) / "config.json").is_file():
         return preset(name, architecture), recipe(name).sampling
-    sampling, document = SamplingConfig(), read_json(Path(name) / "config.json")
+    sampling, document = Sampler(), read_json(Path(name) / "config.json")
     if isinstance(document, dict) and "format" in document:
         from multistage_diffusion.denoiser import Denoiser
 
         denoiser = Denoiser.from_pretrained(name)
         model, process = denoiser.backbone, denoiser.process
-        edges, shape = denoiser.stages.edges, denoiser.shape
+        edges, shape, sampling = denoiser.stages.edges, denoiser.shape, denoiser.sampler or sampling
     else:
         from multistage_diffusion.runs.checkpoints import newest_state
 

@@ -12,16 +12,16 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import Precision, Solver
+from multistage_diffusion.config import Precision
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.noise import Spacing
+from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute):
+class Options(SamplerOptions, Compute):
     """Draw images from a run, or from a folder written by save_pretrained: PNGs, a grid, and a JSON file with the cost.
 
     example: msd sample runs/digits --num 64 --solver heun --steps 18 --out samples
@@ -35,22 +35,8 @@ class Options(Compute):
     """Number of images."""
     seed: int = 0
     """Seed of the first image; the others follow. A seed is the same image in any batch."""
-    solver: Solver | None = None
-    """Solver; by default the run's."""
-    steps: int | None = None
-    """Steps of the solver; by default the run's."""
-    spacing: Spacing | None = None
-    """Spacing of the noise levels; by default the solver's."""
-    churn: float = 0.0
-    """Noise that heun and euler add in all (S_churn)."""
-    eta: float = 0.0
-    """Share of the ancestral noise in ddim."""
     label: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = ()
     """Class of the images, for a class-conditional run; of several, each is a column of the grid."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Lowest and highest sigma at which there is guidance; by default everywhere."""
     batch_size: int = 256
     """Images drawn at once; changes no image."""
     precision: Precision = "fp32"
@@ -80,34 +66,32 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"--out {out} holds other files; choose an empty or new folder")
     device = prepare(options)
 
-    from multistage_diffusion.config import SamplingConfig
     from multistage_diffusion.data import to_uint8
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.data.pictures import grid, picture, png, stack
     from multistage_diffusion.files import whole_directory
     from multistage_diffusion.runs import load_run
-    from multistage_diffusion.sampling import Trace, sample
+    from multistage_diffusion.sampling import Trace, consecutive_seeds
 
     loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
     loaded.denoiser.precision = options.precision
     codec = load_codec(options.run, device)
-    default = loaded.config.sampling if loaded.config else SamplingConfig()
-    solver = options.solver or default.solver
-    steps = default.steps if options.steps is None else options.steps
-    spacing = options.spacing or (default.spacing if solver == default.solver else None)
+    sampler = options.apply(loaded.denoiser.sampler or Sampler())
     labels = list(itertools.islice(itertools.cycle(options.label), options.num)) or None
     trace = Trace(TRACED)
-    samples = sample(
-        loaded.denoiser, options.num, solver=solver, steps=steps, spacing=spacing, seed=options.seed,
-        batch_size=options.batch_size, labels=labels, guidance=options.guidance, offload=options.offload,
-        guidance_interval=options.guidance_interval, churn=options.churn, eta=options.eta,
-        callback=trace.see if options.denoise_trace else None,
-    )  # fmt: skip
+    samples = sampler.draw(
+        loaded.denoiser,
+        consecutive_seeds(options.seed, options.num),
+        labels=labels,
+        batch_size=options.batch_size,
+        offload=options.offload,
+        callback=trace if options.denoise_trace else None,
+    )
     names = [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
         "run": options.run, "weights": options.weights, "ema_length": options.sigma_rel, "step": loaded.step,
-        "images": len(names), "classes": list(options.label), "guidance": options.guidance, "solver": solver,
-        "steps": steps, "precision": options.precision, "nfe": samples.nfe,
+        "images": len(names), "classes": list(options.label), "guidance": sampler.guidance, "solver": sampler.name,
+        "steps": sampler.steps, "precision": options.precision, "nfe": samples.nfe,
         "stage_calls": list(samples.stage_calls), "seed": options.seed, "seconds": round(samples.seconds, 3),
     }  # fmt: skip
     images = samples.images if codec is None else codec.decode(samples.images)
@@ -126,7 +110,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             (folder / "trace.png").write_bytes(png(strip))
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
     console.print(
-        f"wrote {len(names)} images and grid.png to {out}: {solver}, {samples.nfe} calls of the network an image "
+        f"wrote {len(names)} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network an image "
         f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
     )
     return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}

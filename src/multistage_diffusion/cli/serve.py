@@ -13,10 +13,11 @@ from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.config import check
+from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Compute):
+class Options(SamplerOptions, Compute):
     """Serve a local page: draw images from a run, watch the stages and the estimates along the steps; Ctrl-C ends it.
 
     Only this machine can reach it, unless --host says otherwise; then the address printed holds a token.
@@ -47,7 +48,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     check(0 <= options.port <= 65_535, "port", "in 0..65535", options.port)
     device = prepare(options)
 
-    from multistage_diffusion.config import SamplingConfig
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.runs import load_run
     from multistage_diffusion.serving import LOCAL, Server
@@ -56,7 +56,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     token = None if options.host in LOCAL else secrets.token_urlsafe(16)
     server = Server(
         loaded.denoiser, codec=load_codec(options.run, device), name=Path(options.run).absolute().name,
-        defaults=loaded.config.sampling if loaded.config else SamplingConfig(), token=token,
+        sampler=options.apply(loaded.denoiser.sampler or Sampler()), token=token,
         address=(options.host, options.port),
     )  # fmt: skip
     host = f"[{options.host}]" if ":" in options.host else options.host

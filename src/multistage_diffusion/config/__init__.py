@@ -11,12 +11,13 @@ from multistage_diffusion.config.run import (
     ModelConfig,
     Precision,
     RunConfig,
-    SamplingConfig,
-    Solver,
     StagesConfig,
     TrainingConfig,
 )
 from multistage_diffusion.records import check, flat, from_dict, old_names, to_dict
+from multistage_diffusion.sampling.sampler import Sampler
+
+SamplingConfig = Sampler  # its old name
 
 __all__ = [
     "Architecture",
@@ -27,8 +28,8 @@ __all__ = [
     "ModelConfig",
     "Precision",
     "RunConfig",
+    "Sampler",
     "SamplingConfig",
-    "Solver",
     "StagesConfig",
     "TrainingConfig",
     "UNet",

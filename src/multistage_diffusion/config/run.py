@@ -6,16 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from multistage_diffusion.backbones import Backbone, UNet
-from multistage_diffusion.noise import VP, Process, Spacing
+from multistage_diffusion.noise import VP, Process
 from multistage_diffusion.records import check, check_numbers
+from multistage_diffusion.sampling.sampler import Sampler
 
 ModelConfig = UNet  # its name in version 0.1
 Schedule = Literal["constant", "cosine", "linear", "inverse-sqrt"]
 Weighting = Literal["process", "min-snr", "p2"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Solver = Literal[
-    "heun", "euler", "ddim", "ancestral", "dpm-1", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "sde-dpmpp-2m"
-]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -193,22 +191,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How images are drawn from the model by default."""
-
-    solver: Solver = "heun"
-    """Solver: docs/sampling.md."""
-    steps: int = 18
-    """Number of steps of the solver."""
-    spacing: Spacing | None = None
-    """Spacing of the noise levels; by default the solver's own."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "sampling")
-        check(self.steps >= 1, "sampling.steps", "at least 1", self.steps)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What a run shows of itself while it trains, beside metrics.jsonl; nothing of it changes what is trained."""
 
@@ -259,7 +241,7 @@ class RunConfig:
     model: Backbone = field(default_factory=UNet)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: Sampler = field(default_factory=Sampler)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
@@ -279,6 +261,8 @@ class RunConfig:
             "9 with data.augment-probability above 0, and 0 without",
             self.model.augment_labels,
         )
+        guidance = self.sampling.guidance
+        check(guidance == 1 or self.model.classes > 0, "sampling.guidance", "1 without model.classes", guidance)
         if self.training.quotas:
             check(len(self.training.quotas) == stages, "training.quotas", f"{stages} shares", self.training.quotas)
 

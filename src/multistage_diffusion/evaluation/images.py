@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images, to_uint8
 from multistage_diffusion.data.examples import Codec
 from multistage_diffusion.denoiser import Denoiser
@@ -23,13 +22,13 @@ from multistage_diffusion.metrics.reference import PublishedMoments
 from multistage_diffusion.metrics.statistics import Moments, Statistics, reference_statistics
 from multistage_diffusion.metrics.table import feature_metrics, keeps_features, measure
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.sampling import sample_batches
+from multistage_diffusion.sampling import Sampler, consecutive_seeds
 
 
 def generated(
     denoiser: Denoiser,
     num: int,
-    sampling: SamplingConfig,
+    sampler: Sampler,
     *,
     seed: int = 0,
     batch_size: int = 256,
@@ -40,7 +39,7 @@ def generated(
     Args:
         denoiser: The model.
         num: How many.
-        sampling: Solver, steps, spacing.
+        sampler: How they are drawn.
         seed: Seed of the first image.
         batch_size: Images at a time; changes no image.
         codec: Decodes the latents of a latent model.
@@ -48,20 +47,10 @@ def generated(
     Yields:
         Batches in [-1, 1].
     """
-    labels = None
+    seeds, labels = consecutive_seeds(seed, num), None
     if denoiser.classes:
-        u = rng.uniform(0, "class", torch.arange(seed, seed + num), 1)[:, 0]
-        labels = (u * denoiser.classes).long()
-    for _, images in sample_batches(
-        denoiser,
-        num,
-        solver=sampling.solver,
-        steps=sampling.steps,
-        spacing=sampling.spacing,
-        seed=seed,
-        batch_size=batch_size,
-        labels=labels,
-    ):
+        labels = (rng.uniform(0, "class", seeds, 1)[:, 0] * denoiser.classes).long()
+    for _, images in sampler.batches(denoiser, seeds, batch_size=batch_size, labels=labels):
         yield to_uint8(images if codec is None else codec.decode(images)).float() / 127.5 - 1
 
 

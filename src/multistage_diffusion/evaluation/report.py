@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Codec
 from multistage_diffusion.denoiser import Denoiser
@@ -25,7 +24,7 @@ from multistage_diffusion.metrics.metric import FeatureMetric, Metric
 from multistage_diffusion.metrics.reference import PublishedMoments
 from multistage_diffusion.metrics.table import feature_metrics, resolve, with_followers
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.sampling import call_plan
+from multistage_diffusion.sampling import Sampler
 
 _CAUTION = "the classifier was trained without held-out images, by default on the reference itself: give train"
 
@@ -137,7 +136,7 @@ def evaluate(
     train: Images | None = None,
     statistics: PublishedMoments | None = None,
     num: int = 1_000,
-    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008  (frozen)
+    sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 256,
     codec: Codec | None = None,
@@ -154,7 +153,7 @@ def evaluate(
         train: Images to train the features `classifier` on; without them it is trained on the reference.
         statistics: Published statistics, to which `fd` is measured in place of the reference.
         num: Number of generated images.
-        sampling: Solver, steps, spacing.
+        sampler: How images are drawn; by default as `denoiser.sampler` says, or as `Sampler()`.
         seed: Seed of the first image, and of the held-out loss.
         batch_size: Images at a time; changes nothing but rounding.
         codec: Autoencoder of a latent model: its images are decoded, and its loss is that of latents.
@@ -171,6 +170,7 @@ def evaluate(
         PeerError: Another process failed with its share.
     """
     begin, drawing = time.perf_counter(), _Clock()
+    sampler = sampler or denoiser.sampler or Sampler()
     of_features, of_model = resolve(metrics or (("loss",) if features is None else ("fd", "loss")))
     figures, extractor = dict[str, Any](), None
     if of_features:
@@ -179,7 +179,7 @@ def evaluate(
             raise ConfigError(f'metrics {names} need features, and no extractor was given, like features="classifier"')
         extractor = _extractor(features, reference, train, denoiser.device, processes)
         part = processes.shard(num)
-        images = generated(denoiser, len(part), sampling, seed=seed + part.start, batch_size=batch_size, codec=codec)
+        images = generated(denoiser, len(part), sampler, seed=seed + part.start, batch_size=batch_size, codec=codec)
         images = drawing.timed(images) if part else ()
         figures = _distances(extractor, statistics or reference, images, of_features, num, processes)
     if of_model:
@@ -195,7 +195,7 @@ def evaluate(
     spent = drawing.seconds if of_features else None
     samples = num if of_features else 0
     measured = _evaluation(figures, begin, spent, samples, reference, statistics, extractor, processes)
-    return replace(measured, cost=_cost(denoiser, sampling, stage_images))
+    return replace(measured, cost=_cost(denoiser, sampler, stage_images))
 
 
 def evaluate_images(
@@ -309,15 +309,15 @@ class _Clock:
             yield batch
 
 
-def _cost(denoiser: Denoiser, sampling: SamplingConfig, stage_images: Sequence[int] | None) -> SampleCost:
+def _cost(denoiser: Denoiser, sampler: Sampler, stage_images: Sequence[int] | None) -> SampleCost:
     cost = denoiser_cost(denoiser)
-    calls = call_plan(denoiser, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing)
-    stage_calls = tuple(calls.count(k) for k in range(len(cost.stages)))
+    plan = sampler.plan(denoiser.process, denoiser.stages)
+    stage_calls = tuple(plan.count(k) for k in range(len(cost.stages)))
     return SampleCost(
-        solver=sampling.solver,
-        steps=sampling.steps,
+        solver=sampler.name,
+        steps=sampler.steps,
         precision=denoiser.precision,
-        nfe=len(calls),
+        nfe=len(plan),
         stage_calls=stage_calls,
         stage_gmacs=tuple(stage.gmacs for stage in cost.stages),
         gflops_per_sample=cost.flops(stage_calls) / 1e9,

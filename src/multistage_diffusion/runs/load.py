@@ -44,10 +44,13 @@ def build_denoiser(
     if stages is None or stages.edges != config.stages.edges:
         stages = Stages(config.stages.edges)
     if network is not None:
-        return Denoiser(network, config.process, stages, shape=shape, classes=config.model.classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed the GPUs, too
-        return Denoiser.from_backbone(config.model, config.process, shape, stages)
+        denoiser = Denoiser(network, config.process, stages, shape=shape, classes=config.model.classes)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed the GPUs, too
+            denoiser = Denoiser.from_backbone(config.model, config.process, shape, stages)
+    denoiser.sampler = config.sampling
+    return denoiser
 
 
 @final

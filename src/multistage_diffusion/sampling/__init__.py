@@ -1,34 +1,56 @@
-"""Samplers in sigma: solvers as functions of (denoise, x, sigmas), their table and plan, and images from a denoiser.
+"""Samplers in sigma: solvers as functions of (denoise, x, sigmas), `Sampler`, and images from a denoiser.
 
 All processes look variance-exploding in x = x0 + sigma eps, so no scale appears and each solver is written once.
+Names are imported when they are first used; `Sampler` and the solvers import no torch.
 """
 
-from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
-from multistage_diffusion.sampling.images import Samples, call_plan, is_out_of_memory, sample, sample_batches
-from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
-from multistage_diffusion.sampling.steps import SolverStep, Trace
-from multistage_diffusion.sampling.table import SOLVERS, Solver, evaluations, find_solver, plan, sampling_shares
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
+    from multistage_diffusion.sampling.images import Samples, consecutive_seeds, sample
+    from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
+    from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
+    from multistage_diffusion.sampling.solvers import SOLVERS, Solver, evaluations
+    from multistage_diffusion.sampling.steps import SolverFunction, SolverStep, Trace
 
 __all__ = [
     "SOLVERS",
+    "Sampler",
+    "SamplerOptions",
     "Samples",
     "Solver",
+    "SolverFunction",
     "SolverStep",
     "Trace",
     "ancestral",
-    "call_plan",
+    "consecutive_seeds",
     "ddim",
     "dpm",
     "dpmpp_2m",
     "dpmpp_3m",
     "euler",
     "evaluations",
-    "find_solver",
     "heun",
-    "is_out_of_memory",
-    "plan",
     "sample",
-    "sample_batches",
-    "sampling_shares",
     "sde_dpmpp_2m",
 ]
+
+_MODULES = {
+    "exponential": ("dpm", "dpmpp_2m", "dpmpp_3m", "sde_dpmpp_2m"),
+    "images": ("Samples", "consecutive_seeds", "sample"),
+    "onestep": ("ancestral", "ddim", "euler", "heun"),
+    "sampler": ("Sampler", "SamplerOptions"),
+    "solvers": ("SOLVERS", "Solver", "evaluations"),
+    "steps": ("SolverFunction", "SolverStep", "Trace"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,30 +7,29 @@ and a step from sigma to sigma' has h = lambda' - lambda = ln(sigma/sigma').
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
+from multistage_diffusion.sampling.steps import Callback, SolverStep, levels_on_host, require_noise, scale_noise
 
-from multistage_diffusion.sampling.steps import (
-    Callback,
-    Denoise,
-    Levels,
-    Noise,
-    SolverStep,
-    fresh,
-    host_levels,
-    toward,
-    walk,
-)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Images = Float[Tensor, "*shape"]
+    from multistage_diffusion.sampling.steps import Denoise, Noise, Schedule
+
 FEW_STEPS = 15  # with fewer, the last steps are of lower order, for stability: the number that diffusers uses
 
 
 def dpm(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
-    order: int = 3, taylor: bool = False,
-) -> Images:  # fmt: skip
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Schedule,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    order: int = 3,
+    taylor: bool = False,
+) -> Tensor:
     """DPM-Solver, singlestep: as many evaluations as the schedule has intervals, spent in steps of up to `order` each.
 
     A step of order k replaces k intervals and evaluates at its beginning and, evenly in lambda, k - 1 times inside. The
@@ -55,26 +54,26 @@ def dpm(
 
     Source: Lu et al. 2022 (DPM-Solver), Eq. 3.6 and 3.7, Alg. 1 and 2; the orders are those of Sec. 3.4.
     """
-    levels = host_levels(sigmas)
+    levels = levels_on_host(sigmas)
     start = 0
     for size in step_orders(len(levels) - 1, order, to_zero=levels[-1] == 0):
-        sigma, after = levels[start], levels[start + size]
+        sigma, sigma_next = levels[start], levels[start + size]
         denoised = denoise(x, sigma)
         if callback is not None:
-            callback(SolverStep(start, sigma, after, x, denoised))
+            callback(SolverStep(start, sigma, sigma_next, x, denoised))
         if size == 1:
-            x = toward(x, denoised, after / sigma)
+            x = scale_noise(x, denoised, sigma_next / sigma)
         elif size == 2:
-            x = _second(denoise, x, (x - denoised) / sigma, sigma, after)
+            x = _second(denoise, x, (x - denoised) / sigma, sigma, sigma_next)
         else:
-            x = _third(denoise, x, (x - denoised) / sigma, sigma, after, taylor)
+            x = _third(denoise, x, (x - denoised) / sigma, sigma, sigma_next, taylor)
         start += size
     return x
 
 
 def dpmpp_2m(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None
-) -> Images:
+    denoise: Denoise, x: Tensor, sigmas: Schedule, *, noise: Noise | None = None, callback: Callback | None = None
+) -> Tensor:
     """DPM-Solver++ 2M: second order, multistep, one evaluation a step.
 
     Args:
@@ -92,13 +91,18 @@ def dpmpp_2m(
 
     Source: Lu et al. 2023 (DPM-Solver++), Alg. 2.
     """
-    return _multistep(denoise, x, host_levels(sigmas), callback, order=2)
+    return _multistep(denoise, x, levels_on_host(sigmas), callback, order=2)
 
 
 def dpmpp_3m(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Schedule,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
     released: bool = False,
-) -> Images:  # fmt: skip
+) -> Tensor:
     """DPM-Solver++ 3M: third order, multistep, one evaluation a step; it begins with a step each of orders 1 and 2.
 
     Args:
@@ -119,12 +123,12 @@ def dpmpp_3m(
     Deviation: the released solver gives the quadratic term half its weight (it takes the divided difference, which is
     half the second derivative, for the derivative itself), and so converges with order 2. Here the weight is whole.
     """
-    return _multistep(denoise, x, host_levels(sigmas), callback, order=3, quadratic=1.0 if released else 2.0)
+    return _multistep(denoise, x, levels_on_host(sigmas), callback, order=3, quadratic=1.0 if released else 2.0)
 
 
 def sde_dpmpp_2m(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None
-) -> Images:
+    denoise: Denoise, x: Tensor, sigmas: Schedule, *, noise: Noise | None = None, callback: Callback | None = None
+) -> Tensor:
     """SDE-DPM-Solver++ 2M: the stochastic form, fresh noise in every step, one evaluation a step.
 
     Args:
@@ -142,18 +146,18 @@ def sde_dpmpp_2m(
 
     Source: Lu et al. 2023 (DPM-Solver++), Sec. 5: SDE-DPM-Solver++(2M).
     """
-    levels = host_levels(sigmas)
+    levels = levels_on_host(sigmas)
     previous, h_previous = None, 0.0
-    for index, sigma, after in walk(levels):
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigma)
         if callback is not None:
-            callback(SolverStep(index, sigma, after, x, denoised))
-        estimate, ratio = denoised, after / sigma
+            callback(SolverStep(index, sigma, sigma_next, x, denoised))
+        estimate, ratio = denoised, sigma_next / sigma
         if previous is not None and _order(index, levels, 2) == 2:
             estimate = denoised + (denoised - previous) * (-math.log(ratio) / h_previous / 2)
-        x = toward(x, estimate, ratio**2)
-        if after > 0:
-            x = x + after * math.sqrt(1 - ratio**2) * fresh(noise, index)
+        x = scale_noise(x, estimate, ratio**2)
+        if sigma_next > 0:
+            x = x + sigma_next * math.sqrt(1 - ratio**2) * require_noise(noise, index)
             previous, h_previous = denoised, -math.log(ratio)
     return x
 
@@ -180,33 +184,33 @@ def step_orders(evaluations: int, order: int, *, to_zero: bool) -> list[int]:
     return orders
 
 
-def _second(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, after: float) -> Tensor:
+def _second(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """DPM-Solver-2 (Alg. 1, r1 = 1/2): the noise estimate of the middle in lambda stands for the whole step."""
-    middle = math.sqrt(sigma * after)
+    middle = math.sqrt(sigma * sigma_next)
     halfway = x + (middle - sigma) * slope
-    return x + (after - sigma) / middle * (halfway - denoise(halfway, middle))
+    return x + (sigma_next - sigma) / middle * (halfway - denoise(halfway, middle))
 
 
-def _third(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, after: float, taylor: bool) -> Tensor:
+def _third(denoise: Denoise, x: Tensor, slope: Tensor, sigma: float, sigma_next: float, taylor: bool) -> Tensor:
     """DPM-Solver-3 (Alg. 2, r1 = 1/3, r2 = 2/3), with e the noise estimate and differences from the beginning."""
-    h = math.log(sigma / after)
+    h = math.log(sigma / sigma_next)
     first, second = sigma * math.exp(-h / 3), sigma * math.exp(-2 * h / 3)
     u = x + (first - sigma) * slope
     change_1 = (u - denoise(u, first)) / first - slope
     u = x + (second - sigma) * slope - 2 * _linear(sigma, second) * change_1
     change_2 = (u - denoise(u, second)) / second - slope
-    x = x + (after - sigma) * slope
+    x = x + (sigma_next - sigma) * slope
     if not taylor:
-        return x - 1.5 * _linear(sigma, after) * change_2
+        return x - 1.5 * _linear(sigma, sigma_next) * change_2
     # Derivatives in units of h at the beginning, from the values at 1/3 and 2/3.
     derivative, curvature = 6 * change_1 - 1.5 * change_2, 9 * change_2 - 18 * change_1
-    quadratic = ((sigma - after) / h - after) / h - after / 2
-    return x - _linear(sigma, after) * derivative - quadratic * curvature
+    quadratic = ((sigma - sigma_next) / h - sigma_next) / h - sigma_next / 2
+    return x - _linear(sigma, sigma_next) * derivative - quadratic * curvature
 
 
-def _linear(sigma: float, after: float) -> float:
+def _linear(sigma: float, sigma_next: float) -> float:
     """sigma' (e^h - 1 - h)/h: the weight of a noise estimate that grows linearly in lambda from 0 to 1."""
-    return (sigma - after) / math.log(sigma / after) - after
+    return (sigma - sigma_next) / math.log(sigma / sigma_next) - sigma_next
 
 
 def _order(index: int, levels: list[float], order: int) -> int:
@@ -222,22 +226,22 @@ def _multistep(
 ) -> Tensor:
     """DPM-Solver++ of order 2 or 3: derivatives of D in lambda from the estimates of earlier steps."""
     history: list[tuple[float, Tensor]] = []  # (lambda, estimate), the newest last
-    for index, sigma, after in walk(levels):
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigma)
         if callback is not None:
-            callback(SolverStep(index, sigma, after, x, denoised))
+            callback(SolverStep(index, sigma, sigma_next, x, denoised))
         history = [*history[1 - order :], (-math.log(sigma), denoised)]
         step_order = min(_order(index, levels, order), len(history))
-        ratio = after / sigma
+        ratio = sigma_next / sigma
         if step_order == 1:
-            x = toward(x, denoised, ratio)
+            x = scale_noise(x, denoised, ratio)
             continue
         h = -math.log(ratio)
         (now, d0), (before, d1) = history[-1], history[-2]
         r0 = (now - before) / h
         slope = (d0 - d1) / r0
         if step_order == 2:
-            x = toward(x, denoised + slope / 2, ratio)
+            x = scale_noise(x, denoised + slope / 2, ratio)
             continue
         earlier, d2 = history[-3]
         r1 = (before - earlier) / h
@@ -245,5 +249,5 @@ def _multistep(
         slope = slope + r0 * bend
         # Within the step, D is d0 + slope s + bend s^2 with s from 0 to 1.
         weight = 1 - (1 - ratio) / h
-        x = toward(x, denoised, ratio) + weight * slope - quadratic * (weight / h - 0.5) * bend
+        x = scale_noise(x, denoised, ratio) + weight * slope - quadratic * (weight / h - 0.5) * bend
     return x

@@ -7,31 +7,32 @@ process (Karras et al. 2022, Eq. 3 with s = 1).
 from __future__ import annotations
 
 import math
-
-from jaxtyping import Float
-from torch import Tensor
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from multistage_diffusion.records import check
-from multistage_diffusion.sampling.steps import (
-    Callback,
-    Denoise,
-    Levels,
-    Noise,
-    SolverStep,
-    fresh,
-    host_levels,
-    toward,
-    walk,
-)
+from multistage_diffusion.sampling.steps import Callback, SolverStep, levels_on_host, require_noise, scale_noise
 
-Images = Float[Tensor, "*shape"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from multistage_diffusion.sampling.steps import Denoise, Noise, Schedule
+
 MAX_CHURN = math.sqrt(2) - 1  # at most doubles the variance of the noise (Karras et al. 2022, Alg. 2)
 
 
 def euler(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
-    s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0,
-) -> Images:  # fmt: skip
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Schedule,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
     """Euler's method, first order, one evaluation a step; with churn the stochastic sampler of EDM without correction.
 
     Args:
@@ -53,13 +54,21 @@ def euler(
 
     Source: Karras et al. 2022, Alg. 2, lines 1-7.
     """
-    return _edm(denoise, x, host_levels(sigmas), noise, callback, (s_churn, s_min, s_max, s_noise), corrected=False)
+    return _edm(denoise, x, levels_on_host(sigmas), noise, callback, (s_churn, s_min, s_max, s_noise), corrected=False)
 
 
 def heun(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
-    s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0,
-) -> Images:  # fmt: skip
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Schedule,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
     """Heun's method, second order, two evaluations a step but one for the step to 0: the sampler of EDM.
 
     Args:
@@ -81,13 +90,18 @@ def heun(
 
     Source: Karras et al. 2022, Alg. 1 and (with churn) Alg. 2.
     """
-    return _edm(denoise, x, host_levels(sigmas), noise, callback, (s_churn, s_min, s_max, s_noise), corrected=True)
+    return _edm(denoise, x, levels_on_host(sigmas), noise, callback, (s_churn, s_min, s_max, s_noise), corrected=True)
 
 
 def ddim(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None,
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Schedule,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
     eta: float = 0.0,
-) -> Images:  # fmt: skip
+) -> Tensor:
     """DDIM, first order, one evaluation a step: from Euler's method (eta = 0) to ancestral sampling (eta = 1).
 
     A step keeps part of the noise it found and replaces the rest: x' = D + sqrt(sigma'^2 - a^2) (x - D)/sigma + a z,
@@ -110,20 +124,20 @@ def ddim(
     Source: Song et al. 2021 (DDIM), Eq. 12 and 16, with sigma^2 = (1 - alpha)/alpha and x divided by sqrt(alpha).
     """
     check(0 <= eta <= 1, "eta", "between 0 and 1", eta)
-    for index, sigma, after in walk(host_levels(sigmas)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels_on_host(sigmas))):
         denoised = denoise(x, sigma)
         if callback is not None:
-            callback(SolverStep(index, sigma, after, x, denoised))
-        added = eta * after * math.sqrt(1 - (after / sigma) ** 2)
-        x = toward(x, denoised, math.sqrt(after**2 - added**2) / sigma)
+            callback(SolverStep(index, sigma, sigma_next, x, denoised))
+        added = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+        x = scale_noise(x, denoised, math.sqrt(sigma_next**2 - added**2) / sigma)
         if added > 0:
-            x = x + added * fresh(noise, index)
+            x = x + added * require_noise(noise, index)
     return x
 
 
 def ancestral(
-    denoise: Denoise, x: Images, sigmas: Levels, *, noise: Noise | None = None, callback: Callback | None = None
-) -> Images:
+    denoise: Denoise, x: Tensor, sigmas: Schedule, *, noise: Noise | None = None, callback: Callback | None = None
+) -> Tensor:
     """Ancestral sampling, the stochastic sampler of DDPM: DDIM with eta = 1, one evaluation a step.
 
     Args:
@@ -145,23 +159,29 @@ def ancestral(
 
 
 def _edm(
-    denoise: Denoise, x: Tensor, levels: list[float], noise: Noise | None, callback: Callback | None,
-    churn: tuple[float, float, float, float], *, corrected: bool,
-) -> Tensor:  # fmt: skip
+    denoise: Denoise,
+    x: Tensor,
+    levels: list[float],
+    noise: Noise | None,
+    callback: Callback | None,
+    churn: tuple[float, float, float, float],
+    *,
+    corrected: bool,
+) -> Tensor:
     """Algorithm 2 of Karras et al. 2022, with or without the second-order correction (lines 9-11)."""
     s_churn, s_min, s_max, s_noise = churn
     gain = min(s_churn / (len(levels) - 1), MAX_CHURN)
-    for index, sigma, after in walk(levels):
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         if gain > 0 and s_min <= sigma <= s_max:
             raised = sigma * (1 + gain)
-            x = x + s_noise * math.sqrt(raised**2 - sigma**2) * fresh(noise, index)
+            x = x + s_noise * math.sqrt(raised**2 - sigma**2) * require_noise(noise, index)
             sigma = raised
         denoised = denoise(x, sigma)
         if callback is not None:
-            callback(SolverStep(index, sigma, after, x, denoised))
-        ahead = toward(x, denoised, after / sigma)
-        if corrected and after > 0:
-            slopes = (x - denoised) / sigma + (ahead - denoise(ahead, after)) / after
-            ahead = x + (after - sigma) / 2 * slopes
+            callback(SolverStep(index, sigma, sigma_next, x, denoised))
+        ahead = scale_noise(x, denoised, sigma_next / sigma)
+        if corrected and sigma_next > 0:
+            slopes = (x - denoised) / sigma + (ahead - denoise(ahead, sigma_next)) / sigma_next
+            ahead = x + (sigma_next - sigma) / 2 * slopes
         x = ahead
     return x

@@ -1,21 +1,23 @@
-"""What all solvers share: the types of their arguments, the levels as Python floats, the report of a step."""
+"""What all solvers share: the type of a solver, the report of a step, the Euler step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, final, runtime_checkable
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, final, runtime_checkable
 
 from multistage_diffusion.errors import ConfigError
 
-Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> estimate of x0, of the shape of x
-Noise = Callable[[int], Tensor]  # step -> standard normal numbers of the shape of x
-Levels = Sequence[float] | Float[Tensor, " levels"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Schedule = Sequence[float] | Float[Tensor, " levels"]  # decreasing noise levels; the last one may be 0
+    Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> estimate of x0, of the shape of x
+    Noise = Callable[[int], Tensor]  # step -> standard normal numbers of the shape of x
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SolverStep:
     Attributes:
         index: Where the step begins in the schedule.
         sigma: The noise level of x; above the schedule's if noise was added first (churn).
-        sigma_next: The level to which the step goes.
+        sigma_next: The noise level to which the step goes.
         x: The noisy images, x0 + sigma eps.
         denoised: The estimate of x0 from x.
     """
@@ -40,9 +42,34 @@ class SolverStep:
 Callback = Callable[[SolverStep], None]
 
 
+@runtime_checkable
+class SolverFunction(Protocol):
+    """A solver: carries x = x0 + sigma eps from the first noise level of a schedule to the last."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Schedule,
+        *,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Images at the last noise level.
+
+        Args:
+            denoise: Estimates x0 from (x, sigma).
+            x: Images at the first noise level.
+            sigmas: Decreasing noise levels.
+            noise: Gives the noise of a step, by its index; for stochastic solvers.
+            callback: Sees every step.
+        """
+        ...
+
+
 @final
 class Trace:
-    """Keeps the estimates of the clean image along the steps of the first batch; `see` is the callback.
+    """A callback that keeps the estimates of the clean image along the steps of the first batch.
 
     Args:
         images: How many images to keep, the first ones.
@@ -53,92 +80,48 @@ class Trace:
     """
 
     def __init__(self, images: int) -> None:
-        self.sigmas, self.denoised = list[float](), list[Tensor]()
-        self._images, self._index, self._open = images, -1, True
+        self.sigmas: list[float] = []
+        self.denoised: list[Tensor] = []
+        self._images, self._last_index, self._first_batch = images, -1, True
 
-    def see(self, step: SolverStep) -> None:
-        """Take a step; those of later batches are let go.
-
-        Args:
-            step: The step.
-        """
-        self._open = self._open and step.index > self._index
-        if self._open:
-            self._index = step.index
+    def __call__(self, step: SolverStep) -> None:
+        """Keep a step of the first batch; a later batch begins where the index falls back."""
+        self._first_batch = self._first_batch and step.index > self._last_index
+        if self._first_batch:
+            self._last_index = step.index
             self.sigmas.append(step.sigma)
             self.denoised.append(step.denoised[: self._images].detach().float().cpu().clone())
 
 
-@runtime_checkable
-class Run(Protocol):
-    """A solver whose options are settled."""
-
-    def __call__(
-        self, denoise: Denoise, x: Tensor, sigmas: Levels, *, noise: Noise | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Carry x from the first level to the last."""
-        ...
-
-
-def host_levels(sigmas: Levels) -> list[float]:
+def levels_on_host(sigmas: Schedule) -> list[float]:
     """The schedule as Python floats, fetched once, so that no step waits for a device.
 
     Args:
         sigmas: At least 2 decreasing noise levels, positive save the last, which may be 0.
 
-    Returns:
-        The same levels.
-
     Raises:
         ConfigError: They are not decreasing, or one is negative or not finite.
     """
-    levels = [float(level) for level in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
+    levels = [float(level) for level in getattr(sigmas, "tolist", lambda: sigmas)()]
     falling = all(high > low for high, low in pairwise(levels))
     if len(levels) < 2 or not falling or levels[-1] < 0 or levels[0] == float("inf"):
         raise ConfigError(f"sigmas must be 2 or more decreasing noise levels that end in 0 or above, got {levels}")
     return levels
 
 
-def walk(levels: Sequence[float]) -> Iterator[tuple[int, float, float]]:
-    """The steps of a schedule.
+def scale_noise(x: Tensor, denoised: Tensor, factor: float) -> Tensor:
+    """Scale the noise in x and keep the estimate: denoised + factor (x - denoised).
 
-    Args:
-        levels: Decreasing noise levels.
-
-    Yields:
-        Index, level and next level of each step.
+    With factor sigma'/sigma this is the Euler step of dx/dsigma = (x - D)/sigma from sigma to sigma'.
     """
-    for index in range(len(levels) - 1):
-        yield index, levels[index], levels[index + 1]
+    return denoised.lerp(x, factor)
 
 
-def toward(x: Float[Tensor, "*shape"], denoised: Float[Tensor, "*shape"], ratio: float) -> Float[Tensor, "*shape"]:
-    """Scale the noise in x and keep the estimate: denoised + ratio (x - denoised), the Euler step in sigma.
-
-    Args:
-        x: Noisy images at a level sigma.
-        denoised: The estimate of x0 from them.
-        ratio: The next level over sigma; 0 gives the estimate itself.
-
-    Returns:
-        Images at the next level.
-    """
-    return torch.lerp(denoised, x, ratio)
-
-
-def fresh(noise: Noise | None, step: int) -> Tensor:
-    """The fresh noise of a step.
-
-    Args:
-        noise: The source of noise that the solver was given.
-        step: Index of the step.
-
-    Returns:
-        What the source gives.
+def require_noise(noise: Noise | None, step: int) -> Tensor:
+    """The noise of a step.
 
     Raises:
-        ConfigError: There is no source.
+        ConfigError: The solver was given no source of noise.
     """
     if noise is None:
         raise ConfigError("a stochastic solver needs noise=, a function from the step's index to normal numbers")

@@ -9,7 +9,7 @@ from multistage_diffusion.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
-    SamplingConfig,
+    Sampler,
     StagesConfig,
     TrainingConfig,
     check,
@@ -138,5 +138,5 @@ BUDGETS = {"small": small, "gpu": gpu, "paper": paper}
 def _run(model: ModelConfig, training: TrainingConfig, resolution: int) -> RunConfig:
     return RunConfig(
         data=DataConfig(resolution=resolution, flip=True), process=VP(prediction="v"), stages=_ANY, model=model,
-        training=training, sampling=SamplingConfig(solver="dpmpp-2m", steps=20),
+        training=training, sampling=Sampler(solver="dpmpp-2m", steps=20),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from multistage_diffusion.config import Backbone, RunConfig, SamplingConfig, StagesConfig, to_dict
+from multistage_diffusion.config import Backbone, RunConfig, Sampler, StagesConfig, to_dict
 from multistage_diffusion.data import Images
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError
@@ -209,7 +209,7 @@ class Cells:
         return self.remember(cell, point, "validation" if validation else "loss", measure)
 
     def distance(
-        self, cell: Cell, extractor: FeatureExtractor, sampling: SamplingConfig, samples: int, point: int = -1
+        self, cell: Cell, extractor: FeatureExtractor, sampling: Sampler, samples: int, point: int = -1
     ) -> dict[str, Any]:
         """Fréchet and kernel distance of a point's images to the held-out ones: `fd`, `kid`."""
 

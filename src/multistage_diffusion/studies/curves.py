@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from multistage_diffusion.config import SamplingConfig
-from multistage_diffusion.sampling import call_plan
+from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.studies.designs import Variants
 from multistage_diffusion.studies.estimate import estimate
 from multistage_diffusion.studies.tables import METRICS, NOT_TOLD, Lab, change, compared, measured, row, summed
@@ -126,14 +125,14 @@ def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     for label, config in variants.items():
         cells = lab.runs(config)
         for solver, wanted in itertools.product(SOLVERS, lab.budget.evaluations):
-            chosen = SamplingConfig(solver=solver, steps=_steps(solver, wanted))
+            chosen = Sampler(solver=solver, steps=_steps(solver, wanted))
             found = [lab.cells.distance(one, lab.extractor, chosen, lab.budget.samples_on_the_way) for one in cells]
             denoiser = lab.cells.denoiser(cells[0])
-            calls = call_plan(denoiser, solver=solver, steps=chosen.steps)
+            plan = chosen.plan(denoiser.process, denoiser.stages)
             cost = cells[0].cost(lab.data.shape)
             rows.append({
-                "label": label, "solver": solver, "steps": chosen.steps, "nfe": len(calls),
-                "mflops_per_sample": cost.flops([calls.count(k) for k in range(len(cost.stages))]) / 1e6,
+                "label": label, "solver": solver, "steps": chosen.steps, "nfe": len(plan),
+                "mflops_per_sample": cost.flops([plan.count(k) for k in range(len(cost.stages))]) / 1e6,
                 "fd": estimate([item["fd"] for item in found]).document(),
             })  # fmt: skip
     return rows

@@ -23,7 +23,7 @@ from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.runs import load_run
-from multistage_diffusion.sampling import Trace, sample
+from multistage_diffusion.sampling import Trace, consecutive_seeds
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import stage_counts
 from multistage_diffusion.training.run import TrainingSummary, train
@@ -244,11 +244,9 @@ def _train_and_measure(
         say(f"{run.name}: {point.tflops:.2f} TFLOPs, FD {point.fd:.2f}, held-out loss {point.loss:.4f}")
     loaded = load_run(run, device=device)
     trace = Trace(options.shown)
-    sampling = config.sampling
-    drawn = sample(
-        loaded.denoiser, options.shown, solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing,
-        seed=options.seed, callback=trace.see,
-    )  # fmt: skip
+    drawn = config.sampling.draw(
+        loaded.denoiser, consecutive_seeds(options.seed, options.shown), callback=trace
+    )
     return ModelResult(
         run=run,
         config=config,

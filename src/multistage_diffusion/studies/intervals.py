@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.evaluation import distances
-from multistage_diffusion.noise import sigma_schedule
-from multistage_diffusion.sampling import find_solver
+from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.cells import IMAGE_SEED, Cell
 from multistage_diffusion.studies.designs import Variants, unified
@@ -83,7 +81,7 @@ def intervals_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def spliced(
-    parts: Sequence[Denoiser], stages: Stages, num: int, sampling: SamplingConfig, *, seed: int, batch_size: int = 128
+    parts: Sequence[Denoiser], stages: Stages, num: int, sampler: Sampler, *, seed: int, batch_size: int = 128
 ) -> Iterator[Tensor]:
     """Images drawn by one denoiser on each stage, rounded to 8 bits.
 
@@ -91,16 +89,15 @@ def spliced(
         parts: A denoiser for each stage; all of one process and shape.
         stages: The partition.
         num: How many images.
-        sampling: Solver, steps and spacing.
+        sampler: How images are drawn.
         seed: Seed of the first image.
         batch_size: Images at a time; changes no image.
 
     Yields:
         Batches (B, C, H, W) in [-1, 1], the images that `generated` gives for equal parts.
     """
-    process, shape, device = parts[0].process, parts[0].shape, parts[0].device
-    solver = find_solver(sampling.solver)
-    sigmas = sigma_schedule(process, sampling.spacing or solver.default_spacing, sampling.steps).tolist()
+    shape, device = parts[0].shape, parts[0].device
+    sigmas = sampler.levels(parts[0].process).tolist()
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         return parts[stages.of(sigma)](x, sigma)
@@ -112,7 +109,7 @@ def spliced(
 
         with torch.inference_mode():
             x = rng.normal(0, "prior", seeds, shape) * sigmas[0]
-            images = solver.run(denoise, x, sigmas, noise=noise)
+            images = sampler.run(denoise, x, sigmas, noise=noise)
         yield to_uint8(images.float().cpu()).float() / 127.5 - 1
 
 

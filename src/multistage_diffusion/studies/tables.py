@@ -13,7 +13,6 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.evaluation import distances, generated, held_out_loss
 from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.extractor import FeatureExtractor
-from multistage_diffusion.sampling import call_plan
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.budgets import Budget
 from multistage_diffusion.studies.cells import IMAGE_SEED, Cell, Cells, cell
@@ -126,8 +125,8 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
         Architecture, edges, widths, parameters, FLOPs of an image in training and in sampling, FLOPs and steps spent.
     """
     first, model = cells[0], cells[0].config.model
-    cost, sampling = first.cost(lab.data.shape), first.config.sampling
-    calls = call_plan(lab.cells.denoiser(first), solver=sampling.solver, steps=sampling.steps, spacing=sampling.spacing)
+    cost, denoiser = first.cost(lab.data.shape), lab.cells.denoiser(first)
+    plan = first.config.sampling.plan(denoiser.process, denoiser.stages)
     spent = [lab.cells.spent(one) for one in cells]
     return {
         "architecture": model.architecture,
@@ -137,7 +136,7 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
         "shares": list(first.shares),
         "parameters": cost.parameters,
         "mflops": cost.flops(first.shares) / 1e6,
-        "mflops_per_sample": cost.flops([calls.count(k) for k in range(len(cost.stages))]) / 1e6,
+        "mflops_per_sample": cost.flops([plan.count(k) for k in range(len(cost.stages))]) / 1e6,
         "training_tflops": estimate([item["tflops"] for item in spent]).mean,
         "steps": spent[0]["steps"],
     }

@@ -17,14 +17,13 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.pictures import grid, png
 from multistage_diffusion.denoiser import Denoiser
-from multistage_diffusion.errors import ConfigError, NumericsError, PeerError
+from multistage_diffusion.errors import ConfigError, NumericsError, PeerError, is_out_of_memory
 from multistage_diffusion.evaluation import evaluate
 from multistage_diffusion.files import write_atomic
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.metrics.table import LOGGED, resolve
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.sampling import is_out_of_memory, sample
 from multistage_diffusion.training.report import Report
 from multistage_diffusion.training.trackers import SAMPLES
 from multistage_diffusion.training.trainer import Trainer
@@ -120,16 +119,10 @@ class Observer:
         return signal
 
     def _draw(self, denoiser: Denoiser, path: Path) -> None:
-        logging, sampling = self._config.logging, self._config.sampling
-        classes = denoiser.classes
-        images = sample(
-            denoiser,
-            logging.grid_images,
-            solver=sampling.solver,
-            steps=sampling.steps,
-            spacing=sampling.spacing,
-            labels=torch.arange(logging.grid_images) % classes if classes else None,
-            batch_size=logging.sample_batch,
+        logging, classes = self._config.logging, denoiser.classes
+        labels = torch.arange(logging.grid_images) % classes if classes else None
+        images = self._config.sampling.draw(
+            denoiser, range(logging.grid_images), labels=labels, batch_size=logging.sample_batch
         ).images
         if self._codec is not None:
             images = self._codec.decode(images)
@@ -144,7 +137,7 @@ class Observer:
             logging.metrics,
             features=extractor,
             num=logging.evaluate_images,
-            sampling=self._config.sampling,
+            sampler=self._config.sampling,
             batch_size=logging.sample_batch,
             codec=self._codec,
             processes=processes,

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from multistage_diffusion.config import DataConfig, LoggingConfig, RunConfig, StagesConfig
-from multistage_diffusion.config import SamplingConfig as Sampler
 from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import make_feed
@@ -27,6 +26,7 @@ from multistage_diffusion.records import to_dict, with_new_keys
 from multistage_diffusion.runs import Checkpoint, build_denoiser
 from multistage_diffusion.runs.averages import FOLDER as SNAPSHOTS
 from multistage_diffusion.runs.checkpoints import newest_valid
+from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import prune, restore_checkpoint, save_checkpoint
@@ -165,8 +165,8 @@ def fit(
     trainer: Trainer,
     out: str | Path,
     *,
-    sampling: Sampler = Sampler(),  # noqa: B008  (frozen)
-    logging: LoggingConfig = LoggingConfig(),  # noqa: B008
+    sampler: Sampler | None = None,
+    logging: LoggingConfig = LoggingConfig(),  # noqa: B008  (frozen)
     test: Images | None = None,
     on_step: Callable[[StepResult, int], None] | None = None,
 ) -> TrainingSummary:
@@ -175,7 +175,7 @@ def fit(
     Args:
         trainer: What is trained, on which data and how.
         out: The run directory; `load_run(out, network=...)` reads it.
-        sampling: How images are drawn from the model by default; kept in the run.
+        sampler: How images are drawn from the model by default, kept in the run; none is `denoiser.sampler`.
         logging: What the run shows of itself.
         test: Held-out images, where `logging.evaluate_every` asks for evaluations.
         on_step: Called after each step with its result and the number of steps to take.
@@ -190,6 +190,7 @@ def fit(
         StoppedError: A signal of `guard.SIGNALS` came; a checkpoint of the last step was written.
     """
     started, folder, denoiser = time.perf_counter(), Path(out), trainer.denoiser
+    denoiser.sampler = sampler or denoiser.sampler or Sampler()
     augmented = trainer.augment_probability > 0
     config = RunConfig(
         data=DataConfig(source=trainer.data.name, flip=trainer.flip, augment_probability=trainer.augment_probability),
@@ -198,7 +199,7 @@ def fit(
         model=replace(denoiser.backbone, augment_labels=9 if augmented else 0),
         training=trainer.training,
         engine=trainer.engine,
-        sampling=sampling,
+        sampling=denoiser.sampler,
         logging=logging,
     )
     check_target(folder, config)

@@ -181,6 +181,7 @@ class Trainer:
         with self.processes.all_or_none():
             average = self._copy().to(self.device)
         self.ema.copy_to(average.network)
+        average.sampler = self.denoiser.sampler
         return average.eval()
 
     def _copy(self) -> Denoiser:

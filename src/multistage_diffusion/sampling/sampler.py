@@ -1,0 +1,184 @@
+"""`Sampler`: how images are drawn, as one frozen record. It is also the section `sampling` of a run's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.noise.schedule import SPACINGS, Spacing, sigma_schedule
+from multistage_diffusion.records import check, check_count, check_numbers
+from multistage_diffusion.sampling.solvers import SOLVERS, SolverLike, evaluations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from multistage_diffusion.noise import Process
+    from multistage_diffusion.sampling.images import Labels, SampledDenoiser, Samples, Seeds, SeedsAndImages
+    from multistage_diffusion.sampling.steps import Callback, SolverFunction
+    from multistage_diffusion.stages import Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How images are drawn from a denoiser.
+
+    Raises:
+        ConfigError: No such solver or spacing, or an option that is out of range or that the solver does not take.
+    """
+
+    solver: SolverLike = "heun"
+    """Solver: docs/sampling.md. In Python also a function (denoise, x, sigmas, *, noise=None, callback=None) -> x."""
+    steps: int = 18
+    """Number of steps of the solver."""
+    spacing: Spacing | str | None = None
+    """Spacing of the noise levels; by default the solver's own."""
+    churn: float = 0.0
+    """Noise that heun and euler add in all (S_churn)."""
+    eta: float = 0.0
+    """Share of the ancestral noise in ddim."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest sigma at which there is guidance; by default everywhere."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "sampling")
+        if isinstance(self.solver, str) and self.solver not in SOLVERS:
+            raise ConfigError(f"no solver {self.solver}{suggest(self.solver, SOLVERS)}")
+        check_count(self.steps, "sampling.steps")
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            raise ConfigError(f"no spacing {self.spacing}{suggest(self.spacing, SPACINGS)}")
+        option = SOLVERS[self.solver].option if isinstance(self.solver, str) else None
+        for name, value in (("churn", self.churn), ("eta", self.eta)):
+            if value != 0 and option != name:
+                solvers = ", ".join(solver.name for solver in SOLVERS.values() if solver.option == name)
+                raise ConfigError(f"{self.name} takes no {name} (got {value}); it is for {solvers}")
+        check(self.churn >= 0, "sampling.churn", "at least 0", self.churn)
+        check(0 <= self.eta <= 1, "sampling.eta", "between 0 and 1", self.eta)
+        low, high = self.guidance_interval or (0.0, 0.0)
+        check(0 <= low <= high, "sampling.guidance-interval", "a low and a high sigma", self.guidance_interval)
+
+    @property
+    def name(self) -> str:
+        """Name of the solver."""
+        return self.solver if isinstance(self.solver, str) else getattr(self.solver, "__name__", repr(self.solver))
+
+    @property
+    def run(self) -> SolverFunction:
+        """The solver's function (denoise, x, sigmas, *, noise, callback) -> x, with churn and eta in it."""
+        if not isinstance(self.solver, str):
+            return self.solver
+        function: Callable[..., Tensor] = SOLVERS[self.solver].run
+        if self.churn > 0:
+            return partial(function, s_churn=self.churn)
+        return partial(function, eta=self.eta) if self.eta > 0 else function
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of an image; a guided one, which evaluates the network twice, counts once."""
+        return len(evaluations(self.run, range(self.steps, -1, -1)))
+
+    def levels(self, process: Process) -> Float[Tensor, " levels"]:
+        """The schedule: `steps + 1` decreasing noise levels, float64, the last one 0."""
+        default = SOLVERS[self.solver].default_spacing if isinstance(self.solver, str) else "karras"
+        return sigma_schedule(process, self.spacing or default, self.steps)
+
+    def plan(self, process: Process, stages: Stages) -> tuple[int, ...]:
+        """The stage of every network evaluation, in order, known before sampling."""
+        return tuple(stages.of(sigma) for sigma in evaluations(self.run, self.levels(process).tolist()))
+
+    def shares(self, process: Process, stages: Stages) -> tuple[float, ...]:
+        """Share of each stage in the network evaluations; they sum to 1."""
+        plan = self.plan(process, stages)
+        return tuple(plan.count(stage) / len(plan) for stage in range(len(stages)))
+
+    def draw(
+        self,
+        denoiser: SampledDenoiser,
+        seeds: Seeds,
+        *,
+        labels: Labels | None = None,
+        batch_size: int = 256,
+        offload: bool = False,
+        callback: Callback | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Samples:
+        """Draw images. An image is a function of its seed: neither the batch nor its neighbours change it.
+
+        Args:
+            denoiser: The model; used in evaluation mode and left as it was.
+            seeds: The seed of each image, in [0, 2^63).
+            labels: Class of all images, or of each; only for a conditional model, where none draws without a class.
+            batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
+            offload: Keep only the decoder in use on the device.
+            callback: Sees every step of every batch.
+            stop: Asked before every network evaluation; once true, the images finished so far are returned.
+
+        Returns:
+            The images, with their seeds and cost.
+
+        Raises:
+            ConfigError: Seeds or labels that the model cannot take.
+            NumericsError: An image is not finite.
+        """
+        from multistage_diffusion.sampling.images import collect
+
+        return collect(self, denoiser, seeds, labels, batch_size, offload, callback, stop)
+
+    def batches(
+        self,
+        denoiser: SampledDenoiser,
+        seeds: Seeds,
+        *,
+        labels: Labels | None = None,
+        batch_size: int = 256,
+        offload: bool = False,
+        callback: Callback | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[SeedsAndImages]:
+        """Draw images batch by batch, for more images than memory holds; the arguments are those of `draw`.
+
+        Returns:
+            An iterator over seeds and images (float32, on the CPU), in the order of the seeds. Wrong arguments raise
+            at the call, not at the first batch.
+        """
+        from multistage_diffusion.sampling.images import batches
+
+        return batches(self, denoiser, seeds, labels, batch_size, offload, callback, stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """Options in place of those of a sampler, such as a run's; those left out stay as they are there."""
+
+    solver: SolverLike | None = None
+    """Solver; by default the run's."""
+    steps: int | None = None
+    """Steps of the solver; by default the run's."""
+    spacing: Spacing | str | None = None
+    """Spacing of the noise levels; by default the run's, or with --solver that solver's own."""
+    churn: float | None = None
+    """Noise that heun and euler add in all (S_churn); by default the run's."""
+    eta: float | None = None
+    """Share of the ancestral noise in ddim; by default the run's."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, 1 is none; by default the run's."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest sigma at which there is guidance; by default the run's."""
+
+    def apply(self, sampler: Sampler) -> Sampler:
+        """The sampler with these options. Another solver does not keep the spacing, churn and eta of the first.
+
+        Raises:
+            ConfigError: As `Sampler` raises it.
+        """
+        names = ("solver", "steps", "spacing", "churn", "eta", "guidance", "guidance_interval")
+        changes: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if changes.get("solver", sampler.solver) != sampler.solver:
+            changes = {"spacing": None, "churn": 0.0, "eta": 0.0} | changes
+        return replace(sampler, **changes)
