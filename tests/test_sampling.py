@@ -94,7 +94,7 @@ def conditional():
 
 
 def recorded(denoiser):
-    """Calls of the denoiser's network: (stage, conditioning, images)."""
+    """Calls of the denoiser's network: (stage, labels, images)."""
     calls = []
     hook = denoiser.network.register_forward_pre_hook(
         lambda module, given: calls.append((given[2], given[3].labels, given[0]))
@@ -327,8 +327,8 @@ def test_guidance_uses_one_doubled_batch_and_counts_once(conditional):
     inside = [EDGES[0] <= sigma <= EDGES[1] for sigma in sigma_schedule(EDM(), "karras", 6)[:-1].tolist()]
     assert [len(x) for *_, x in calls] == [6 if guided else 3 for guided in inside]
     assert result.nfe == 6 and any(inside) and not all(inside)
-    doubled = next(conditioning for _, conditioning, x in calls if len(x) == 6)
-    assert doubled.labels.tolist() == [3, 3, 3, 1, 1, 1]
+    doubled = next(labels for _, labels, x in calls if len(x) == 6)
+    assert doubled.tolist() == [3, 3, 3, 1, 1, 1]
 
 
 def test_labels_belong_to_images_not_to_batches(conditional):
