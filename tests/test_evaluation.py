@@ -71,13 +71,13 @@ def test_loss_by_stage_can_be_read_on_another_partition():
 
 def test_loss_by_noise_level_is_that_of_the_draws_between_two_levels():
     denoiser, data = tiny.denoiser(), tiny.images(12)
-    found = held_out_loss(denoiser, data, repeats=20)
-    assert sum(part.draws for part in found.bins) == 240
-    assert sum(part.draws * part.loss for part in found.bins) / 240 == pytest.approx(found.loss)
-    assert [part.low for part in found.bins] == sorted(part.low for part in found.bins)
+    loss = held_out_loss(denoiser, data, repeats=20)
+    assert sum(part.draws for part in loss.bins) == 240
+    assert sum(part.draws * part.loss for part in loss.bins) / 240 == pytest.approx(loss.loss)
+    assert [part.low for part in loss.bins] == sorted(part.low for part in loss.bins)
     by_stage = held_out_loss(denoiser, data, repeats=20, stages=held_out.BINS).stage_loss  # the bins as a partition
-    assert [part.loss for part in found.bins] == [loss for loss in by_stage if loss is not None]
-    one = next(part for part in found.bins if part.low == pytest.approx(0.316, rel=1e-2))
+    assert [part.loss for part in loss.bins] == [loss for loss in by_stage if loss is not None]
+    one = next(part for part in loss.bins if part.low == pytest.approx(0.316, rel=1e-2))
     assert one.high == 1.0 and 0 < one.error < one.loss
 
 
@@ -241,3 +241,15 @@ def test_metrics_of_the_user_stand_beside_the_library_s():
     )
     assert next(iter(evaluation.figures)) == "shift" and evaluation.shift > 0 and evaluation.bias != 0
     json.dumps(evaluation.to_dict(), allow_nan=False)
+
+
+def test_guidance_is_named_and_costs_two_passes_of_the_network():
+    model = replace(tiny.MODEL, classes=3)
+    costs = [
+        evaluate(tiny.denoiser(model), tiny.images(8, labels=True), sampler=Sampler(solver="ddim", steps=4, **options))
+        for options in ({}, {"guidance": 2.0}, {"guidance": 2.0, "guidance_interval": (0.0, 1e-9)})
+    ]
+    plain, guided, nowhere = (each.cost for each in costs)
+    assert guided.gflops_per_sample == 2 * plain.gflops_per_sample == 2 * nowhere.gflops_per_sample
+    assert guided.nfe == plain.nfe == 4
+    assert "guidance" not in costs[0].to_dict() and costs[1].to_dict()["guidance"] == 2.0

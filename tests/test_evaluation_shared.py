@@ -64,10 +64,10 @@ def test_torchrun_prints_one_document_with_the_figures_of_one_process(tmp_path):
         subprocess.run([sys.executable, *start, *module], capture_output=True, text=True, check=True, env=environment)
         for start in ([*launch, "-m", "--"], ["-m"])
     )
-    ours, theirs = json.loads(shared.stdout), json.loads(alone.stdout)
-    assert ours["features"] == theirs["features"]
+    shared, alone = json.loads(shared.stdout), json.loads(alone.stdout)
+    assert shared["features"] == alone["features"]
     for name in ("fd", "loss"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
+        assert shared[name] == pytest.approx(alone[name], rel=1e-6)
 
 
 CODE = """
@@ -86,9 +86,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.slow
 def test_many_images_need_no_more_memory_than_few(tmp_path):
     environment = {**os.environ, "MSD_CACHE": str(tmp_path), "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    command = [sys.executable, "-c", CODE]
     few, many = (
-        int(subprocess.run([sys.executable, "-c", CODE, str(num)], capture_output=True, text=True, check=True,
-                           env=environment).stdout)
-        for num in (1_000, 20_000)
-    )  # fmt: skip
+        int(subprocess.run([*command, num], capture_output=True, text=True, check=True, env=environment).stdout)
+        for num in ("1000", "20000")
+    )
     assert many < 1.1 * few  # the 5 MB of features behind fd_infinity are all that grows

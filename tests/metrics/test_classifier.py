@@ -35,17 +35,17 @@ def two_bars(count, seed, classes=("upright", "lying")):
     return Images("bars", pixels, labels, classes)
 
 
-def test_digits_are_told_apart(extractor, digits):
+def test_digits_are_classified(extractor, digits):
     assert extractor.accuracy > 0.97
-    seen = extractor(digits[1].floats())
-    assert (seen.logits.argmax(1) == digits[1].labels).float().mean().item() == pytest.approx(extractor.accuracy)
-    assert seen.features.shape == (500, extractor.num_features) == (500, 64)
-    assert seen.logits.shape == (500, extractor.num_classes) == (500, 10)
+    batch = extractor(digits[1].floats())
+    assert (batch.logits.argmax(1) == digits[1].labels).float().mean().item() == pytest.approx(extractor.accuracy)
+    assert batch.features.shape == (500, extractor.num_features) == (500, 64)
+    assert batch.logits.shape == (500, extractor.num_classes) == (500, 10)
     assert extractor.name == "digits-classifier"
-    assert torch.linalg.matrix_rank(seen.features.T.double().cov()) == 64
+    assert torch.linalg.matrix_rank(batch.features.T.double().cov()) == 64
 
 
-def test_an_image_does_not_feel_its_batch_mates(extractor, digits):
+def test_features_of_an_image_do_not_depend_on_its_batch(extractor, digits):
     images = digits[1].floats()[:23]
     together = extractor(images)
     for size in (1, 4, 23):
@@ -54,9 +54,9 @@ def test_an_image_does_not_feel_its_batch_mates(extractor, digits):
 
 
 def test_convolutions_are_exact_and_then_as_they_were(extractor, digits, monkeypatch):
-    convolution, see, chosen = torch.backends.cudnn.conv, extractor.see, []
+    convolution, extract, chosen = torch.backends.cudnn.conv, extractor.extract, []
     before = convolution.fp32_precision
-    monkeypatch.setattr(extractor, "see", lambda x: chosen.append(convolution.fp32_precision) or see(x))
+    monkeypatch.setattr(extractor, "extract", lambda x: chosen.append(convolution.fp32_precision) or extract(x))
     extractor(digits[1].images[:3])
     assert chosen == ["ieee"] and convolution.fp32_precision == before == "tf32"
 
@@ -78,8 +78,8 @@ def test_the_kind_of_file_does_not_matter(extractor, digits, tmp_path):
     for name in ("bytes", "floats"):
         again = load_data(f"npz:{tmp_path}/{name}.npz", split="all")
         assert again.digest == order.digest  # the same images, the same split
-        ours, theirs = (rows.sort(dim=0).values for rows in (extractor(again.images).features, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
+        rows, target = (rows.sort(dim=0).values for rows in (extractor(again.images).features, expected))
+        torch.testing.assert_close(rows, target, rtol=0, atol=3e-5)
     with pytest.raises(DataError, match="for images of shape"):  # grey stored as colour is refused, not guessed at
         extractor(test.images.expand(-1, 3, -1, -1))
 
@@ -108,13 +108,13 @@ def test_a_set_on_disk_is_never_held_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(classifier, "_MOST_SAMPLES", 640)
     convert("digits", tmp_path / "digits", None, Reading())
-    found = []
+    made = []
     for number, source in enumerate(("digits", f"shards:{tmp_path}/digits")):
         train, test = (load_data(source, split=split) for split in ("train", "test"))
-        found.append(classifier_features(train, test, cache=tmp_path / str(number)))
+        made.append(classifier_features(train, test, cache=tmp_path / str(number)))
         monkeypatch.setattr(shards, "MAX_BYTES", 256 * 64)
-    assert found[0].digest == found[1].digest
-    assert found[0].accuracy == found[1].accuracy
+    assert made[0].digest == made[1].digest
+    assert made[0].accuracy == made[1].accuracy
 
 
 def test_the_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch):

@@ -86,7 +86,11 @@ def test_inception_score_by_hand():
     result = measure(["is"], rows, rows)
     assert result["is"] == pytest.approx(float(information.exp()), rel=1e-9)
     sure = statistics(torch.eye(4).repeat(10, 1) * 200)
-    assert table.measure([METRICS["is"]], Statistics(4, 4), sure) == {"is": pytest.approx(4.0), "is_std": 0.0}
+    assert table.measure([METRICS["is"]], Statistics(4, 4), sure) == {
+        "is": pytest.approx(4.0),
+        "is_std": 0.0,
+        "is_splits": 1,
+    }
 
 
 def test_figures_agree_with_torchmetrics():
@@ -101,21 +105,21 @@ def test_figures_agree_with_torchmetrics():
             return features
 
     real, generated = normal(200, 16), normal(200, 16, seed=1, mean=0.3, scale=1.2)
-    ours = measure(["fd", "kid"], real, generated)
+    figures = measure(["fd", "kid"], real, generated)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of memory, and of one split
-        theirs = {
+        references = {
             "fd": FrechetInceptionDistance(Bare()).set_dtype(torch.float64),
             "kid": KernelInceptionDistance(Bare(), subsets=1, subset_size=200).set_dtype(torch.float64),
         }
         score = InceptionScore(Bare(), splits=1)
         score.update(generated.float().double())
         information = float(score.compute()[0])
-    for name, metric in theirs.items():
+    for name, metric in references.items():
         metric.update(real.float().double(), real=True)
         metric.update(generated.float().double(), real=False)
         figure = metric.compute()
-        assert ours[name] == pytest.approx(float(figure[0] if name == "kid" else figure), rel=1e-7)
+        assert figures[name] == pytest.approx(float(figure[0] if name == "kid" else figure), rel=1e-7)
     alone = table.measure([METRICS["is"]], Statistics(16, 16), statistics(generated, classes=16))
     assert alone["is"] == pytest.approx(information, rel=1e-7)
 
@@ -129,6 +133,7 @@ def test_a_tenth_of_the_images_makes_a_split():
     result = measure([InceptionScore(split_size=20)], rows, rows, batch=7)
     assert result["is"] == pytest.approx(float(torch.stack(scores).mean()), rel=1e-9)
     assert result["is_std"] == pytest.approx(float(torch.stack(scores).std()), rel=1e-9)
+    assert result["is_splits"] == 10
 
 
 def naive_prdc(real, generated, k):
@@ -172,7 +177,17 @@ def test_batches_and_the_global_generator_do_not_matter():
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
     again = measure(metrics, real, generated, batch=97, seed=3)
-    assert list(once) == ["fd", "fd_infinity", "fd_infinity_images", "kid", "kid_std", "is", "is_std", "prdc"]
+    assert list(once) == [
+        "fd",
+        "fd_infinity",
+        "fd_infinity_images",
+        "kid",
+        "kid_std",
+        "is",
+        "is_std",
+        "is_splits",
+        "prdc",
+    ]
     for name, figure in once.items():
         assert again[name] == pytest.approx(figure, rel=1e-9)
     assert once["kid_std"] > 0 and once["is_std"] == 0.0
@@ -216,9 +231,9 @@ def test_sets_may_come_from_several_processes(sizes):
     start = [sum(sizes[:k]) for k in range(3)]
     parts = [statistics(generated[start[k] : start[k + 1]], first=start[k]) for k in range(2)]
     # Each sum is taken in the order of the calls: what `add` and `join` would get from the other process.
-    theirs = iter([torch.tensor(float(parts[1].count)).double(), parts[1].total, parts[1].outer, parts[1].split_count,
-                   parts[1].split_probability, parts[1].split_information])  # fmt: skip
-    parts[0].combine(lambda mine: mine + next(theirs), lambda rows: torch.cat((rows, parts[1].features)))
+    names = ("total", "outer", "split_count", "split_probability", "split_information")
+    summands = iter([torch.tensor(float(parts[1].count)).double(), *(getattr(parts[1], name) for name in names)])
+    parts[0].combine(lambda values: values + next(summands), lambda rows: torch.cat((rows, parts[1].features)))
     assert torch.equal(parts[0].features, whole.features)
     metrics = ["fd", "fd_infinity", "kid", "is", "prdc"]
     once, again = (table.measure(feature_metrics(metrics), statistics(real), seen) for seen in (whole, parts[0]))

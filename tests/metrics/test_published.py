@@ -24,12 +24,12 @@ def published(module, tensors, folder, monkeypatch):
     path = folder / "weights.pth"
     torch.save(tensors, path)
     content = path.read_bytes()
-    known = replace(module.PUBLISHED, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-    monkeypatch.setattr(module, "PUBLISHED", known)
+    accepted = replace(module.PUBLISHED, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    monkeypatch.setattr(module, "PUBLISHED", accepted)
     return path
 
 
-def drawn(layout):
+def random_weights(layout):
     """Random weights of a layout: names and shapes, small enough to keep signals finite."""
     generator = torch.Generator().manual_seed(0)
     values = {}
@@ -47,41 +47,61 @@ def drawn(layout):
 def inception_layout():
     """Names and shapes of weights-inception-2015-12-05-6726825d.pth, written down from its published converter."""
     convolutions = {
-        "Conv2d_1a_3x3": (32, 3, 3, 3), "Conv2d_2a_3x3": (32, 32, 3, 3), "Conv2d_2b_3x3": (64, 32, 3, 3),
-        "Conv2d_3b_1x1": (80, 64, 1, 1), "Conv2d_4a_3x3": (192, 80, 3, 3),
-    }  # fmt: skip
-    for name, wide, pooled in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
+        "Conv2d_1a_3x3": (32, 3, 3, 3),
+        "Conv2d_2a_3x3": (32, 32, 3, 3),
+        "Conv2d_2b_3x3": (64, 32, 3, 3),
+        "Conv2d_3b_1x1": (80, 64, 1, 1),
+        "Conv2d_4a_3x3": (192, 80, 3, 3),
+    }
+    for name, width, pooled in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
         convolutions |= {
-            f"Mixed_{name}.branch1x1": (64, wide, 1, 1), f"Mixed_{name}.branch5x5_1": (48, wide, 1, 1),
-            f"Mixed_{name}.branch5x5_2": (64, 48, 5, 5), f"Mixed_{name}.branch3x3dbl_1": (64, wide, 1, 1),
-            f"Mixed_{name}.branch3x3dbl_2": (96, 64, 3, 3), f"Mixed_{name}.branch3x3dbl_3": (96, 96, 3, 3),
-            f"Mixed_{name}.branch_pool": (pooled, wide, 1, 1),
-        }  # fmt: skip
+            f"Mixed_{name}.branch1x1": (64, width, 1, 1),
+            f"Mixed_{name}.branch5x5_1": (48, width, 1, 1),
+            f"Mixed_{name}.branch5x5_2": (64, 48, 5, 5),
+            f"Mixed_{name}.branch3x3dbl_1": (64, width, 1, 1),
+            f"Mixed_{name}.branch3x3dbl_2": (96, 64, 3, 3),
+            f"Mixed_{name}.branch3x3dbl_3": (96, 96, 3, 3),
+            f"Mixed_{name}.branch_pool": (pooled, width, 1, 1),
+        }
     convolutions |= {
-        "Mixed_6a.branch3x3": (384, 288, 3, 3), "Mixed_6a.branch3x3dbl_1": (64, 288, 1, 1),
-        "Mixed_6a.branch3x3dbl_2": (96, 64, 3, 3), "Mixed_6a.branch3x3dbl_3": (96, 96, 3, 3),
-    }  # fmt: skip
+        "Mixed_6a.branch3x3": (384, 288, 3, 3),
+        "Mixed_6a.branch3x3dbl_1": (64, 288, 1, 1),
+        "Mixed_6a.branch3x3dbl_2": (96, 64, 3, 3),
+        "Mixed_6a.branch3x3dbl_3": (96, 96, 3, 3),
+    }
     for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
         convolutions |= {
-            f"Mixed_{name}.branch1x1": (192, 768, 1, 1), f"Mixed_{name}.branch7x7_1": (c, 768, 1, 1),
-            f"Mixed_{name}.branch7x7_2": (c, c, 1, 7), f"Mixed_{name}.branch7x7_3": (192, c, 7, 1),
-            f"Mixed_{name}.branch7x7dbl_1": (c, 768, 1, 1), f"Mixed_{name}.branch7x7dbl_2": (c, c, 7, 1),
-            f"Mixed_{name}.branch7x7dbl_3": (c, c, 1, 7), f"Mixed_{name}.branch7x7dbl_4": (c, c, 7, 1),
-            f"Mixed_{name}.branch7x7dbl_5": (192, c, 1, 7), f"Mixed_{name}.branch_pool": (192, 768, 1, 1),
-        }  # fmt: skip
+            f"Mixed_{name}.branch1x1": (192, 768, 1, 1),
+            f"Mixed_{name}.branch7x7_1": (c, 768, 1, 1),
+            f"Mixed_{name}.branch7x7_2": (c, c, 1, 7),
+            f"Mixed_{name}.branch7x7_3": (192, c, 7, 1),
+            f"Mixed_{name}.branch7x7dbl_1": (c, 768, 1, 1),
+            f"Mixed_{name}.branch7x7dbl_2": (c, c, 7, 1),
+            f"Mixed_{name}.branch7x7dbl_3": (c, c, 1, 7),
+            f"Mixed_{name}.branch7x7dbl_4": (c, c, 7, 1),
+            f"Mixed_{name}.branch7x7dbl_5": (192, c, 1, 7),
+            f"Mixed_{name}.branch_pool": (192, 768, 1, 1),
+        }
     convolutions |= {
-        "Mixed_7a.branch3x3_1": (192, 768, 1, 1), "Mixed_7a.branch3x3_2": (320, 192, 3, 3),
-        "Mixed_7a.branch7x7x3_1": (192, 768, 1, 1), "Mixed_7a.branch7x7x3_2": (192, 192, 1, 7),
-        "Mixed_7a.branch7x7x3_3": (192, 192, 7, 1), "Mixed_7a.branch7x7x3_4": (192, 192, 3, 3),
-    }  # fmt: skip
-    for name, wide in (("7b", 1280), ("7c", 2048)):
+        "Mixed_7a.branch3x3_1": (192, 768, 1, 1),
+        "Mixed_7a.branch3x3_2": (320, 192, 3, 3),
+        "Mixed_7a.branch7x7x3_1": (192, 768, 1, 1),
+        "Mixed_7a.branch7x7x3_2": (192, 192, 1, 7),
+        "Mixed_7a.branch7x7x3_3": (192, 192, 7, 1),
+        "Mixed_7a.branch7x7x3_4": (192, 192, 3, 3),
+    }
+    for name, width in (("7b", 1280), ("7c", 2048)):
         convolutions |= {
-            f"Mixed_{name}.branch1x1": (320, wide, 1, 1), f"Mixed_{name}.branch3x3_1": (384, wide, 1, 1),
-            f"Mixed_{name}.branch3x3_2a": (384, 384, 1, 3), f"Mixed_{name}.branch3x3_2b": (384, 384, 3, 1),
-            f"Mixed_{name}.branch3x3dbl_1": (448, wide, 1, 1), f"Mixed_{name}.branch3x3dbl_2": (384, 448, 3, 3),
-            f"Mixed_{name}.branch3x3dbl_3a": (384, 384, 1, 3), f"Mixed_{name}.branch3x3dbl_3b": (384, 384, 3, 1),
-            f"Mixed_{name}.branch_pool": (192, wide, 1, 1),
-        }  # fmt: skip
+            f"Mixed_{name}.branch1x1": (320, width, 1, 1),
+            f"Mixed_{name}.branch3x3_1": (384, width, 1, 1),
+            f"Mixed_{name}.branch3x3_2a": (384, 384, 1, 3),
+            f"Mixed_{name}.branch3x3_2b": (384, 384, 3, 1),
+            f"Mixed_{name}.branch3x3dbl_1": (448, width, 1, 1),
+            f"Mixed_{name}.branch3x3dbl_2": (384, 448, 3, 3),
+            f"Mixed_{name}.branch3x3dbl_3a": (384, 384, 1, 3),
+            f"Mixed_{name}.branch3x3dbl_3b": (384, 384, 3, 1),
+            f"Mixed_{name}.branch_pool": (192, width, 1, 1),
+        }
     layout = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for name, shape in convolutions.items():
         layout[f"{name}.conv.weight"] = shape
@@ -90,7 +110,7 @@ def inception_layout():
 
 
 def test_inception_reads_the_published_layout(tmp_path, monkeypatch):
-    tensors = drawn(inception_layout())
+    tensors = random_weights(inception_layout())
     path = published(inception, tensors, tmp_path, monkeypatch)
     extractor = load_extractor(f"inception:{path}", tiny.images(), tiny.images())
     assert sum(value.numel() for value in extractor.parameters()) == 23_850_960
@@ -124,12 +144,12 @@ def test_images_are_resized_as_tensorflow_1_did(size):
     x = torch.rand(1, 2, *size, generator=torch.Generator().manual_seed(0))
     resized = resize_as_tensorflow(x, 29)
     for i, j in ((0, 0), (7, 13), (28, 28), (28, 3)):
-        high, wide = i * size[0] / 29, j * size[1] / 29
-        top, left = int(high), int(wide)
+        row, column = i * size[0] / 29, j * size[1] / 29
+        top, left = int(row), int(column)
         bottom, right = min(top + 1, size[0] - 1), min(left + 1, size[1] - 1)
-        upper = x[0, :, top, left] * (1 - wide + left) + x[0, :, top, right] * (wide - left)
-        lower = x[0, :, bottom, left] * (1 - wide + left) + x[0, :, bottom, right] * (wide - left)
-        expected = upper * (1 - high + top) + lower * (high - top)
+        upper = x[0, :, top, left] * (1 - column + left) + x[0, :, top, right] * (column - left)
+        lower = x[0, :, bottom, left] * (1 - column + left) + x[0, :, bottom, right] * (column - left)
+        expected = upper * (1 - row + top) + lower * (row - top)
         torch.testing.assert_close(resized[0, :, i, j], expected, rtol=0, atol=1e-5)
 
 
@@ -139,22 +159,22 @@ def efficientnet_layout():
     kernels = [3, 3, 3, 5, 5, 3, 3, 3, 5, 5, 5, 5, 5, 5, 5, 3]
     convolutions, norms = {"_conv_stem": (32, 3, 3, 3), "_conv_head": (1280, 320, 1, 1)}, {"_bn0": 32, "_bn1": 1280}
     for k, (before, after) in enumerate(itertools.pairwise(channels)):
-        wide = before * (6 if k else 1)
+        hidden = before * (6 if k else 1)
         if k:
-            convolutions[f"_blocks.{k}._expand_conv"], norms[f"_blocks.{k}._bn0"] = (wide, before, 1, 1), wide
-        convolutions[f"_blocks.{k}._depthwise_conv"] = (wide, 1, kernels[k], kernels[k])
-        convolutions[f"_blocks.{k}._project_conv"] = (after, wide, 1, 1)
-        norms |= {f"_blocks.{k}._bn1": wide, f"_blocks.{k}._bn2": after}
+            convolutions[f"_blocks.{k}._expand_conv"], norms[f"_blocks.{k}._bn0"] = (hidden, before, 1, 1), hidden
+        convolutions[f"_blocks.{k}._depthwise_conv"] = (hidden, 1, kernels[k], kernels[k])
+        convolutions[f"_blocks.{k}._project_conv"] = (after, hidden, 1, 1)
+        norms |= {f"_blocks.{k}._bn1": hidden, f"_blocks.{k}._bn2": after}
     layout = {f"{name}.weight": shape for name, shape in convolutions.items()}
-    for name, wide in norms.items():
-        layout |= {f"{name}.{part}": (wide,) for part in ("weight", "bias", "running_mean", "running_var")}
+    for name, count in norms.items():
+        layout |= {f"{name}.{part}": (count,) for part in ("weight", "bias", "running_mean", "running_var")}
         layout[f"{name}.num_batches_tracked"] = ()
     return layout | {"_fc.weight": (1000, 1280), "_fc.bias": (1000,)}
 
 
 def test_efficientnet_reads_the_published_layout(tmp_path, monkeypatch):
     assert len(efficientnet_layout()) == 296
-    path = published(imagenet, drawn(efficientnet_layout()), tmp_path, monkeypatch)
+    path = published(imagenet, random_weights(efficientnet_layout()), tmp_path, monkeypatch)
     extractor = load_extractor(f"efficientnet-lite0:{path}", tiny.images(), tiny.images())
     images = tiny.images(3, (3, 20, 24)).images
     seen = extractor(images)
@@ -204,17 +224,17 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
     there = tmp_path / "there"
     there.write_bytes(b"weights")
-    known = weights.Published("w.pth", hashlib.sha256(b"weights").hexdigest(), 7, there.as_uri())
-    path = weights.fetch(known, "")
+    file = weights.Published("w.pth", hashlib.sha256(b"weights").hexdigest(), 7, there.as_uri())
+    path = weights.fetch(file, "")
     assert path.read_bytes() == b"weights"
     there.write_bytes(b"other")
-    assert weights.fetch(known, "") == path  # not fetched again
+    assert weights.fetch(file, "") == path  # not fetched again
     path.unlink()
     with pytest.raises(ConfigError, match=r"there is not w.pth as published"):
-        weights.fetch(known, "")
+        weights.fetch(file, "")
     assert not path.exists()
     with pytest.raises(ConfigError, match=r"cannot download .*gone.*; take another way$"):
-        weights.fetch(replace(known, url=(tmp_path / "gone").as_uri()), "take another way")
+        weights.fetch(replace(file, url=(tmp_path / "gone").as_uri()), "take another way")
 
 
 def test_the_old_word_for_the_classifier_works_with_a_warning(tmp_path, monkeypatch):

@@ -16,23 +16,23 @@ def extractor():
 
 def counted(extractor, monkeypatch):
     """How many images the extractor sees from now on."""
-    seen, see = [0], extractor.see
+    seen, extract = [0], extractor.extract
 
     def count(x):
         seen[0] += len(x)
-        return see(x)
+        return extract(x)
 
-    monkeypatch.setattr(extractor, "see", count)
+    monkeypatch.setattr(extractor, "extract", count)
     return seen
 
 
 def test_sums_give_mean_and_covariance(extractor, tmp_path):
     data = tiny.images(70)
-    found = reference_statistics(extractor, data, keep=True, batch_size=9, cache=tmp_path)
+    statistics = reference_statistics(extractor, data, keep=True, batch_size=9, cache=tmp_path)
     features = extractor(data.floats()).features.double()
-    torch.testing.assert_close(found.mean(), features.mean(0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found.covariance(), features.T.cov(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found.features, features.float(), atol=3e-5, rtol=0)
+    torch.testing.assert_close(statistics.mean(), features.mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(statistics.covariance(), features.T.cov(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(statistics.features, features.float(), atol=3e-5, rtol=0)
 
 
 def test_the_cache_is_used_for_the_same_content(extractor, tmp_path, monkeypatch):

@@ -85,12 +85,12 @@ def distances(
     chosen = feature_metrics(metrics)
     keep_real, keep_generated = keeps_features(chosen)
     _check_reference(chosen, reference, extractor)
-    seen = Statistics(extractor.num_features, extractor.num_classes, keep=keep_generated, first=first)
+    statistics = Statistics(extractor.num_features, extractor.num_classes, keep=keep_generated, first=first)
     with processes.all_or_none():
         for batch in images:
-            seen.update(extractor(batch))
+            statistics.update(extractor(batch))
     if processes.size > 1:
-        seen.combine(lambda part: processes.all_reduce(part.clone()), lambda rows: _join(rows, processes))
+        statistics.combine(lambda part: processes.all_reduce(part.clone()), lambda rows: _join(rows, processes))
     with processes.all_or_none():
         if not processes.is_main:
             return {}
@@ -99,7 +99,7 @@ def distances(
             real = reference
         elif reference is not None and any(metric.compares for metric in chosen):
             real = reference_statistics(extractor, reference, keep=keep_real)
-        figures = measure(chosen, real, seen)
+        figures = measure(chosen, real, statistics)
     if extractor.name == inception.NAME and "fd" in figures:
         figures = {"fid": figures["fd"], **figures}
     return figures

@@ -47,11 +47,12 @@ class SampleCost:
         solver: The solver.
         steps: Its steps.
         precision: What the network computes in.
-        nfe: Network evaluations of an image.
+        nfe: Network evaluations of an image; a guided one, which is two passes of the network, counts once.
         stage_calls: Those in each stage.
         stage_gmacs: 10^9 multiply-accumulates of one evaluation in each stage.
-        gflops_per_sample: 10^9 FLOPs of an image.
+        gflops_per_sample: 10^9 FLOPs of an image, both passes of guided evaluations included.
         flops: How multiply-accumulates and FLOPs are counted.
+        guidance: Scale of classifier-free guidance, if there is any.
         training_images: Images that the model was trained on, if that is known.
         training_pflops: 10^15 FLOPs of its training.
     """
@@ -64,6 +65,7 @@ class SampleCost:
     stage_gmacs: tuple[float, ...]
     gflops_per_sample: float
     flops: str = CONVENTION
+    guidance: float | None = None
     training_images: int | None = None
     training_pflops: float | None = None
 
@@ -320,7 +322,8 @@ def _cost(denoiser: Denoiser, sampler: Sampler, stage_images: Sequence[int] | No
         nfe=len(plan),
         stage_calls=stage_calls,
         stage_gmacs=tuple(stage.gmacs for stage in cost.stages),
-        gflops_per_sample=cost.flops(stage_calls) / 1e9,
+        guidance=None if sampler.guidance == 1 else sampler.guidance,
+        gflops_per_sample=cost.flops(sampler.passes(denoiser.process, denoiser.stages)) / 1e9,
         training_images=None if stage_images is None else sum(stage_images),
         training_pflops=None if stage_images is None else cost.training_flops(stage_images) / 1e15,
     )

@@ -83,7 +83,7 @@ class Classifier(FeatureExtractor):
         self.spread = nn.Buffer(torch.ones(NUM_FEATURES))
         self._draw_weights()
 
-    def see(
+    def extract(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
         """Features and logits of images in [-1, 1] of the right shape."""
@@ -163,14 +163,14 @@ def _train(model: Classifier, train: Images, test: Images | None) -> Classifier:
         loss.backward()
         optimizer.step()
         rate.step()
-    seen = torch.cat([model(train.pixels(rows)).features for rows in _blocks(train)]).double()
-    model.center.copy_(seen.mean(0))
-    model.spread.copy_(seen.std(0).clamp_min(1e-6))
+    features = torch.cat([model(train.pixels(rows)).features for rows in _blocks(train)]).double()
+    model.center.copy_(features.mean(0))
+    model.spread.copy_(features.std(0).clamp_min(1e-6))
     if not bool(model.head.weight.isfinite().all()):
         raise NumericsError(f"training {model.name} diverged")
     if test is not None and test.labels is not None:
-        named = torch.cat([model(test.pixels(rows)).logits.argmax(1) for rows in _blocks(test)])
-        model.accuracy = round(float(named.eq(test.labels).double().mean()), 6)
+        predicted = torch.cat([model(test.pixels(rows)).logits.argmax(1) for rows in _blocks(test)])
+        model.accuracy = round(float(predicted.eq(test.labels).double().mean()), 6)
     return model
 
 

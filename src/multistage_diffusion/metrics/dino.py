@@ -56,7 +56,7 @@ class DINOv2(FeatureExtractor):
         self.num_features = int(model.config.hidden_size)
         self.name = f"dinov2-{model.config.num_hidden_layers}x{self.num_features}"
 
-    def see(
+    def extract(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch 0"]]:
         """Features of images in [-1, 1], and no logits."""

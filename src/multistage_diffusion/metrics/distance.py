@@ -151,7 +151,7 @@ class InceptionScore(FeatureMetric):
     compares = False
 
     def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
-        """Mean and standard deviation over the splits: `is`, `is_std`."""
+        """Mean and standard deviation over the splits, and their number: `is`, `is_std`, `is_splits`."""
         if generated.split_probability.shape[1] == 0:
             raise ConfigError(
                 "the metric is needs features that know classes, like inception or classifier; these do not"
@@ -162,7 +162,8 @@ class InceptionScore(FeatureMetric):
         count, probability, information = parts
         mean = probability / count[:, None]
         scores = (information / count - torch.xlogy(mean, mean).sum(1)).exp()
-        return {self.name: float(scores.mean()), "is_std": float(scores.std()) if len(scores) > 1 else 0.0}
+        deviation = float(scores.std()) if len(scores) > 1 else 0.0
+        return {self.name: float(scores.mean()), "is_std": deviation, "is_splits": len(scores)}
 
 
 @final

@@ -68,7 +68,7 @@ class FeatureExtractor(nn.Module, ABC):
     block: int = 64
 
     @abstractmethod
-    def see(
+    def extract(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
         """Features and logits of a few images in [-1, 1], on the device of the weights."""
@@ -85,13 +85,13 @@ class FeatureExtractor(nn.Module, ABC):
             float32, on the device of the extractor, in the order of the images.
 
         Raises:
-            DataError: Images of a shape that the extractor cannot see, or floats outside [-1, 1].
+            DataError: Images of a shape that the extractor does not take, or floats outside [-1, 1].
             NumericsError: A value is NaN or infinite.
         """
         device, parts = next(self.parameters()).device, []
         with torch.no_grad(), full_precision(device), _full_convolutions():
             for block in images.split(self.block):
-                parts.append(self.see(_checked(block.to(device))))
+                parts.append(self.extract(_checked(block.to(device))))
         return Features(torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts]))
 
     @property

@@ -69,7 +69,7 @@ class EfficientNetLite0(FeatureExtractor):
             self._fc = nn.Linear(_HEAD, _CLASSES)
         read_weights(weights or _packaged(), PUBLISHED, self)
 
-    def see(
+    def extract(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
         """Features and logits of images in [-1, 1]."""

@@ -65,7 +65,7 @@ class InceptionV3(FeatureExtractor):
         hint = "get the file elsewhere and give it as inception:PATH"
         read_weights(weights or fetch(PUBLISHED, hint), PUBLISHED, self)
 
-    def see(
+    def extract(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
         """Features and logits of images in [-1, 1]."""

@@ -97,6 +97,14 @@ class Sampler:
         plan = self.plan(process, stages)
         return tuple(plan.count(stage) / len(plan) for stage in range(len(stages)))
 
+    def passes(self, process: Process, stages: Stages) -> tuple[int, ...]:
+        """Forward passes of the network for an image in each stage: one an evaluation, and two where it is guided."""
+        low, high = self.guidance_interval or (0.0, float("inf"))
+        count = [0] * len(stages)
+        for sigma in evaluations(self.run, self.levels(process).tolist()):
+            count[stages.of(sigma)] += 1 if self.guidance == 1 or not low <= sigma <= high else 2
+        return tuple(count)
+
     def draw(
         self,
         denoiser: SampledDenoiser,
