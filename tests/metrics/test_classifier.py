@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion.data import Images, load_data, shards
+from multistage_diffusion.data import Images, load_data, rows
 from multistage_diffusion.data.collection import Reading
 from multistage_diffusion.data.sources import convert
 from multistage_diffusion.errors import DataError, NumericsError
@@ -112,7 +112,7 @@ def test_a_set_on_disk_is_never_held_whole(tmp_path, monkeypatch):
     for number, source in enumerate(("digits", f"shards:{tmp_path}/digits")):
         train, test = (load_data(source, split=split) for split in ("train", "test"))
         made.append(classifier_features(train, test, cache=tmp_path / str(number)))
-        monkeypatch.setattr(shards, "MAX_BYTES", 256 * 64)
+        monkeypatch.setattr(rows, "MAX_BYTES", 256 * 64)
     assert made[0].digest == made[1].digest
     assert made[0].accuracy == made[1].accuracy
 

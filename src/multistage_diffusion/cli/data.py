@@ -91,7 +91,7 @@ def _describe(images: Images, split: str) -> dict[str, Any]:
     """The facts, in units of the pixels (range) and of the networks (mean, std: [-1, 1])."""
     import torch
 
-    from multistage_diffusion.data.shards import blocks
+    from multistage_diffusion.data.rows import blocks
 
     counts = [] if images.labels is None else images.labels.bincount(minlength=len(images.classes)).tolist()
     pixels = (images.pixels(rows).flatten() for rows in blocks(images.images.shape))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from multistage_diffusion.data.collection import Collection
 from multistage_diffusion.data.images import Images
-from multistage_diffusion.data.shards import ShardWriter, blocks, open_shards, require_size
+from multistage_diffusion.data.rows import blocks
+from multistage_diffusion.data.shards import ShardWriter, open_shards, require_size
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.files import read_json
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from multistage_diffusion.data.shards import Shards, row_digests
+from multistage_diffusion.data.rows import Rows, row_digests
 from multistage_diffusion.errors import DataError
 
 Set = TypeVar("Set", bound="Examples")
@@ -57,7 +57,7 @@ class Examples(ABC):
     """
 
     name: str
-    images: Shaped[Tensor, "batch channels height width"] | Shards
+    images: Shaped[Tensor, "batch channels height width"] | Rows
     labels: Int[Tensor, " labelled"] | None = None
     classes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ class Examples(ABC):
         """SHA-256 of each row's digest, the labels and the names of the classes."""
         labels = b"" if self.labels is None else self.labels.cpu().contiguous().numpy().tobytes()
         content = hashlib.sha256(repr((tuple(self.images.shape), len(labels), self.classes)).encode())
-        rows = self.images.digests if isinstance(self.images, Shards) else row_digests(self.images)
+        rows = self.images.digests if isinstance(self.images, Rows) else row_digests(self.images)
         content.update(rows.numpy().data)
         content.update(labels)
         return content.hexdigest()
@@ -139,7 +139,7 @@ class Examples(ABC):
         Raises:
             DataError: `index` is empty.
         """
-        rows = self.images.take(index) if isinstance(self.images, Shards) else self.images[index]
+        rows = self.images.take(index) if isinstance(self.images, Rows) else self.images[index]
         return replace(self, images=rows, labels=None if self.labels is None else self.labels[index])
 
     def to(self: Set, device: torch.device) -> Set:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion.data.examples import Examples
-from multistage_diffusion.data.shards import Shards, blocks
+from multistage_diffusion.data.rows import Rows, blocks
 from multistage_diffusion.errors import DataError
 from multistage_diffusion.files import write_json
 
@@ -103,7 +103,7 @@ class Fields(Examples):
         return self.codec.to_model(rows)
 
 
-def measure_scale(name: str, kind: ScaleKind, rows: Float[Tensor, "n channels height width"] | Shards) -> Scale:
+def measure_scale(name: str, kind: ScaleKind, rows: Float[Tensor, "n channels height width"] | Rows) -> Scale:
     """Statistics of all rows; sums are numpy's, so that the number of threads does not change them.
 
     Args:

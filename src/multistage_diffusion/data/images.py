@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from multistage_diffusion.data.examples import Examples
-from multistage_diffusion.data.shards import MAX_BYTES
+from multistage_diffusion.data.rows import MAX_BYTES
 from multistage_diffusion.errors import DataError, NumericsError
 
 MAX_SET_BYTES = MAX_BYTES  # a set larger than this, at one byte a channel, is not loaded into memory

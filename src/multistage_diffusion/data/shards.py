@@ -9,9 +9,7 @@ Files are read, not mapped: what was read takes no memory afterwards, and a disk
 
 from __future__ import annotations
 
-import copy
 import errno
-import hashlib
 import json
 import math
 import os
@@ -22,29 +20,26 @@ from typing import Any, BinaryIO, final
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from multistage_diffusion.data.rows import DIGEST_BYTES, Row, Rows, blocks, row_digests
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.files import MAX_MANIFEST_BYTES, check_directory, read_json
 
 INDEX = "index.json"
 _FORMAT = "multistage-diffusion shards 1"
-_DIGESTS, _DIGEST_BYTES = "digests.bin", 16
+_DIGESTS = "digests.bin"
 _SHARD_BYTES = 256 * 2**20
 _SHARDS = 2_000  # about as many files of rows at most: those of larger sets are larger
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _MAX_ROW_BYTES = 2**30
-_BLOCK = 2**22  # numbers in rows that are gone through block by block
-MAX_BYTES = 16 * 2**30  # more is not read into memory at once
 _MAX_FILES = 100_000  # in an index that is read
-
-Row = tuple[int, int, int]
 
 
 @final
-class Shards:
-    """Rows that stay on disk; indexed like a tensor, by a slice or a tensor of indices, they are read.
+class Shards(Rows):
+    """Rows in the files of a folder.
 
     Args:
         folder: Where the files are.
@@ -54,91 +49,27 @@ class Shards:
         per_file: Number of rows in each file but the last.
     """
 
-    device = None  # where a tensor says the device that it is on
-
     def __init__(self, folder: Path, shape: Row, dtype: torch.dtype, count: int, per_file: int) -> None:
-        self.folder, self.dtype = folder, dtype
-        self._row, self._count, self._per_file = shape, count, per_file
-        self._chosen: Tensor | None = None  # the rows meant, in order; all where there are none
-        self._digests = torch.from_numpy(np.fromfile(folder / _DIGESTS, np.uint8)).reshape(count, _DIGEST_BYTES)
+        digests = torch.from_numpy(np.fromfile(folder / _DIGESTS, np.uint8)).reshape(count, DIGEST_BYTES)
+        super().__init__(str(folder), shape, dtype, digests)
+        self.folder, self._per_file = folder, per_file
 
-    def __len__(self) -> int:
-        return self._count if self._chosen is None else len(self._chosen)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Number of rows, then the shape of one."""
-        return len(self), *self._row
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that all rows would take."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def digests(self) -> UInt8[Tensor, "rows 16"]:
-        """The digest of each row."""
-        return self._digests if self._chosen is None else self._digests[self._chosen]
-
-    def take(self, index: Int[Tensor, " n"]) -> Shards:
-        """Some of the rows, still on disk.
-
-        Args:
-            index: Which, in the order wanted.
-
-        Returns:
-            Those rows.
-        """
-        some = copy.copy(self)
-        some._chosen = index if self._chosen is None else self._chosen[index]
-        return some
-
-    def to(self, device: torch.device | str) -> Shaped[Tensor, "rows channels height width"]:
-        """Read all rows into memory.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The rows.
-
-        Raises:
-            DataError: As for reading some.
-        """
-        read = torch.empty(self.shape, dtype=self.dtype, device=device)
-        for rows in blocks(self.shape):
-            read[rows[0] : rows[-1] + 1] = self[rows].to(device)
-        return read
-
-    def __getitem__(self, index: slice | Int[Tensor, " n"]) -> Shaped[Tensor, "n channels height width"]:
-        """Read rows.
-
-        Args:
-            index: A slice, or a tensor of indices on the CPU.
-
-        Returns:
-            The rows, in memory.
-
-        Raises:
-            DataError: A row differs from its digest or cannot be read, or they are too many for memory.
-        """
-        rows = torch.arange(len(self))[index] if isinstance(index, slice) else index
-        rows = rows if self._chosen is None else self._chosen[rows]
-        if (size := len(rows) * math.prod(self._row) * self.dtype.itemsize) > MAX_BYTES:
-            raise DataError(f"{self.folder}: {size:,} bytes are too many to be held in memory at once")
+    def read(self, rows: Int[Tensor, " n"]) -> Shaped[Tensor, "n channels height width"]:
+        """Rows by their number in the files, in the order that they lie in on the disk."""
         read = torch.empty(len(rows), *self._row, dtype=self.dtype)
-        order = rows.argsort()  # as they lie on the disk
+        order = rows.argsort()
         numbers, counts = (rows[order] // self._per_file).unique_consecutive(return_counts=True)
         for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
             self._copy(number, rows[places] - number * self._per_file, places, read)
-        wrong = (row_digests(read) != self._digests[rows]).any(1).nonzero()[:, 0]
-        if len(wrong):
-            row = int(rows[wrong[0]])
-            raise DataError(
-                f"{self.folder / _file(row // self._per_file)}: row {row % self._per_file} is damaged (it differs from "
-                f"its digest); delete {self.folder} and make it again"
-            )
         return read
+
+    def damage(self, row: int) -> str:
+        """Which row of which file differs from its digest."""
+        path = self.folder / _file(row // self._per_file)
+        return (
+            f"{path}: row {row % self._per_file} is damaged (it differs from its digest); delete {self.folder} and make "
+            "it again"
+        )
 
     def _copy(self, number: int, rows: Tensor, places: Tensor, read: Tensor) -> None:
         """Read increasing rows of one file into places of a tensor; neighbours in both at once."""
@@ -193,34 +124,6 @@ def require_size(path: Path, size: int) -> None:
     if found != size:
         what = "no such file" if found is None else f"{found} bytes instead of {size}"
         raise DataError(f"{path}: {what}; delete {path.parent} and make it again")
-
-
-def blocks(shape: Sequence[int]) -> tuple[Int[Tensor, " _"], ...]:
-    """Indices of all rows in blocks of a few megabytes, to go through a set that need not fit into memory.
-
-    Args:
-        shape: Number of rows, then the shape of one.
-
-    Returns:
-        The indices, in order.
-    """
-    return torch.arange(shape[0]).split(max(1, _BLOCK // math.prod(shape[1:])))
-
-
-def row_digests(rows: Shaped[Tensor, "n ..."]) -> UInt8[Tensor, "n 16"]:
-    """A digest of each row's bytes.
-
-    Args:
-        rows: Any rows.
-
-    Returns:
-        16 bytes of BLAKE2b each.
-    """
-    if len(rows) == 0:
-        return torch.empty(0, _DIGEST_BYTES, dtype=torch.uint8)
-    plain = rows.cpu().contiguous().flatten(1).numpy()
-    digests = b"".join(hashlib.blake2b(row.data, digest_size=_DIGEST_BYTES).digest() for row in plain)
-    return torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(rows), _DIGEST_BYTES)
 
 
 @final
@@ -297,7 +200,7 @@ class ShardWriter:
         self._shape, self._dtype = (channels, height, width), rows.dtype
         row = rows[0].nbytes
         self._per_file = max(1, _SHARD_BYTES // row, -(-self.expected // _SHARDS))
-        needed, free = self.expected * (row + _DIGEST_BYTES), shutil.disk_usage(self._folder).free
+        needed, free = self.expected * (row + DIGEST_BYTES), shutil.disk_usage(self._folder).free
         if needed > free:  # the folder's owner knows what it will be called
             raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free")
 
@@ -343,7 +246,7 @@ def _open(folder: Path) -> tuple[Shards, dict[str, Any]]:
             raise ValueError("about must hold names")
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / INDEX}: not an index of shards ({str(error)[:100]})") from error
-    require_size(folder / _DIGESTS, count * _DIGEST_BYTES)
+    require_size(folder / _DIGESTS, count * DIGEST_BYTES)
     for number, rows in enumerate(_rows_of_files(count, per_file)):
         require_size(folder / _file(number), rows * row)
     return Shards(folder, shape, dtype, count, per_file), about

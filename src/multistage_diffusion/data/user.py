@@ -10,9 +10,9 @@ from torch import Tensor
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import Fields, ScaleKind, measure_scale
 from multistage_diffusion.data.images import Images
-from multistage_diffusion.data.shards import Shards
+from multistage_diffusion.data.rows import Rows
 
-Data: TypeAlias = Examples | Tensor | Shards
+Data: TypeAlias = Examples | Tensor | Rows
 
 
 def as_data(x: Data, *, scale: ScaleKind = "none", name: str = "") -> Examples:
