@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 from torch import Tensor
 
 from multistage_diffusion.config import check, from_dict, to_dict
-from multistage_diffusion.data.latents import LatentCodec
+from multistage_diffusion.data.examples import Codec
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, UserError
@@ -69,7 +69,7 @@ class Server(ThreadingHTTPServer):
 
     Args:
         denoiser: The model.
-        codec: Decodes latents.
+        codec: Makes pictures of what the model makes.
         sampler: How images are drawn unless a request says otherwise; the page proposes it.
         name: What the page calls the model.
         address: Host and port; port 0 takes a free one.
@@ -82,7 +82,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
     def __init__(
-        self, denoiser: Denoiser, *, codec: LatentCodec | None = None, sampler: Sampler, name: str,
+        self, denoiser: Denoiser, *, codec: Codec | None = None, sampler: Sampler, name: str,
         address: tuple[str, int] = ("127.0.0.1", 0), token: str | None = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.codec, self.sampler, self.token = denoiser, codec, sampler, token
@@ -249,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _picture(self, images: Tensor) -> str:
         codec = self.server.codec
         shown = images.detach().float().cpu()
-        shown = shown if codec is None else codec.decode(shown)
+        shown = shown if codec is None else codec.preview(shown)
         return base64.b64encode(png(grid(shown, scale=max(1, 64 // shown.shape[2])))).decode()
 
     def _line(self, document: dict[str, Any]) -> None:

@@ -58,14 +58,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     import torch
     from rich.progress import Progress
 
-    from multistage_diffusion.data.latents import load_images
+    from multistage_diffusion.data import load_parts
     from multistage_diffusion.training.autoencoder import AutoencoderConfig, reconstruction_error, train_autoencoder
 
     config = AutoencoderConfig(
         steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, widths=options.widths,
         latent_channels=options.latent_channels, kl_weight=options.kl_weight, seed=options.seed,
     )  # fmt: skip
-    train, test = load_images(data), load_images(data, "test")
+    train, test = load_parts(data)
     losses: list[float] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training the autoencoder", total=config.steps)

@@ -94,7 +94,7 @@ def _import(options: Options, console: Console) -> dict[str, Any]:
 
 def _export(options: Options, console: Console) -> dict[str, Any]:
     """To diffusers."""
-    from multistage_diffusion.data.latents import load_codec
+    from multistage_diffusion.data.latents import LatentCodec, load_codec
     from multistage_diffusion.interop.card import Facts, model_card
     from multistage_diffusion.interop.export import export
     from multistage_diffusion.runs import load_run
@@ -110,7 +110,10 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
         )  # fmt: skip
         return model_card(loaded.denoiser, facts)
 
-    done = export(loaded.denoiser, options.out, codec=load_codec(options.source), card=card)
+    codec = load_codec(options.source)
+    if codec is not None and not isinstance(codec, LatentCodec):
+        raise ConfigError(f"{options.source} is a run on fields, whose scale diffusers has no place for")
+    done = export(loaded.denoiser, options.out, codec=codec, card=card)
     why = f" (no standard one: {done.reason})" if done.reason else ""
     console.print(
         f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from multistage_diffusion.cli.common import Common
-from multistage_diffusion.config import check
+from multistage_diffusion.config import Scaling, check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from multistage_diffusion.data import Images
+    from multistage_diffusion.data.examples import Examples
 
 _CONVERT_MAX_BAD = 0.01
 _GRID = 64  # images in the grid, evenly spaced over the set
@@ -38,6 +38,8 @@ class Options(Common):
     """The part to train on, the part held out, or both."""
     resolution: int | None = None
     """Crop to the central square and resize to this many pixels a side; by default no resizing."""
+    scale: Scaling = "pictures"
+    """What arrays hold: pictures, or numbers of any range, kept as they are or scaled, as --data.scale of msd train."""
     on_bad_file: Literal["error", "skip"] = "skip"
     """What to do with a picture that cannot be read: stop, or leave it out and list it."""
     max_bad: float | None = None
@@ -73,43 +75,29 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"--grid must name a .png file, got {options.grid}")
     source, root = options.source, options.data_root
     limit = limit if options.on_bad_file == "skip" else 0.0
-    reading = Reading(options.resolution, limit, progress=reading_progress(console))
+    reading = Reading(options.resolution, limit, options.scale, progress=reading_progress(console))
     if options.convert is not None:
         convert(source, Path(options.convert), root, reading)
         source, root = f"shards:{options.convert}", None
-    found = look(source, options.split, root, reading)
-    document = _describe(found.images, options.split)
-    document["changes"] = found.changes
+    seen = look(source, options.split, root, reading)
+    document = _describe(seen.images, options.split)
+    document["changes"] = seen.changes
     if options.grid is not None:
-        write_atomic(Path(options.grid), _picture(found.images))
+        write_atomic(Path(options.grid), _picture(seen.images))
         document["grid"] = options.grid
     _print(document, console)
     return document
 
 
-def _describe(images: Images, split: str) -> dict[str, Any]:
-    """The facts, in units of the pixels (range) and of the networks (mean, std: [-1, 1])."""
-    import torch
-
-    from multistage_diffusion.data.rows import blocks
-
+def _describe(images: Examples, split: str) -> dict[str, Any]:
+    """The facts, in units of the pixels or fields (range) and of the networks (mean, std)."""
     counts = [] if images.labels is None else images.labels.bincount(minlength=len(images.classes)).tolist()
-    pixels = (images.pixels(rows).flatten() for rows in blocks(images.images.shape))
-    histogram = sum((block.bincount(minlength=256) for block in pixels), torch.zeros(256, dtype=torch.float64))
-    levels = histogram.new_tensor(range(256)) / 127.5 - 1.0
-    share = histogram / histogram.sum()
-    mean = float(levels @ share)
-    variance = float((levels - mean).square() @ share)
-    present = histogram.nonzero()
     return {
         "source": images.name,
         "split": split,
         "images": len(images),
         "shape": list(images.shape),
-        "dtype": "uint8",
-        "range": [int(present.min()), int(present.max())],
-        "mean": round(mean, 6),
-        "std": round(variance**0.5, 6),
+        **_values(images),
         "classes": list(images.classes),
         "images_per_class": counts,
         "skipped": list(images.skipped),
@@ -117,15 +105,55 @@ def _describe(images: Images, split: str) -> dict[str, Any]:
     }
 
 
+def _values(images: Examples) -> dict[str, Any]:
+    """Range, mean and standard deviation."""
+    import torch
+
+    from multistage_diffusion.data.fields import Fields, measure_scale
+    from multistage_diffusion.data.rows import blocks
+
+    if isinstance(images, Fields):
+        scale = images.codec
+        here = measure_scale(images.name, "none", images.images)
+        channels = [{"minimum": low, "maximum": high, "mean": mean, "std": std, "shift": shift, "factor": factor}
+                    for low, high, mean, std, shift, factor in zip(here.minimum, here.maximum, here.mean, here.std,
+                                                                   scale.shift, scale.factor, strict=True)]  # fmt: skip
+        return {"dtype": "float32", "scale": scale.kind, "channels": channels}
+    histogram = torch.zeros(256, dtype=torch.float64)
+    for rows in blocks(images.images.shape):
+        histogram += images.stored(rows).flatten().bincount(minlength=256)
+    values = histogram.new_tensor(range(256)) / 127.5 - 1.0
+    share = histogram / histogram.sum()
+    mean = float(values @ share)
+    variance = float((values - mean).square() @ share)
+    present = histogram.nonzero()
+    return {
+        "dtype": "uint8",
+        "range": [int(present.min()), int(present.max())],
+        "mean": round(mean, 6),
+        "std": round(variance**0.5, 6),
+    }
+
+
 def _print(document: dict[str, Any], console: Console) -> None:
     """The description for people."""
     channels, height, width = document["shape"]
-    low, high = document["range"]
     lines = [
         f"{document['source']} ({document['split']}): {document['images']:,} images, "
-        f"{channels} channel{'s' if channels > 1 else ''}, {height} x {width}",
-        f"  pixels {low}..{high} of 0..255; in [-1, 1]: mean {document['mean']:.3f}, std {document['std']:.3f}",
+        f"{channels} channel{'s' if channels > 1 else ''}, {height} x {width}"
     ]
+    if "range" in document:
+        low, high = document["range"]
+        lines.append(
+            f"  pixels {low}..{high} of 0..255; in [-1, 1]: mean {document['mean']:.3f}, std {document['std']:.3f}"
+        )
+    else:
+        lines.append(f"  float32, scale {document['scale']}: the network sees (x - shift) / factor")
+        lines += [
+            f"  channel {number}: {one['minimum']:.5g}..{one['maximum']:.5g}, mean {one['mean']:.5g}, std "
+            f"{one['std']:.5g}; shift {one['shift']:.5g}, factor {one['factor']:.5g}"
+            for number, one in enumerate(document["channels"])
+        ]
     if document["images_per_class"]:
         pairs = zip(document["classes"], document["images_per_class"], strict=True)
         lines.append(f"  classes: {', '.join(f'{name} {count:,}' for name, count in pairs)}")
@@ -141,11 +169,13 @@ def _print(document: dict[str, Any], console: Console) -> None:
     console.print("\n".join(lines), markup=False, highlight=False)
 
 
-def _picture(images: Images) -> bytes:
+def _picture(images: Examples) -> bytes:
     """A PNG file of up to 64 images."""
     import torch
 
     from multistage_diffusion.data.pictures import grid, png
 
     chosen = torch.linspace(0, len(images) - 1, min(_GRID, len(images))).round().long()
-    return png(grid(images.floats(chosen), scale=max(1, _GRID_SIDE // max(images.shape[1:])), gap=1))
+    x = images.floats(chosen)
+    shown = x if images.codec is None else images.codec.preview(x)
+    return png(grid(shown, scale=max(1, _GRID_SIDE // max(images.shape[1:])), gap=1))

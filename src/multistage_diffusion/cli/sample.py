@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +16,9 @@ from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.config import Precision
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace
@@ -45,6 +49,8 @@ class Options(SamplerOptions, Compute):
     """The averaged weights, or the trained ones."""
     sigma_rel: float | None = None
     """Relative width of another average, like 0.1, for a run trained with --training.sigma-rel."""
+    format: Literal["png", "npz"] | None = None
+    """Pictures as PNG files, or all in samples.npz; by default npz for a run on fields, in their unit, else png."""
     offload: bool = False
     """Keep only the decoder in use on the device."""
     denoise_trace: bool = False
@@ -76,6 +82,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
     loaded.denoiser.precision = options.precision
     codec = load_codec(options.run, device)
+    pictures = codec is None or codec.pictures
+    if options.format == "png" and not pictures:
+        raise ConfigError(f"--format png needs a run on pictures; {options.run} was trained on fields: use npz")
     sampler = options.apply(loaded.denoiser.sampler or Sampler())
     labels = list(itertools.islice(itertools.cycle(options.label), options.num)) or None
     trace = Trace(TRACED)
@@ -87,30 +96,45 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         offload=options.offload,
         callback=trace if options.denoise_trace else None,
     )
-    names = [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
+    npz = options.format == "npz" or not pictures
+    names = ["samples.npz"] if npz else [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
         "run": options.run, "weights": options.weights, "ema_length": options.sigma_rel, "step": loaded.step,
-        "images": len(names), "classes": list(options.label), "guidance": sampler.guidance, "solver": sampler.name,
+        "images": options.num, "classes": list(options.label), "guidance": sampler.guidance, "solver": sampler.name,
         "steps": sampler.steps, "precision": options.precision, "nfe": samples.nfe,
         "stage_calls": list(samples.stage_calls), "seed": options.seed, "seconds": round(samples.seconds, 3),
     }  # fmt: skip
     images = samples.images if codec is None else codec.decode(samples.images)
     scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None
     with whole_directory(out) as folder:
-        (folder / "images").mkdir()
-        for name, image in zip(names, to_uint8(images), strict=True):
-            (folder / name).write_bytes(png(picture(image)))
-        (folder / "grid.png").write_bytes(png(grid(images, scale=scale, columns=columns)))
+        if npz:
+            _write_arrays(folder / names[0], to_uint8(images) if pictures else images, samples.seeds, labels)
+        else:
+            (folder / "images").mkdir()
+            for name, image in zip(names, to_uint8(images), strict=True):
+                (folder / name).write_bytes(png(picture(image)))
+        shown = images if codec is None or pictures else codec.preview(samples.images)
+        (folder / "grid.png").write_bytes(png(grid(shown, scale=scale, columns=columns)))
         if options.denoise_trace:
             frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
-            estimates = trace.denoised if codec is None else [codec.decode(item) for item in trace.denoised]
+            estimates = trace.denoised if codec is None else [codec.preview(item) for item in trace.denoised]
             strip = grid(
                 stack(estimates), columns=len(frames), scale=scale, gap=3, frames=frames * len(estimates[0])
             )  # fmt: skip
             (folder / "trace.png").write_bytes(png(strip))
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
     console.print(
-        f"wrote {len(names)} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network an image "
+        f"wrote {options.num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network an image "
         f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
     )
     return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}
+
+
+def _write_arrays(path: Path, images: Tensor, seeds: Sequence[int], labels: Sequence[int] | None) -> None:
+    """All images in one file, (N, C, H, W), which the source `npz:PATH` reads; seeds and classes beside them."""
+    import numpy as np
+
+    arrays: dict[str, Any] = {"images": images.numpy(), "seeds": np.array(seeds)}
+    if labels is not None:
+        arrays["labels"] = np.array(labels)
+    np.savez(path, **arrays)

@@ -11,6 +11,7 @@ from multistage_diffusion.config.run import (
     ModelConfig,
     Precision,
     RunConfig,
+    Scaling,
     StagesConfig,
     TrainingConfig,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "RunConfig",
     "Sampler",
     "SamplingConfig",
+    "Scaling",
     "StagesConfig",
     "TrainingConfig",
     "UNet",

@@ -14,6 +14,7 @@ ModelConfig = UNet  # its name in version 0.1
 Schedule = Literal["constant", "cosine", "linear", "inverse-sqrt"]
 Weighting = Literal["process", "min-snr", "p2"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Scaling = Literal["pictures", "none", "range", "standardise"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -27,6 +28,9 @@ class DataConfig:
     """Folder that holds the source's files; where they are looked for first."""
     resolution: int | None = None
     """Resize to this many pixels a side; by default the images stay as they are."""
+    scale: Scaling = "pictures"
+    """What arrays hold: pictures (bytes, or floats in [-1, 1]), or numbers of any range, by channel kept as they are
+    (none), brought to [-1, 1] (range) or to mean 0 and deviation 1 (standardise); samples come back in their unit."""
     on_bad_file: Literal["error", "skip"] = "error"
     """What to do with a picture that cannot be read: stop and name it, or leave it out and count it."""
     max_bad: float = 0.01
@@ -60,6 +64,12 @@ class DataConfig:
             "data.augment-probability",
             "0 with data.autoencoder: latents do not turn as images do",
             self.augment_probability,
+        )
+        check(
+            self.autoencoder is None or self.scale == "pictures",
+            "data.scale",
+            "pictures with data.autoencoder, which encodes pictures",
+            self.scale,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Sources of images, read safely into one form: uint8 tensors that become float32 in [-1, 1]."""
+"""Sources of pictures and fields, read safely into one form."""
 
 from multistage_diffusion.data.images import Images, to_uint8
 from multistage_diffusion.data.sources import Split, load_data, load_parts

@@ -1,4 +1,4 @@
-"""Images in an npz archive of NumPy arrays; headers are checked before memory is taken, nothing is unpickled."""
+"""Arrays of NumPy, in files or in memory; headers are checked before memory is taken, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
+from multistage_diffusion.config import Scaling
 from multistage_diffusion.data.collection import Collection, hashed_test, number_labels
+from multistage_diffusion.data.examples import Examples
+from multistage_diffusion.data.fields import Fields, measure_scale
 from multistage_diffusion.data.files import checked_entries, open_zip
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, to_uint8
+from multistage_diffusion.data.rows import row_digests
 from multistage_diffusion.errors import DataError
 
 _PIXELS, _LABELS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")
 _TRAIN, _TEST = ("train_images", "x_train"), ("test_images", "x_test")
 _TRAIN_LABELS, _TEST_LABELS = ("train_labels", "y_train"), ("test_labels", "y_test")
+_LONGEST = 1024  # bytes in the name of a class
+_BELOW, _SHARE = -0.05, 0.001  # pictures in [-1, 1] have at least this share of values below this
+_EXACT = 2**24  # whole numbers up to here are exact in float32
 
 
-def read_npz(source: str, path: Path) -> Collection:
-    """Images and labels of an npz file.
+def read_npz(source: str, path: Path, scaling: Scaling = "pictures") -> Collection:
+    """Examples and labels of an npz file.
 
     Args:
         source: The source, as the user wrote it.
-        path: The file. Images are called `images`, `x` or `arr_0`, labels `labels`, `y` or `arr_1`; or both come in two
-            parts, `train_images`, `train_labels`, `test_images`, `test_labels` or `x_train`, `y_train`, ...
+        path: The file. Examples are called `images`, `x` or `arr_0`, labels `labels`, `y` or `arr_1`; or both come in
+            two parts, `train_images`, `train_labels`, `test_images`, `test_labels` or `x_train`, `y_train`, ...
+        scaling: What the arrays are: pictures, or fields and how they are scaled.
 
     Returns:
         The set. Held out is the file's own test part, or a tenth by content.
@@ -38,98 +46,211 @@ def read_npz(source: str, path: Path) -> Collection:
         DataError: Missing or damaged, no array of images, objects, sizes that are a bomb's, values of unclear range.
     """
     with open_zip(source, path) as archive:
-        arrays = {info.filename.removesuffix(".npy"): info for info in checked_entries(source, archive)}
+        infos = {info.filename.removesuffix(".npy"): info for info in checked_entries(source, archive)}
 
-        def find(names: tuple[str, ...]) -> Any:
+        def find(names: tuple[str, ...], kinds: str = "uif") -> Any:
             for name in names:
-                if name in arrays:
-                    return read_array(source, archive, arrays[name])
+                if name in infos:
+                    return read_array(source, archive, infos[name], kinds)
             return None
 
-        pixels, labels, train, test = find(_PIXELS), find(_LABELS), find(_TRAIN), find(_TEST)
-        if pixels is None and train is None:
-            held = ", ".join(sorted(arrays)[:8]) or "nothing"
+        parts = [(find(_PIXELS), find(_LABELS, "uifU"))]
+        if parts[0][0] is None:
+            parts = [(find(_TRAIN), find(_TRAIN_LABELS, "uifU")), (find(_TEST), find(_TEST_LABELS, "uifU"))]
+        if parts[0][0] is None:
+            held = ", ".join(sorted(infos)[:8]) or "nothing"
             raise DataError(f"{source}: no array called images, x, arr_0 or train_images; the file holds {held}")
-        if pixels is not None:
-            images = _as_pixels(source, pixels)
-            keys = [content_key(picture) for picture in images]
-            return Collection(_labelled(source, images, labels), hashed_test(keys))
-        parts = [_as_pixels(source, part) for part in (train, test) if part is not None]
-        named = [find(_TRAIN_LABELS), *([] if test is None else [find(_TEST_LABELS)])]
-        joined = None if any(part is None for part in named) else np.concatenate([part.reshape(-1) for part in named])
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise DataError(f"{source}: training and test images have different shapes")
-        held_out = torch.arange(sum(map(len, parts))) >= len(parts[0])
-        images = torch.cat(parts)
-        if test is None:
-            held_out = hashed_test([content_key(picture) for picture in images])
-        return Collection(_labelled(source, images, joined), held_out)
+        parts = [part for part in parts if part[0] is not None]
+    rows = [as_rows(source, array, scaling) for array, _ in parts]
+    if len({part.shape[1:] for part in rows}) > 1:
+        raise DataError(f"{source}: training and test images have different shapes")
+    test = None if len(rows) == 1 else torch.arange(sum(map(len, rows))) >= len(rows[0])
+    labels = None
+    if all(given is not None for _, given in parts):
+        labels = np.concatenate([given.reshape(-1) for _, given in parts])
+    return _collection(source, torch.cat(rows), labels, test, scaling)
 
 
-def read_array(source: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+def read_npy(source: str, path: Path, scaling: Scaling = "pictures") -> Collection:
+    """Examples of an npy file, without labels; a tenth is held out by content. Arguments and errors as `read_npz`."""
+    if not path.is_file():
+        raise DataError(f"{source}: {path} is not a file")
+    with path.open("rb") as file:
+        array = _parse_array(source, file, path.stat().st_size, "uif")
+    return _collection(source, as_rows(source, array, scaling), None, None, scaling)
+
+
+def as_rows(name: str, array: Any, scaling: Scaling) -> Shaped[Tensor, "batch channels height width"]:
+    """An array as rows that are stored: pictures as uint8, fields as float32.
+
+    Args:
+        name: The source, for messages.
+        array: Pictures (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in [-1, 1]; fields (N, H, W) or
+            (N, C, H, W), numbers of any kind.
+        scaling: Which of the two.
+
+    Returns:
+        The rows, channels first; memory of its own or that of `array`, which is not written to.
+
+    Raises:
+        DataError: The shape could mean two things, or values have no agreed range, are not finite, or lose digits.
+    """
+    if array.size == 0:
+        raise DataError(f"{name}: no images found")
+    if array.dtype.kind not in "uif":
+        raise DataError(f"{name}: arrays of {array.dtype} are not read; save numbers")
+    array = _channels_first(name, array, scaling)
+    if scaling == "pictures":
+        if array.dtype.kind == "f":
+            return _pixels_of_floats(name, array)
+        if array.dtype != np.uint8:
+            raise DataError(
+                f"{name}: images of {array.dtype} have no agreed range: save uint8, or floats in [-1, 1], or choose "
+                "data.scale for numbers that are not pictures"
+            )
+        return torch.from_numpy(np.ascontiguousarray(array))
+    if array.dtype.kind in "ui" and max(abs(int(array.min())), abs(int(array.max()))) > _EXACT:
+        raise DataError(f"{name}: whole numbers beyond {_EXACT:,} lose digits as float32; save floats in another unit")
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(array, dtype=np.float32)
+    if not all(np.isfinite(part).all() for part in rows):
+        raise DataError(f"{name}: the fields hold values that are not finite as float32 (NaN, infinity, above 3e38)")
+    return torch.from_numpy(rows)
+
+
+def as_examples(
+    name: str,
+    rows: Tensor,
+    labels: Int[Tensor, " n"] | None,
+    classes: tuple[str, ...],
+    scaling: Scaling,
+    train: Tensor | None = None,
+    skipped: tuple[str, ...] = (),
+) -> Examples:
+    """Pictures, or fields with the statistics of those to train on.
+
+    Args:
+        name: The source.
+        rows: As `as_rows` gives them.
+        labels: Class of each row.
+        classes: Names of the classes.
+        scaling: Pictures, or how fields are scaled.
+        train: True for rows to train on; by default all.
+        skipped: What was left out.
+    """
+    if scaling == "pictures":
+        return Images(name, rows, labels, classes, skipped)
+    scale = measure_scale(name, scaling, rows if train is None else rows[train])
+    return Fields(name, rows, labels, classes, skipped, codec=scale)
+
+
+def as_labels(name: str, labels: Any, count: int) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
+    """Numbers or names, one for each row, as classes and their index.
+
+    Raises:
+        DataError: Another number of labels, fractions, negative numbers, or something else.
+    """
+    flat = labels.reshape(-1)
+    if labels.dtype.kind not in "uiU" or len(flat) != count or (labels.dtype.kind != "U" and flat.min() < 0):
+        raise DataError(
+            f"{name}: labels must be {count} whole numbers from 0, or names of classes; got {labels.shape} of "
+            f"{labels.dtype}"
+        )
+    classes, index = number_labels([str(label) for label in flat.tolist()])
+    assert index is not None
+    return classes, index
+
+
+def _collection(source: str, rows: Tensor, labels: Any, test: Tensor | None, scaling: Scaling) -> Collection:
+    """Rows with their labels, if there are any; a tenth is held out where nothing is."""
+    classes, index = ((), None) if labels is None else as_labels(source, labels, len(rows))
+    if test is None:
+        pictures = scaling == "pictures"
+        test = hashed_test([content_key(picture) for picture in rows] if pictures else digest_keys(row_digests(rows)))
+    return Collection(as_examples(source, rows, index, classes, scaling, ~test), test)
+
+
+def digest_keys(digests: UInt8[Tensor, "rows 16"]) -> list[int]:
+    """What decides whether a field is held out, from the digests of rows."""
+    return [int.from_bytes(digest[:8], "little") for digest in map(bytes, digests.numpy())]
+
+
+def read_array(source: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str = "uif") -> Any:
     """One array of an npz file, after its header has been compared with the size of its entry.
 
     Raises:
-        DataError: Damaged, or an array of objects.
+        DataError: Damaged, or an array of another kind.
     """
     where = f"{source}: {info.filename}"
     try:
         with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            if dtype.hasobject or dtype.kind not in "uif" or dtype.itemsize > 8:
-                raise DataError(f"{where}: arrays of {dtype} are not read; save uint8 images and whole-number labels")
-            size = math.prod(shape) * dtype.itemsize
-            if size != info.file_size - file.tell() or size > 8 * MAX_SET_BYTES:
-                raise DataError(f"{where}: the header says {shape} of {dtype}, the entry has {info.file_size} bytes")
-            array = np.frombuffer(bytearray(file.read()), dtype)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+            return _parse_array(where, file, info.file_size, kinds)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{where}: not an array that can be read ({' '.join(str(error).split())[:100]})") from error
+
+
+def _parse_array(where: str, file: Any, size: int, kinds: str) -> Any:
+    """One array, after its header has been compared with the size of its file."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject or dtype.kind not in kinds or dtype.itemsize > (_LONGEST if dtype.kind == "U" else 8):
+            raise DataError(f"{where}: arrays of {dtype} are not read; save uint8 images and whole-number labels")
+        content = math.prod(shape) * dtype.itemsize
+        if content != size - file.tell() or content > 8 * MAX_SET_BYTES:
+            raise DataError(f"{where}: the header says {shape} of {dtype}, the entry has {size} bytes")
+        array = np.frombuffer(bytearray(file.read()), dtype)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: not an array that can be read ({' '.join(str(error).split())[:100]})") from error
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _as_pixels(source: str, array: Any) -> UInt8[Tensor, "batch channels height width"]:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) of bytes, or of floats in [-1, 1]."""
+def _channels_first(name: str, array: Any, scaling: Scaling) -> Any:
+    """(N, C, H, W) of an array whose shape can mean one thing only."""
+    shape = array.shape
     if array.ndim == 3:
-        array = array[:, None]
-    elif array.ndim == 4:
-        last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
+        if shape[2] in (1, 3, 4) and shape[1] > shape[2]:
+            raise DataError(
+                f"{name}: {shape} may be one picture of {shape[2]} channels or {shape[0]} pictures of {shape[1]} x "
+                f"{shape[2]}; give it four dimensions, {(1, *shape)} or {(shape[0], 1, *shape[1:])}"
+            )
+        if shape[0] == 3:
+            raise DataError(
+                f"{name}: {shape} may be one picture in colours or three in grey; give it four dimensions, "
+                f"{(1, *shape)} or {(3, 1, *shape[1:])}"
+            )
+        return array[:, None]
+    if array.ndim != 4:
+        raise DataError(f"{name}: images must have 3 or 4 dimensions, got {shape}")
+    if scaling == "pictures":
+        last, first = shape[3] in (1, 3), shape[1] in (1, 3)
         if last == first:
-            raise DataError(f"{source}: images must be (N, H, W, C) or (N, C, H, W) with C = 1 or 3, got {array.shape}")
-        array = np.moveaxis(array, 3, 1) if last else array
-    else:
-        raise DataError(f"{source}: images must have 3 or 4 dimensions, got {array.shape}")
-    if array.size == 0:
-        raise DataError(f"{source}: no images found")
-    if array.dtype.kind == "f":
-        return _from_floats(source, array)
-    if array.dtype != np.uint8:
-        raise DataError(f"{source}: images of {array.dtype} have no agreed range: save uint8, or floats in [-1, 1]")
-    return torch.from_numpy(np.ascontiguousarray(array))
+            raise DataError(
+                f"{name}: images must be (N, H, W, C) or (N, C, H, W) with C = 1 or 3, got {shape}; data.scale reads "
+                "fields of any number of channels"
+            )
+        return np.moveaxis(array, 3, 1) if last else array
+    if shape[1] == shape[2] > 4 * shape[3]:
+        raise DataError(
+            f"{name}: fields are (N, C, H, W), and {shape} looks like (N, H, W, C); save np.moveaxis(x, 3, 1)"
+        )
+    return array
 
 
-def _from_floats(source: str, array: Any) -> UInt8[Tensor, "batch channels height width"]:
+def _pixels_of_floats(name: str, array: Any) -> UInt8[Tensor, "batch channels height width"]:
     """Floats in [-1, 1]; any other range is refused, because a guess would shift every figure."""
     low, high = float(array.min()), float(array.max())
     if not math.isfinite(low + high):
-        raise DataError(f"{source}: images hold NaN or infinite values")
-    if not (-1.0 <= low < 0.0 and high <= 1.0):
-        raise DataError(f"{source}: float images must span [-1, 1], these {low:.4g}..{high:.4g}: save them as uint8")
-    native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
-    return torch.cat([to_uint8(torch.from_numpy(part)) for part in np.array_split(native, -(-len(native) // 1024))])
-
-
-def _labelled(source: str, pixels: Tensor, labels: Any) -> Images:
-    """Images with their labels, if there are any."""
-    if labels is None:
-        return Images(source, pixels)
-    flat = labels.reshape(-1)
-    if labels.dtype.kind not in "ui" or len(flat) != len(pixels) or flat.min() < 0:
+        raise DataError(f"{name}: images hold NaN or infinite values")
+    below = sum(int((part < _BELOW).sum()) for part in array) / array.size
+    if not (-1.0 <= low and high <= 1.0 and below >= _SHARE):
+        mean = float(array.mean(dtype=np.float64))
         raise DataError(
-            f"{source}: labels must be {len(pixels)} whole numbers from 0, got {labels.shape} of {labels.dtype}"
+            f"{name}: float images must span [-1, 1], these {low:.4g}..{high:.4g} (mean {mean:.4g}): save them as "
+            "uint8, or choose data.scale for numbers that are not pictures"
         )
-    classes, index = number_labels([str(label) for label in flat.tolist()])
-    return Images(source, pixels, index, classes)
+    native: Any = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
+    return torch.cat([to_uint8(torch.from_numpy(part)) for part in np.array_split(native, -(-len(native) // 1024))])

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from multistage_diffusion.config import Scaling
 from multistage_diffusion.data.decode import PictureError, decode
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, fit
 from multistage_diffusion.data.shards import Shards, ShardWriter
 from multistage_diffusion.errors import DataError
@@ -46,12 +48,14 @@ class Reading:
     Attributes:
         resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
         max_bad: Largest share of the pictures that may be unreadable; 0 refuses the first of them.
+        scale: What arrays hold: pictures, or fields and how they are scaled.
         writer: Where the pixels go one by one; by default they are kept in memory.
         progress: Told before each picture how many are read, of how many.
     """
 
     resolution: int | None = None
     max_bad: float = 0.0
+    scale: Scaling = "pictures"
     writer: ShardWriter | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -66,11 +70,11 @@ class Collection:
         files: SHA-256 of each file that was read, by name; none where the source is not made of files.
     """
 
-    images: Images
+    images: Examples
     test: Bool[Tensor, " batch"]
     files: Mapping[str, str] = field(default_factory=dict)
 
-    def part(self, split: str) -> Images:
+    def part(self, split: str) -> Examples:
         """One part of the set.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from multistage_diffusion.config import Scaling
 from multistage_diffusion.data.collection import Collection
+from multistage_diffusion.data.fields import Fields, Scale, scale_of
 from multistage_diffusion.data.images import Images
 from multistage_diffusion.data.rows import blocks
 from multistage_diffusion.data.shards import ShardWriter, open_shards, require_size
@@ -41,15 +44,18 @@ def write_images(collection: Collection, folder: Path, writer: ShardWriter) -> N
         "source": images.name, "classes": list(images.classes), "labels": images.labels is not None,
         "skipped": list(images.skipped),
     }  # fmt: skip
+    if isinstance(images.codec, Scale):
+        about["scale"] = asdict(images.codec)
     (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def read_shards(source: str, path: Path) -> Collection:
+def read_shards(source: str, path: Path, scaling: Scaling) -> Collection:
     """Images that `msd data SOURCE --convert PATH` wrote.
 
     Args:
         source: The source, as the user wrote it.
         path: The folder.
+        scaling: Pictures, or how fields are scaled.
 
     Returns:
         The set, its images on disk; parts, labels and order are those of the source that was converted.
@@ -67,7 +73,17 @@ def read_shards(source: str, path: Path) -> Collection:
         raise DataError(f"{path / _ABOUT}: not a description of images ({str(error)[:100]})") from error
     labels = _read(path / _LABELS, len(shards), torch.int64) if labelled else None
     test = _read(path / _TEST, len(shards), torch.uint8).bool()
-    return Collection(Images(source, shards, labels, tuple(classes), tuple(skipped)), test)
+    holds_pictures = shards.dtype == torch.uint8
+    if holds_pictures != (scaling == "pictures"):
+        mend = "leave data.scale out" if holds_pictures else "choose data.scale none, range or standardise"
+        raise DataError(f"{source}: holds {'pictures' if holds_pictures else 'numbers of any range'}; {mend}")
+    if scaling == "pictures":
+        return Collection(Images(source, shards, labels, tuple(classes), tuple(skipped)), test)
+    try:
+        scale = replace(scale_of(about.get("scale")), kind=scaling)
+    except DataError as error:
+        raise DataError(f"{path / _ABOUT}: {error}") from error
+    return Collection(Fields(source, shards, labels, tuple(classes), tuple(skipped), codec=scale), test)
 
 
 def _read(path: Path, count: int, dtype: torch.dtype) -> Shaped[Tensor, " count"]:

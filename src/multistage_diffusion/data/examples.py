@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -23,12 +23,18 @@ Set = TypeVar("Set", bound="Examples")
 class Codec(Protocol):
     """What stands between the examples a model is trained on and the images that people see."""
 
+    pictures: ClassVar[bool]  # whether `decode` gives pictures in [-1, 1]
+
     def to_model(self, rows: Tensor, /) -> Tensor:
         """Stored rows as the networks see them."""
         ...
 
     def decode(self, x: Tensor, /) -> Tensor:
         """Images of what a model made, on the CPU."""
+        ...
+
+    def preview(self, x: Tensor, /) -> Tensor:
+        """What a model made as pictures in [-1, 1], to be looked at."""
         ...
 
     def encode(self, images: Examples, /) -> Examples:
@@ -129,6 +135,20 @@ class Examples(ABC):
     def to_images(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n ..."]:
         """What a model of these examples made, in the unit and form of the source."""
         return x if self.codec is None else self.codec.decode(x)
+
+    def fitted(self: Set, resolution: int) -> Set:
+        """The same set with images of `resolution` pixels a side.
+
+        Raises:
+            DataError: The images have another size, and are not pictures in memory.
+        """
+        if self.shape[1:] == (resolution, resolution):
+            return self
+        mend = "convert their source again with" if self.device is None else "make them of that size, or leave out"
+        raise DataError(
+            f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; {mend} "
+            f"--resolution {resolution}"
+        )
 
     def take(self: Set, index: Int[Tensor, " n"]) -> Set:
         """A subset; rows on disk stay there.

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.rows import Rows, blocks
-from multistage_diffusion.errors import DataError
-from multistage_diffusion.files import write_json
+from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
+from multistage_diffusion.files import read_json, write_json
 
 RECORD = "scale.json"
 ScaleKind: TypeAlias = Literal["none", "range", "standardise"]
@@ -35,6 +35,7 @@ class Scale:
         std: Standard deviation.
     """
 
+    pictures: ClassVar[bool] = False
     kind: ScaleKind
     minimum: tuple[float, ...]
     maximum: tuple[float, ...]
@@ -63,6 +64,10 @@ class Scale:
         """Fields in the unit of the source, on the CPU."""
         x = x.float().cpu()
         return x if self.kind == "none" else x * _channels(self.factor, x) + _channels(self.shift, x)
+
+    def preview(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n channels height width"]:
+        """What a model made as pictures: a channel's least value in the training set is black, its greatest white."""
+        return replace(self, kind="range").to_model(self.decode(x))
 
     def encode(self, images: Examples) -> Examples:
         """Other fields with the same statistics."""
@@ -130,6 +135,35 @@ def measure_scale(name: str, kind: ScaleKind, rows: Float[Tensor, "n channels he
     std = np.sqrt(np.maximum(square.sum(0) / count - np.square(mean), 0.0))
     figures = (low.min(0), high.max(0), mean + pivot[:, 0], std)
     return Scale(kind, *(tuple(figure.tolist()) for figure in figures))
+
+
+def load_scale(path: Path) -> Scale:
+    """Read the record of a run on fields.
+
+    Raises:
+        CheckpointError: It makes no sense.
+    """
+    try:
+        return scale_of(read_json(path))
+    except (ConfigError, DataError) as error:
+        raise CheckpointError(f"{path} is not readable: {error}") from error
+
+
+def scale_of(record: Any) -> Scale:
+    """Statistics from a file.
+
+    Raises:
+        DataError: Not such statistics.
+    """
+    try:
+        minimum, maximum, mean, std = (
+            tuple(map(float, record[name])) for name in ("minimum", "maximum", "mean", "std")
+        )
+        if record["kind"] not in get_args(ScaleKind) or not np.isfinite((minimum, maximum, mean, std)).all():
+            raise ValueError("kind or number out of range")
+        return Scale(record["kind"], minimum, maximum, mean, std)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"not the statistics of fields ({str(error)[:100]})") from error
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:

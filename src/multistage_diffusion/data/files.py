@@ -107,12 +107,12 @@ def read_zip(source: str, path: Path, reading: Reading) -> Collection:
         return collect(source, entries, reading, skipped)
 
 
-def read_webdataset(source: str, pattern: str, reading: Reading) -> Collection:
+def read_webdataset(source: str, path: Path, reading: Reading) -> Collection:
     """Pictures in tar archives as the webdataset library writes them: `KEY.png` and `KEY.cls` (a number) side by side.
 
     Args:
         source: The source, as the user wrote it.
-        pattern: Files, with `*`, `?` and `{000..012}`.
+        path: Files, with `*`, `?` and `{000..012}`.
         reading: How its pictures are read.
 
     Returns:
@@ -121,11 +121,11 @@ def read_webdataset(source: str, pattern: str, reading: Reading) -> Collection:
     Raises:
         DataError: No such file, not a plain tar archive, an entry that no honest archive holds, or as `collect`.
     """
-    if "://" in pattern:
+    if "://" in source:
         raise DataError(f"{source}: shards are read from disk only; download them first")
-    shards = [path for part in _braces(pattern) for path in sorted(glob.glob(part))]
+    shards = [shard for part in _braces(str(path)) for shard in sorted(glob.glob(part))]
     if not shards:
-        raise DataError(f"{source}: no file matches {pattern}")
+        raise DataError(f"{source}: no file matches {path}")
     entries, others = list[Entry](), list[str]()
     for shard in shards:
         members = _checked_members(source, shard)

@@ -13,13 +13,13 @@ from multistage_diffusion.errors import DataError
 _TEST = ("test", "validation", "valid", "val")
 
 
-def read_hub(source: str, name: str, reading: Reading) -> Collection:
+def read_hub(source: str, path: Path, reading: Reading) -> Collection:
     """Images of a dataset; no code of the dataset's is run.
 
     Args:
         source: The source, as the user wrote it.
-        name: A folder written by `save_to_disk` or with Parquet files, as the hub has them; or a name on the hub, with
-            `:CONFIGURATION` behind it if it has some.
+        path: A folder written by `save_to_disk` or with Parquet files, as the hub has them; if there is none, what
+            follows `hf:` is a name on the hub, with `:CONFIGURATION` behind it if it has some.
         reading: How its pictures are read.
 
     Returns:
@@ -34,12 +34,12 @@ def read_hub(source: str, name: str, reading: Reading) -> Collection:
     except ImportError as error:
         raise DataError(f"{source}: needs the datasets library: pip install 'multistage-diffusion[data]'") from error
     try:
-        if Path(name).is_dir():
-            parquet = next(Path(name).rglob("*.parquet"), None) is not None
-            loaded: Any = datasets.load_dataset(name) if parquet else datasets.load_from_disk(name)
+        if path.is_dir():
+            parquet = next(path.rglob("*.parquet"), None) is not None
+            loaded: Any = datasets.load_dataset(str(path)) if parquet else datasets.load_from_disk(str(path))
         else:
-            path, _, configuration = name.partition(":")
-            loaded = datasets.load_dataset(path, configuration or None)
+            name, _, configuration = source.removeprefix("hf:").partition(":")
+            loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library, the network and the file formats each have their own
         raise DataError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     parts: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"": loaded}

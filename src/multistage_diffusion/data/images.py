@@ -51,25 +51,21 @@ class Images(Examples):
         return self.stored(index)
 
     def fitted(self, resolution: int) -> Images:
-        """The same set, each image cropped to its central square and resized.
-
-        Args:
-            resolution: Pixels a side.
-
-        Returns:
-            The set; itself if it has that size already.
-
-        Raises:
-            DataError: The images are on disk, and of another size.
-        """
-        if self.shape[1:] == (resolution, resolution):
-            return self
-        if self.device is None:
-            raise DataError(
-                f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; convert their "
-                f"source again with --resolution {resolution}"
-            )
+        """The same set, each picture cropped to its central square and resized; as `Examples.fitted`."""
+        if self.device is None or self.shape[1:] == (resolution, resolution):
+            return super().fitted(resolution)
         return replace(self, images=fit(self.stored(), resolution))
+
+
+def require_pictures(data: Examples) -> Images:
+    """The same set, where it is one of pictures.
+
+    Raises:
+        DataError: It is not.
+    """
+    if not isinstance(data, Images):
+        raise DataError(f"{data.name}: holds fields of {data.shape[0]} channels, and pictures are needed here")
+    return data
 
 
 def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

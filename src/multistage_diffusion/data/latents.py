@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,8 @@ from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.autoencoder import Autoencoder, load_autoencoder
 from multistage_diffusion.data.cache import cache_directory
 from multistage_diffusion.data.examples import Examples
-from multistage_diffusion.data.images import Images
+from multistage_diffusion.data.fields import RECORD as SCALE
+from multistage_diffusion.data.fields import Scale, load_scale
 from multistage_diffusion.data.shards import ShardWriter, open_shards
 from multistage_diffusion.data.sources import Split, load_data
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
@@ -70,6 +71,7 @@ class LatentCodec:
         channels: Channels of the images.
     """
 
+    pictures: ClassVar[bool] = True
     autoencoder: Autoencoder
     scale: float
     channels: int
@@ -95,6 +97,10 @@ class LatentCodec:
         parts = (latents / self.scale).split(batch_size)
         return torch.cat([self.autoencoder.decode(part, self.channels) for part in parts])
 
+    def preview(self, x: Float[Tensor, "batch latent height2 width2"]) -> Float[Tensor, "batch channels height width"]:
+        """The images of a model's latents."""
+        return self.decode(x)
+
     def encode(self, images: Examples) -> Latents:
         """Latents of other images with the same scale.
 
@@ -115,7 +121,7 @@ class LatentCodec:
 
 def load_examples(
     config: DataConfig, device: torch.device | str = "cpu", progress: Progress | None = None,
-    images: Images | None = None,
+    images: Examples | None = None,
 ) -> Examples:  # fmt: skip
     """What a configuration trains on: images, or their latents.
 
@@ -140,7 +146,7 @@ def load_examples(
     return encode(images, autoencoder, scale=config.latent_scale, mirrored=config.flip, progress=progress)
 
 
-def load_images(config: DataConfig, split: Split = "train") -> Images:
+def load_images(config: DataConfig, split: Split = "train") -> Examples:
     """Images of a configuration's source; of pictures that were left out there is a warning, once.
 
     Args:
@@ -154,8 +160,9 @@ def load_images(config: DataConfig, split: Split = "train") -> Images:
         DataError: The source cannot be read.
     """
     images = load_data(
-        config.source, split=split, root=config.root, resolution=config.resolution, max_bad=config.tolerated
-    )
+        config.source, split=split, root=config.root, resolution=config.resolution, max_bad=config.tolerated,
+        scale=config.scale,
+    )  # fmt: skip
     if config.tolerated and images.skipped and split == "train":
         warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
     return images
@@ -195,23 +202,25 @@ def encode(
     return Latents(images.name, values, labels, images.classes, images.skipped, codec=codec, key=key)
 
 
-def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCodec | None:
-    """The latent codec of a run.
+def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCodec | Scale | None:
+    """What turns the output of a run's model into images.
 
     Args:
         run: The run directory, or the folder `model` in it.
         device: Where the autoencoder goes.
 
     Returns:
-        Autoencoder and scale; none for a run on images.
+        The latent codec, or the scale of fields; none for a run on pictures.
 
     Raises:
         ConfigError: The autoencoder cannot be found or read.
         CheckpointError: It is not the one that the run was trained with.
     """
     folder = Path(run)
-    if folder.name == "model" and not (folder / RECORD).is_file():
+    if folder.name == "model" and not any((folder / name).is_file() for name in (RECORD, SCALE)):
         folder = folder.parent
+    if (folder / SCALE).is_file():
+        return load_scale(folder / SCALE)
     if not (folder / RECORD).is_file():
         return None
     try:

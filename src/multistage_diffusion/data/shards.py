@@ -67,8 +67,8 @@ class Shards(Rows):
         """Which row of which file differs from its digest."""
         path = self.folder / _file(row // self._per_file)
         return (
-            f"{path}: row {row % self._per_file} is damaged (it differs from its digest); delete {self.folder} and make "
-            "it again"
+            f"{path}: row {row % self._per_file} is damaged (it differs from its digest); delete {self.folder} and "
+            "make it again"
         )
 
     def _copy(self, number: int, rows: Tensor, places: Tensor, read: Tensor) -> None:

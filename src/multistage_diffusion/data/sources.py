@@ -6,25 +6,27 @@ import contextlib
 import errno
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from multistage_diffusion.config import DataConfig
-from multistage_diffusion.data.arrays import read_npz
+from multistage_diffusion.config import DataConfig, Scaling
+from multistage_diffusion.data.arrays import read_npy, read_npz
 from multistage_diffusion.data.changes import changes_since, remember
 from multistage_diffusion.data.cifar import read_cifar10
 from multistage_diffusion.data.collection import Collection, Reading, shown
 from multistage_diffusion.data.convert import read_shards, write_images
 from multistage_diffusion.data.emoji import read_emoji
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.files import read_folder, read_webdataset, read_zip
 from multistage_diffusion.data.hub import read_hub
 from multistage_diffusion.data.idx import read_mnist_like
-from multistage_diffusion.data.images import Images
+from multistage_diffusion.data.images import Images, require_pictures
 from multistage_diffusion.data.shards import INDEX, ShardWriter
 from multistage_diffusion.errors import DataError, suggest
 from multistage_diffusion.files import remove_abandoned, whole_directory
@@ -33,11 +35,44 @@ from multistage_diffusion.rng import permutation
 Split: TypeAlias = Literal["train", "test", "all"]
 
 _NAMES = (
-    "digits", "mnist", "fashion-mnist", "cifar10", "noto-emoji", "shards:PATH",
-    "folder:PATH", "zip:PATH", "npz:PATH", "hf:NAME", "webdataset:PATTERN",
-)  # fmt: skip
+    *("digits", "mnist", "fashion-mnist", "cifar10", "noto-emoji"),
+    *("folder:PATH", "zip:PATH", "npz:PATH", "npy:PATH", "shards:PATH", "webdataset:PATTERN", "hf:NAME"),
+)
+_READERS: dict[str, Callable[[str, Path, Reading], Collection]] = {
+    "folder": read_folder,
+    "zip": read_zip,
+    "npz": lambda source, path, reading: read_npz(source, path, reading.scale),
+    "npy": lambda source, path, reading: read_npy(source, path, reading.scale),
+    "shards": lambda source, path, reading: read_shards(source, path, reading.scale),
+    "webdataset": read_webdataset,
+    "hf": read_hub,
+}
+_ARRAYS = ("npz", "npy", "shards")
 _DIGITS_TEST = 500  # of 1,797
 _SPLIT_SEED = 0  # the split is a property of the data: it does not change with a run's seed
+
+
+@overload
+def load_data(
+    source: str,
+    *,
+    split: Split = "train",
+    root: str | None = None,
+    resolution: int | None = None,
+    max_bad: float = 0.0,
+) -> Images: ...
+
+
+@overload
+def load_data(
+    source: str,
+    *,
+    split: Split = "train",
+    root: str | None = None,
+    resolution: int | None = None,
+    max_bad: float = 0.0,
+    scale: Scaling,
+) -> Examples: ...
 
 
 def load_data(
@@ -47,30 +82,34 @@ def load_data(
     root: str | None = None,
     resolution: int | None = None,
     max_bad: float = 0.0,
-) -> Images:
+    scale: Scaling = "pictures",
+) -> Examples:
     """Images of a source.
 
     Args:
         source: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `noto-emoji`, `folder:PATH`, `zip:PATH`, `npz:PATH`,
-            `hf:NAME`, `webdataset:PATTERN` or `shards:PATH`.
+            `npy:PATH`, `hf:NAME`, `webdataset:PATTERN` or `shards:PATH`.
         split: The part to train on, the part held out, or both (training part first). A source without parts of its own
             holds out about a tenth, chosen by the images' content.
         root: Folder that holds the source's files, looked in first; relative paths in the source start there.
         resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
         max_bad: Largest share of a collection's pictures that may be unreadable and skipped; 0 refuses the first.
 
+        scale: What arrays hold: `pictures`, or fields, each channel of which is kept as it is (`none`), brought to
+            [-1, 1] (`range`) or to mean 0 and standard deviation 1 (`standardise`), as the training part has them.
+
     Returns:
-        The images, 8 bits a channel; those of `shards:PATH` stay on disk.
+        `Images`, 8 bits a channel, or `Fields`; those of `shards:PATH` stay on disk.
 
     Raises:
         DataError: Unknown source, missing, damaged or hostile files, no images, or images of different sizes.
     """
-    collection = _checked(source, split, root, Reading(resolution, max_bad))
+    collection = _checked(source, split, root, Reading(resolution, max_bad, scale))
     return _part(collection, split, resolution)
 
 
 def load_parts(config: DataConfig) -> tuple[Images, Images]:
-    """The images to train on and those held out, of a source that is read once.
+    """The pictures to train on and those held out, of a source that is read once.
 
     Args:
         config: Source, root, resolution, and what is done with unreadable pictures.
@@ -81,8 +120,10 @@ def load_parts(config: DataConfig) -> tuple[Images, Images]:
     Raises:
         DataError: As for `load_data`.
     """
-    collection = _checked(config.source, "all", config.root, Reading(config.resolution, config.tolerated))
-    return _part(collection, "train", config.resolution), _part(collection, "test", config.resolution)
+    reading = Reading(config.resolution, config.tolerated, config.scale)
+    collection = _checked(config.source, "all", config.root, reading)
+    train, test = (_part(collection, split, config.resolution) for split in ("train", "test"))
+    return require_pictures(train), require_pictures(test)
 
 
 def _checked(source: str, split: Split, root: str | None, reading: Reading) -> Collection:
@@ -93,7 +134,7 @@ def _checked(source: str, split: Split, root: str | None, reading: Reading) -> C
     return collection
 
 
-def _part(collection: Collection, split: Split, resolution: int | None) -> Images:
+def _part(collection: Collection, split: Split, resolution: int | None) -> Examples:
     images = collection.part(split)
     return images if resolution is None else images.fitted(resolution)
 
@@ -107,7 +148,7 @@ class Look:
         changes: Files that are no longer what they were at the last look; none if all are.
     """
 
-    images: Images
+    images: Examples
     changes: str | None
 
 
@@ -175,25 +216,17 @@ def read_source(source: str, split: Split, root: str | None, reading: Reading) -
     kind, _, rest = source.partition(":")
     path = Path(root or "", rest).expanduser()
     _require_short(path)
-    match (kind, bool(rest)):
-        case ("digits", False):
+    if reading.scale != "pictures" and kind not in _ARRAYS:
+        raise DataError(f"{source}: holds pictures; data.scale {reading.scale} is for {', '.join(_ARRAYS)} of numbers")
+    if kind in _READERS and rest:
+        return _READERS[kind](source, path, reading)
+    match source:
+        case "digits":
             return _digits()
-        case ("mnist" | "fashion-mnist" | "cifar10" as name, False):
-            return _own_parts(name, split, root)
-        case ("noto-emoji", False):
+        case "mnist" | "fashion-mnist" | "cifar10":
+            return _own_parts(source, split, root)
+        case "noto-emoji":
             return read_emoji(root, reading)
-        case ("folder", True):
-            return read_folder(source, path, reading)
-        case ("zip", True):
-            return read_zip(source, path, reading)
-        case ("npz", True):
-            return read_npz(source, path)
-        case ("shards", True):
-            return read_shards(source, path)
-        case ("webdataset", True):
-            return read_webdataset(source, str(path) if "://" not in rest else rest, reading)
-        case ("hf", True):
-            return read_hub(source, str(path) if path.is_dir() else rest, reading)
         case _:
             raise DataError(f"no data source {source!r}{_meant(source, root) or suggest(kind, _NAMES)}")
 
@@ -212,7 +245,7 @@ def _require_short(path: Path) -> None:
 def _meant(source: str, root: str | None) -> str | None:
     """A hint for whoever named a file or folder without saying what it is."""
     path = os.path.join(root or "", os.path.expanduser(source))
-    kinds = {".zip": "zip", ".npz": "npz", ".tar": "webdataset"}
+    kinds = {".zip": "zip", ".npz": "npz", ".npy": "npy", ".tar": "webdataset"}
     kind = kinds.get(os.path.splitext(path)[1].lower()) if os.path.isfile(path) else None
     if os.path.isdir(path):
         kind = "shards" if os.path.isfile(os.path.join(path, INDEX)) else "folder"
