@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from multistage_diffusion.config import Scaling
 from multistage_diffusion.data.rows import Rows, row_digests
 from multistage_diffusion.errors import DataError
 
@@ -89,6 +90,11 @@ class Examples(ABC):
         """Channels, height and width of one row."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
+
+    @property
+    def scaling(self) -> Scaling:
+        """What `DataConfig.scale` says of such a set."""
+        return "pictures"
 
     @property
     def device(self) -> torch.device | None:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from multistage_diffusion.config import Scaling
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.rows import Rows, blocks
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
@@ -98,6 +99,11 @@ class Fields(Examples):
         if len(self.codec.mean) != self.shape[0]:
             raise DataError(f"{self.name}: {self.shape[0]} channels, but statistics of {len(self.codec.mean)}")
 
+    @property
+    def scaling(self) -> Scaling:
+        """What `DataConfig.scale` says of such a set."""
+        return self.codec.kind
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content and of the kind of scale; the statistics follow from the two."""
@@ -133,6 +139,8 @@ def measure_scale(name: str, kind: ScaleKind, rows: Float[Tensor, "n channels he
     low, high, total, square = np.stack(parts, axis=1)
     mean = total.sum(0) / (count := len(rows) * rows.shape[2] * rows.shape[3])
     std = np.sqrt(np.maximum(square.sum(0) / count - np.square(mean), 0.0))
+    if (low.min(0) == high.max(0)).all():
+        raise DataError(f"{name}: every channel is constant; there is nothing to learn")
     figures = (low.min(0), high.max(0), mean + pivot[:, 0], std)
     return Scale(kind, *(tuple(figure.tolist()) for figure in figures))
 

@@ -193,7 +193,12 @@ def fit(
     denoiser.sampler = sampler or denoiser.sampler or Sampler()
     augmented = trainer.augment_probability > 0
     config = RunConfig(
-        data=DataConfig(source=trainer.data.name, flip=trainer.flip, augment_probability=trainer.augment_probability),
+        data=DataConfig(
+            source=trainer.data.name,
+            scale=trainer.data.scaling,
+            flip=trainer.flip,
+            augment_probability=trainer.augment_probability,
+        ),
         process=denoiser.process,
         stages=StagesConfig(edges=denoiser.stages.edges),
         model=replace(denoiser.backbone, augment_labels=9 if augmented else 0),
