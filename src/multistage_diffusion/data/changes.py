@@ -31,10 +31,13 @@ def changes_since(place: str, collection: Collection) -> str | None:
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     told = [
         _list(what, names)
-        for what, names in (("changed", changed), ("gone", sorted(before.keys() - now.keys())),
-                            ("new", sorted(now.keys() - before.keys())))
+        for what, names in (
+            ("changed", changed),
+            ("gone", sorted(before.keys() - now.keys())),
+            ("new", sorted(now.keys() - before.keys())),
+        )
         if names
-    ]  # fmt: skip
+    ]
     return f"{', '.join(told)} since it was looked at" if told else None
 
 

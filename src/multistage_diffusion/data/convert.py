@@ -41,9 +41,11 @@ def write_images(collection: Collection, folder: Path, writer: ShardWriter) -> N
         (folder / _LABELS).write_bytes(images.labels.numpy().data)
     (folder / _TEST).write_bytes(collection.test.to(torch.uint8).numpy().data)
     about = {
-        "source": images.name, "classes": list(images.classes), "labels": images.labels is not None,
+        "source": images.name,
+        "classes": list(images.classes),
+        "labels": images.labels is not None,
         "skipped": list(images.skipped),
-    }  # fmt: skip
+    }
     if isinstance(images.codec, Scale):
         about["scale"] = asdict(images.codec)
     (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")

@@ -183,12 +183,16 @@ def checked_entries(source: str, archive: zipfile.ZipFile, limit: int = MAX_SET_
         kind = stat.S_IFMT(info.external_attr >> 16)
         expansion = info.file_size / max(1, info.compress_size)
         reason = _bad_name(info.orig_filename) or (
-            "is there twice" if info.filename in seen
-            else "is a link or a device" if kind not in (0, stat.S_IFREG, stat.S_IFDIR)
-            else "is encrypted" if info.flag_bits & 1
-            else f"expands {expansion:.0f} times" if info.file_size > _UNCHECKED and expansion > _MAX_EXPANSION
+            "is there twice"
+            if info.filename in seen
+            else "is a link or a device"
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+            else "is encrypted"
+            if info.flag_bits & 1
+            else f"expands {expansion:.0f} times"
+            if info.file_size > _UNCHECKED and expansion > _MAX_EXPANSION
             else None
-        )  # fmt: skip
+        )
         if reason is not None:
             raise DataError(f"{source}: archive refused: the entry {shown(info.orig_filename)} {reason}")
         seen.add(info.filename)
@@ -209,11 +213,14 @@ def _checked_members(source: str, shard: str) -> list[tarfile.TarInfo]:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 reason = _bad_name(member.name) or (
-                    "is a link or a device" if not (member.isreg() or member.isdir())
-                    else "is sparse" if member.issparse()
-                    else "is there twice" if member.name in seen
+                    "is a link or a device"
+                    if not (member.isreg() or member.isdir())
+                    else "is sparse"
+                    if member.issparse()
+                    else "is there twice"
+                    if member.name in seen
                     else None
-                )  # fmt: skip
+                )
                 if reason is not None:
                     raise DataError(f"{source}: archive refused: the entry {shown(member.name)} {reason}")
                 seen.add(member.name)

@@ -54,8 +54,10 @@ def read_hub(source: str, path: Path, reading: Reading) -> Collection:
 
 def _entries(datasets: Any, source: str, part: str, rows: Any) -> list[Entry]:
     """The rows of one part, pictures still encoded."""
-    columns = {kind: [key for key, value in rows.features.items() if isinstance(value, kind)]
-               for kind in (datasets.Image, datasets.ClassLabel)}  # fmt: skip
+    columns = {
+        kind: [key for key, value in rows.features.items() if isinstance(value, kind)]
+        for kind in (datasets.Image, datasets.ClassLabel)
+    }
     if not columns[datasets.Image]:
         raise DataError(f"{source}: no column of images; it has {', '.join(rows.features)}")
     image = columns[datasets.Image][0]

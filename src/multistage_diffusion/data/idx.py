@@ -23,8 +23,17 @@ _MAX_EXPANSION = 200  # images do not deflate further; deflate itself reaches 10
 _UNCHECKED = 2**20  # bytes below which a file may expand as it likes
 _DEBIAN = Path("/usr/share/datasets")
 _FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 _DIGIT_CLASSES = tuple("0123456789")
 
 

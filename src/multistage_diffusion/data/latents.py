@@ -120,9 +120,11 @@ class LatentCodec:
 
 
 def load_examples(
-    config: DataConfig, device: torch.device | str = "cpu", progress: Progress | None = None,
+    config: DataConfig,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
     images: Examples | None = None,
-) -> Examples:  # fmt: skip
+) -> Examples:
     """What a configuration trains on: images, or their latents.
 
     Args:
@@ -160,18 +162,27 @@ def load_images(config: DataConfig, split: Split = "train") -> Examples:
         DataError: The source cannot be read.
     """
     images = load_data(
-        config.source, split=split, root=config.root, resolution=config.resolution, max_bad=config.tolerated,
+        config.source,
+        split=split,
+        root=config.root,
+        resolution=config.resolution,
+        max_bad=config.tolerated,
         scale=config.scale,
-    )  # fmt: skip
+    )
     if config.tolerated and images.skipped and split == "train":
         warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
     return images
 
 
 def encode(
-    images: Examples, autoencoder: Autoencoder, *, scale: float | None = None, mirrored: bool = False,
-    batch_size: int = 256, progress: Progress | None = None,
-) -> Latents:  # fmt: skip
+    images: Examples,
+    autoencoder: Autoencoder,
+    *,
+    scale: float | None = None,
+    mirrored: bool = False,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Latents:
     """Encode images once; the cache is keyed by their content and the autoencoder's weights.
 
     Args:

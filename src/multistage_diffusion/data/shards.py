@@ -184,9 +184,13 @@ class ShardWriter:
         (self._folder / _DIGESTS).write_bytes(self._digests)
         names = {dtype: name for name, dtype in _DTYPES.items()}
         document = {
-            "format": _FORMAT, "dtype": names[self._dtype], "shape": list(self._shape), "rows": self._count,
-            "rows_per_shard": self._per_file, "about": about,
-        }  # fmt: skip
+            "format": _FORMAT,
+            "dtype": names[self._dtype],
+            "shape": list(self._shape),
+            "rows": self._count,
+            "rows_per_shard": self._per_file,
+            "about": about,
+        }
         (self._folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
         return _open(self._folder)[0]
 
