@@ -124,7 +124,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             (folder / "trace.png").write_bytes(png(strip))
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
     console.print(
-        f"wrote {options.num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network an image "
+        f"wrote {options.num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network each "
         f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
     )
     return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}
