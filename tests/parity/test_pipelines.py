@@ -162,7 +162,7 @@ def test_guidance_and_classes_are_ours(tmp_path):
     with torch.no_grad():
         expected = dpmpp_2m(guided, noise * (80.0**2 + 1) ** 0.5, sigmas).clamp(-1, 1)
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
-    for options, message in (({"class_labels": 4}, "knows 3 classes"), ({"guidance_scale": 2.0}, "needs class_labels")):
+    for options, message in (({"class_labels": 4}, "has 3 classes"), ({"guidance_scale": 2.0}, "needs class_labels")):
         with pytest.raises(ConfigError, match=message):
             images(pipeline, 2, **options)
 
@@ -195,7 +195,7 @@ def test_the_network_takes_one_timestep_or_one_an_image():
         ({"resampling": "block"}, "resamples inside residual blocks"),
         ({"skip_scale": 0.7}, "scales its skips"),
         ({"decoder_attention": "last"}, "only the last block of a decoder's level attends"),
-        ({"classes": 3}, "knows 3 classes"),
+        ({"classes": 3}, "has 3 classes"),
         ({"groups": 4}, "not one number"),
         ({"head_channels": 32}, "attention heads are wider than"),
     ],

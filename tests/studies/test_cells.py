@@ -204,7 +204,7 @@ def test_what_was_measured_is_remembered(tmp_path):
         calls.append(0)
         return {"fd": 1.5}
 
-    assert [cells.remember(one, point, "x", measure) for point in (-1, 3, 3, 0)] == [{"fd": 1.5}] * 4
+    assert [cells.cached(one, point, "x", measure) for point in (-1, 3, 3, 0)] == [{"fd": 1.5}] * 4
     assert len(calls) == 2  # the last point is point 3
 
 
@@ -213,7 +213,7 @@ def test_early_stopping_takes_each_stage_where_its_loss_was_least(tmp_path):
     cells = cells_in(tmp_path)
     cells.fill([one])
     for point, losses in enumerate(([3.0, 1.0, 2.0], [1.0, 2.0, 2.5], [2.0, 3.0, 1.0])):
-        cells.remember(one, point, "validation", lambda losses=losses: {"stage_loss": losses})
+        cells.cached(one, point, "validation", lambda losses=losses: {"stage_loss": losses})
     budget = Budget(base=replace(CONFIG, sampling=Sampler(steps=2)), tflops=TINY)
     finder = Finder(tmp_path, cells.data, budget, lambda: cells, print)
     denoiser, chosen = _assembled(Lab(budget, cells.data, cells.test, cells, finder), one)

@@ -117,8 +117,8 @@ def test_what_is_drawn_and_tabled_follows_the_document(made):
     result, models = sheets(document)
     assert [line[0].text for line in result.lines] == [line[0].text for line in models.lines] == ["unified", "equal"]
     assert all(len(line) == len(sheet.head) for sheet in (result, models) for line in sheet.lines)
-    assert all(item.told is None for item in result.lines[0])
-    assert result.lines[1][3].told in (True, False)
+    assert all(item.significant is None for item in result.lines[0])
+    assert result.lines[1][3].significant in (True, False)
 
 
 def test_a_page_leaves_out_documents_of_another_version(made, tmp_path):

@@ -43,15 +43,7 @@ class Options(Common):
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Convert.
-
-    Args:
-        options: The command's options.
-        console: Where people read.
-
-    Returns:
-        The command's document.
-    """
+    """Convert."""
     source = Path(options.source)
     if not source.is_dir():
         raise ConfigError(f"{source} is neither a run directory nor a folder that diffusers saved")
@@ -104,10 +96,14 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
 
     def card(pipeline: str) -> str:
         facts = Facts(
-            name=Path(options.out).absolute().name, pipeline=pipeline, license=options.license,
-            data=loaded.config.data if loaded.config else None, step=loaded.step, stage_images=loaded.stage_images,
+            name=Path(options.out).absolute().name,
+            pipeline=pipeline,
+            license=options.license,
+            data=loaded.config.data if loaded.config else None,
+            step=loaded.step,
+            stage_images=loaded.stage_images,
             results=read_json(results) if results.is_file() else None,
-        )  # fmt: skip
+        )
         return model_card(loaded.denoiser, facts)
 
     codec = load_codec(options.source)
@@ -119,11 +115,18 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
         f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "
         f"largest difference of its images from ours {done.max_error:.1e}"
     )
-    room = "diffusers" if done.pipeline != "MultistagePipeline" else "multistage_diffusion.interop.pipeline"
-    console.print(f"load it by: from {room} import {done.pipeline}; {done.pipeline}.from_pretrained('{options.out}')")
+    module = "diffusers" if done.pipeline != "MultistagePipeline" else "multistage_diffusion.interop.pipeline"
+    console.print(f"load it by: from {module} import {done.pipeline}; {done.pipeline}.from_pretrained('{options.out}')")
     return {
-        "source": options.source, "out": options.out, "parameters": done.parameters,
-        "stages": len(loaded.denoiser.stages), "shape": list(loaded.denoiser.shape), "max_error": done.max_error,
-        "pipeline": done.pipeline, "scheduler": done.scheduler, "reason": done.reason, "weights": options.weights,
+        "source": options.source,
+        "out": options.out,
+        "parameters": done.parameters,
+        "stages": len(loaded.denoiser.stages),
+        "shape": list(loaded.denoiser.shape),
+        "max_error": done.max_error,
+        "pipeline": done.pipeline,
+        "scheduler": done.scheduler,
+        "reason": done.reason,
+        "weights": options.weights,
         "step": loaded.step,
-    }  # fmt: skip
+    }

@@ -44,15 +44,7 @@ class Options(Compute):
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Do the main job.
-
-    Args:
-        options: The command's options.
-        console: Where people read.
-
-    Returns:
-        The command's document.
-    """
+    """Do the main job."""
     config = recipe(options.recipe)
     device = prepare(options)
 
@@ -61,14 +53,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.studies.report import summary, write_report
 
     out = Path(options.out)
-    asked = DemoOptions(tflops=options.tflops, points=options.points, samples=options.samples, seed=options.seed)
+    demo_options = DemoOptions(tflops=options.tflops, points=options.points, samples=options.samples, seed=options.seed)
     with contextlib.ExitStack() as stack:
 
         def on_step(architecture: str) -> Callable[[StepResult, int], None]:
             stack.close()  # the bar of the model before
             return stack.enter_context(training_progress(console, config.training, architecture))
 
-        result = run_demo(config, out, asked, device=device, say=console.print, on_step=on_step)
+        result = run_demo(config, out, demo_options, device=device, say=console.print, on_step=on_step)
     report = out / "report.html"
     write_report(
         result, report, f"msd demo --recipe {options.recipe} --tflops {options.tflops:g} --seed {options.seed}"
@@ -77,9 +69,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     table = Table("model", "steps", "training TFLOPs", "GFLOPs an image", "Fréchet distance", "held-out loss")
     for name, model in document["models"].items():
         table.add_row(
-            name, str(model["steps"]), f"{model['training_pflops'] * 1e3:.2f}", f"{model['gflops']:.4f}",
-            f"{model['fd']:.2f} ± {model['fd_error']:.2f}", f"{model['val_loss']:.4f} ± {model['val_loss_error']:.4f}",
-        )  # fmt: skip
+            name,
+            str(model["steps"]),
+            f"{model['training_pflops'] * 1e3:.2f}",
+            f"{model['gflops']:.4f}",
+            f"{model['fd']:.2f} ± {model['fd_error']:.2f}",
+            f"{model['val_loss']:.4f} ± {model['val_loss_error']:.4f}",
+        )
     console.print(table)
     console.print(document["verdict"])
     console.print(f"report: {report}  ({result.seconds:.0f} s)")

@@ -32,15 +32,7 @@ class Options(Common):
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Export.
-
-    Args:
-        options: The command's options.
-        console: Where people read.
-
-    Returns:
-        The command's document.
-    """
+    """Export."""
     import safetensors.torch
 
     from multistage_diffusion.files import sha256, write_atomic

@@ -65,10 +65,6 @@ class Options(Compute):
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Do a study, or all.
 
-    Args:
-        options: The command's options.
-        console: Where people read.
-
     Returns:
         The command's document: `rows`, `figures`, `findings`, `report`, `models`; in a dry run `models` alone has rows.
     """
@@ -77,30 +73,30 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.studies.pages import publish, write_page
     from multistage_diffusion.studies.study import STUDIES, costs, names, open_lab, run_study
 
-    wanted, budget = names(options.name), chosen(options)
+    studies, budget = names(options.name), chosen(options)
     out = Path(options.out)
     lab = open_lab(budget, out, device=device, say=console.print, guess=True, keep=not options.dry_run)
-    models = costs(lab, wanted)
+    models = costs(lab, studies)
     _print_costs(console, models)
     if search := lab.finder.search_tflops():
         console.print(f"allocated widths come from proxy runs of {search:.3g} TFLOPs in all, made once")
     document: dict[str, Any] = {"study": options.name, "rows": [], "figures": {}, "findings": {}, "models": models}
     if options.dry_run:
         return document
-    if any(STUDIES[name].distances for name in wanted):
+    if any(STUDIES[name].distances for name in studies):
         features = lab.extractor  # before hours of training: a source without classes has none
         console.print(f"features: {features.name}, {features.accuracy:.1%} of the held-out images named right")
     lab = replace(lab, finder=replace(lab.finder, guess=False))
     command = shlex.join(["msd", "study", options.name, *_words(options)])
-    for name in wanted:
+    for name in studies:
         console.rule(f"[bold]{name}") if console.is_terminal else console.print(f"study {name}")
         with _progress(lab, console) as watch:
-            found = run_study(name, lab, out, watch=watch)
-        found = publish(found, out, command, device)
-        _print_result(console, found)
-        document["rows"] += [{"study": name, **own} for own in found["rows"]]
-        document["figures"][name] = str(out / found["figures"][0])
-        document["findings"][name] = found["findings"]
+            result = run_study(name, lab, out, watch=watch)
+        result = publish(result, out, command, device)
+        _print_result(console, result)
+        document["rows"] += [{"study": name, **entry} for entry in result["rows"]]
+        document["figures"][name] = str(out / result["figures"][0])
+        document["findings"][name] = result["findings"]
         document["report"] = str(write_page(out))  # after each study: an interrupted command leaves what it has
     console.print(f"report: {document['report']}")
     return document
@@ -109,33 +105,27 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 def chosen(options: Options) -> Budget:
     """The budget with the options in place of its own.
 
-    Args:
-        options: The command's options.
-
-    Returns:
-        The budget.
-
     Raises:
         ConfigError: No such budget, no seed, or no FLOPs.
     """
     from multistage_diffusion.config import check
     from multistage_diffusion.studies.budgets import budget
 
-    found = budget(options.budget, options.data)
-    found = replace(found, base=replace(found.base, data=replace(found.base.data, root=options.data_root)))
-    if options.process not in (None, found.base.process.kind):
-        found = replace(found, base=replace(found.base, process=process_by_kind(options.process)))
+    selected = budget(options.budget, options.data)
+    selected = replace(selected, base=replace(selected.base, data=replace(selected.base.data, root=options.data_root)))
+    if options.process not in (None, selected.base.process.kind):
+        selected = replace(selected, base=replace(selected.base, process=process_by_kind(options.process)))
     if options.seeds is not None:
         check(options.seeds >= 1, "seeds", "at least 1", options.seeds)
-        found = replace(found, seeds=options.seeds)
+        selected = replace(selected, seeds=options.seeds)
     if options.tflops is not None:
         check(0 < options.tflops < math.inf, "tflops", "positive", options.tflops)
-        found = replace(found, tflops=options.tflops)
+        selected = replace(selected, tflops=options.tflops)
     if options.rungs is not None:
-        most = len(found.ladder.rungs)
+        most = len(selected.ladder.rungs)
         check(1 <= options.rungs <= most, "rungs", f"in 1..{most}", options.rungs)
-        found = replace(found, ladder=replace(found.ladder, rungs=found.ladder.rungs[: options.rungs]))
-    return found
+        selected = replace(selected, ladder=replace(selected.ladder, rungs=selected.ladder.rungs[: options.rungs]))
+    return selected
 
 
 @contextlib.contextmanager
@@ -177,17 +167,22 @@ def _print_costs(console: Console, models: Sequence[dict[str, Any]]) -> None:
     for name in ("study", "model", "parameters", "steps", "TFLOPs a seed", "seeds", "trained"):
         table.add_column(name, justify="left" if name in ("study", "model") else "right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for own in models:
-        groups.setdefault((own["study"], own["label"]), []).append(own)
+    for entry in models:
+        groups.setdefault((entry["study"], entry["label"]), []).append(entry)
     for (name, label), cells in groups.items():
         first = cells[0]
         table.add_row(
-            name, label, f"{first['parameters']:,}", f"{first['steps']:,}", f"{first['tflops']:.3g}", str(len(cells)),
-            str(sum(own["done"] for own in cells)),
-        )  # fmt: skip
+            name,
+            label,
+            f"{first['parameters']:,}",
+            f"{first['steps']:,}",
+            f"{first['tflops']:.3g}",
+            str(len(cells)),
+            str(sum(entry["done"] for entry in cells)),
+        )
     console.print(table)
-    left = [own["tflops"] for own in models if not own["done"]]
-    total = sum(own["tflops"] for own in models)
+    left = [entry["tflops"] for entry in models if not entry["done"]]
+    total = sum(entry["tflops"] for entry in models)
     text = f"{len(models)} models, {total:.4g} TFLOPs; {len(left)} of them, {sum(left):.4g} TFLOPs, to train."
     stand_ins = " Widths and edges that short runs will choose are stand-ins here until they are found."
     console.print(text + (stand_ins if left else ""))
@@ -205,10 +200,12 @@ def _print_result(console: Console, document: dict[str, Any]) -> None:
 def _table(sheet: Sheet) -> Table:
     """Without the columns of intervals, for which a terminal has no room: a star says that 0 (or 100%) lies outside."""
     kept = [place for place, name in enumerate(sheet.head) if name != "95% interval"]
-    table = Table(title=f"{sheet.title.partition('; marked')[0]}; *: told by the seeds (95%)")
+    table = Table(title=f"{sheet.title.partition('; marked')[0]}; *: significant over the seeds (95%)")
     for place in kept:
         table.add_column(sheet.head[place], justify="left" if place < sheet.words else "right")
     for line in sheet.lines:
-        stars = [" *" if item.told else "" for item in (*line[1:], line[0])]  # an interval stands behind its figure
+        stars = [
+            " *" if item.significant else "" for item in (*line[1:], line[0])
+        ]  # an interval stands behind its figure
         table.add_row(*(f"{line[place].text}{stars[place]}" for place in kept))
     return table

@@ -28,13 +28,6 @@ class Options(Common):
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Check.
 
-    Args:
-        options: The command's options.
-        console: Where people read.
-
-    Returns:
-        The command's document.
-
     Raises:
         ConfigError: No such run.
         CheckpointError: Something is damaged; with `--json` the document says what, and is printed first.

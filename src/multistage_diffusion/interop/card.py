@@ -18,7 +18,7 @@ _DATASETS = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fa
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model beside its weights.
+    """Facts of a model beside its weights.
 
     Attributes:
         name: Name of the folder.
@@ -53,8 +53,11 @@ def model_card(denoiser: Denoiser, facts: Facts) -> str:
     sections += ["## Stages", _stages(denoiser)]
     if facts.step is not None and facts.stage_images is not None:
         flops = denoiser_cost(denoiser).training_flops(facts.stage_images)
-        sections += ["## Training", f"{facts.step} steps, {sum(facts.stage_images)} images, {flops / 1e15:.3g} PFLOPs "
-                     "(forward and backward, 2 a multiply-accumulate, attention included)."]  # fmt: skip
+        sections += [
+            "## Training",
+            f"{facts.step} steps, {sum(facts.stage_images)} images, {flops / 1e15:.3g} PFLOPs "
+            "(forward and backward, 2 a multiply-accumulate, attention included).",
+        ]
     if figures := _figures(facts.results):
         rows = "\n".join(f"| {name} | {value:.5g} |" for name, value in figures.items())
         sections += ["## Results", f"| metric | value |\n|---|---|\n{rows}", _measured(facts.results or {})]
@@ -69,40 +72,45 @@ def _front(facts: Facts) -> str:
     dataset = None if source is None else _DATASETS.get(source, source[3:] if source.startswith("hf:") else None)
     shown = "images" if source is None or ":" in source else source
     results = [
-        EvalResult(task_type=_TASK, dataset_type=dataset or shown, dataset_name=shown, metric_type=name,
-                   metric_value=value)
+        EvalResult(
+            task_type=_TASK, dataset_type=dataset or shown, dataset_name=shown, metric_type=name, metric_value=value
+        )
         for name, value in _figures(facts.results).items()
-    ]  # fmt: skip
+    ]
     data = ModelCardData(
-        library_name="diffusers", pipeline_tag=_TASK, tags=["diffusion", "multistage-diffusion", facts.pipeline],
-        license=facts.license, datasets=None if dataset is None else [dataset], model_name=facts.name,
+        library_name="diffusers",
+        pipeline_tag=_TASK,
+        tags=["diffusion", "multistage-diffusion", facts.pipeline],
+        license=facts.license,
+        datasets=None if dataset is None else [dataset],
+        model_name=facts.name,
         eval_results=results or None,
-    )  # fmt: skip
+    )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def _about(denoiser: Denoiser, facts: Facts) -> str:
-    config, (channels, high, wide) = denoiser.backbone, denoiser.shape
+    config, (channels, height, width) = denoiser.backbone, denoiser.shape
     latent = facts.data is not None and facts.data.autoencoder is not None
     classes = f" of {config.classes} classes" if config.classes else ""
     source = facts.data.source if facts.data is not None and ":" not in facts.data.source else None
     return (
         f"A {config.architecture} diffusion model{classes} with the process `{denoiser.process.kind}`, "
-        f"{channels}x{high}x{wide} {'latents' if latent else 'pixels'}{f', trained on {source}' if source else ''}. "
+        f"{channels}x{height}x{width} {'latents' if latent else 'pixels'}{f', trained on {source}' if source else ''}. "
         "Made with multistage-diffusion, after [Zhang et al. 2024](https://arxiv.org/abs/2312.09181): noise levels in "
         "stages, one encoder, a decoder for each stage."
     )
 
 
 def _usage(denoiser: Denoiser, facts: Facts) -> str:
-    ours = facts.pipeline == "MultistagePipeline"
-    home = "multistage_diffusion.interop.pipeline" if ours else "diffusers"
-    family = facts.pipeline if ours else "DiffusionPipeline"
-    asked = "batch_size=4" + (", class_labels=0, guidance_scale=1.5" if denoiser.classes else "")
-    install = "multistage-diffusion[diffusers]" if ours else "diffusers torch"
+    multistage = facts.pipeline == "MultistagePipeline"
+    home = "multistage_diffusion.interop.pipeline" if multistage else "diffusers"
+    family = facts.pipeline if multistage else "DiffusionPipeline"
+    arguments = "batch_size=4" + (", class_labels=0, guidance_scale=1.5" if denoiser.classes else "")
+    install = "multistage-diffusion[diffusers]" if multistage else "diffusers torch"
     return (
         f"`pip install {install}`\n\n```python\nfrom {home} import {family}\n\n"
-        f'pipeline = {family}.from_pretrained("{facts.name}")\nimages = pipeline({asked}).images\n```'
+        f'pipeline = {family}.from_pretrained("{facts.name}")\nimages = pipeline({arguments}).images\n```'
     )
 
 
@@ -116,9 +124,12 @@ def _stages(denoiser: Denoiser) -> str:
     for stage, (part, share) in enumerate(zip(cost.stages, shares, strict=True)):
         low, high = denoiser.stages.bounds(stage)
         cells = (
-            f"{stage}", f"{low:.4g} to {high:.4g}", f"{part.parameters / 1e6:.3g} M", f"{part.flops / 1e9:.3g}",
+            f"{stage}",
+            f"{low:.4g} to {high:.4g}",
+            f"{part.parameters / 1e6:.3g} M",
+            f"{part.flops / 1e9:.3g}",
             f"{share:.1%}",
-        )  # fmt: skip
+        )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + f"\n\n{cost.parameters / 1e6:.3g} M parameters in all."
 
@@ -132,5 +143,5 @@ def _figures(results: Mapping[str, Any] | None) -> dict[str, float]:
 
 def _measured(results: Mapping[str, Any]) -> str:
     """With what: distances of other features do not compare."""
-    told = {name: results[name] for name in ("features", "samples", "reference") if results.get(name)}
-    return f"Measured with `{json.dumps(told)}`." if told else ""
+    conditions = {name: results[name] for name in ("features", "samples", "reference") if results.get(name)}
+    return f"Measured with `{json.dumps(conditions)}`." if conditions else ""

@@ -57,9 +57,6 @@ def from_diffusers(
         stages: A partition: every stage gets a decoder of its own, all of which start as the U-Net's.
         resolution: Pixels a side; by default the U-Net's `sample_size`.
 
-    Returns:
-        The denoiser, in evaluation mode.
-
     Raises:
         ConfigError: The U-Net has a part that ours has not; the message names the option.
     """
@@ -90,13 +87,13 @@ def convert(
         ConfigError: The U-Net has a part that ours has not; the message names the option.
         CheckpointError: A weight is missing, left over or of another shape.
     """
-    found = complete(options)
-    size = resolution or found["sample_size"]
-    if not isinstance(size, int):
-        raise ConfigError(f"the U-Net's sample_size is {size}; give the resolution in pixels a side")
-    model = model_config(found, size, len(stages))
-    denoiser = Denoiser.from_backbone(model, process or LDM(), (found["in_channels"], size, size), stages)
-    state = our_weights(model, size, weights, sines_first=not found["flip_sin_to_cos"])
+    options = complete(options)
+    resolution = resolution or options["sample_size"]
+    if not isinstance(resolution, int):
+        raise ConfigError(f"the U-Net's sample_size is {resolution}; give the resolution in pixels a side")
+    model = model_config(options, resolution, len(stages))
+    denoiser = Denoiser.from_backbone(model, process or LDM(), (options["in_channels"], resolution, resolution), stages)
+    state = our_weights(model, resolution, weights, sines_first=not options["flip_sin_to_cos"])
     try:
         denoiser.network.load_state_dict(state)
     except RuntimeError as error:
@@ -143,10 +140,6 @@ def load_diffusers(folder: str | Path, *, stages: Stages = UNDIVIDED, resolution
 def largest_difference(denoiser: Denoiser, folder: str | Path) -> float:
     """Largest difference between the outputs of diffusers' U-Net and of each stage of ours, on random images.
 
-    Args:
-        denoiser: What `load_diffusers` read from the folder.
-        folder: The folder.
-
     Returns:
         The difference, over the largest output.
 
@@ -158,10 +151,10 @@ def largest_difference(denoiser: Denoiser, folder: str | Path) -> float:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
     home = Path(folder) / "unet" if (Path(folder) / "unet").is_dir() else Path(folder)
-    theirs = UNet2DModel.from_pretrained(str(home.absolute()), local_files_only=True, low_cpu_mem_usage=False).eval()
+    unet = UNet2DModel.from_pretrained(str(home.absolute()), local_files_only=True, low_cpu_mem_usage=False).eval()
     x = rng.normal(0, "convert", torch.arange(3), denoiser.shape)
     steps = torch.tensor([0, 371, 999])
-    expected = theirs(x, steps).sample
+    expected = unet(x, steps).sample
     outputs = [denoiser.network(x, steps.float(), stage) for stage in range(len(denoiser.stages))]
     return max(float((output - expected).abs().max()) for output in outputs) / float(expected.abs().max())
 
@@ -178,7 +171,7 @@ def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> N
         ConfigError: The autoencoder is of a kind that latents are not made with, or diffusers is not installed.
         CheckpointError: The folder cannot be written.
     """
-    home = next((found for name in ("vqvae", "vae") if (found := Path(source) / name).is_dir()), None)
+    home = next((path for name in ("vqvae", "vae") if (path := Path(source) / name).is_dir()), None)
     codec = None
     if home is not None:
         autoencoder = load_autoencoder(str(home.absolute()))

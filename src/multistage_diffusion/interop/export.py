@@ -63,9 +63,6 @@ def export(
         codec: Autoencoder and scale of a model of latents.
         card: Makes the text of README.md, given the name of the pipeline's class.
 
-    Returns:
-        What was written.
-
     Raises:
         ConfigError: diffusers is not installed or has no scheduler for the process, or the images differ; nothing is
             written then.
@@ -139,9 +136,11 @@ def _multistage(denoiser: Denoiser, vae: Any) -> Any:
 
     process = denoiser.process
     unet = MultistageUNet(
-        model=to_dict(denoiser.backbone), process=to_dict(process), edges=list(denoiser.stages.edges),
+        model=to_dict(denoiser.backbone),
+        process=to_dict(process),
+        edges=list(denoiser.stages.edges),
         shape=list(denoiser.shape),
-    )  # fmt: skip
+    )
     unet.network.load_state_dict(denoiser.network.state_dict())
     options = scheduler_options(process)
     match process:
@@ -161,13 +160,13 @@ def _difference(pipeline: Any, denoiser: Denoiser, codec: LatentCodec | None) ->
     steps = max(number for number in range(1, _STEPS + 1) if timesteps % number == 0)  # DDIM's levels, exactly
     pipeline.set_progress_bar_config(disable=True)
     seed, shape = torch.Generator().manual_seed(0), (1, *denoiser.shape)
-    theirs = pipeline(batch_size=1, generator=seed, num_inference_steps=steps, output_type="np").images
+    expected = pipeline(batch_size=1, generator=seed, num_inference_steps=steps, output_type="np").images
     scheduler, process = pipeline.scheduler, denoiser.process
     sigmas = level(process, scheduler.timesteps.double())
     x = torch.randn(shape, generator=seed.manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     solver = dpmpp_2m if "solver_order" in scheduler.config else euler
-    ours = solver(denoiser, x / process.scale(sigmas[0]).item(), [*sigmas.tolist(), 0.0])
+    images = solver(denoiser, x / process.scale(sigmas[0]).item(), [*sigmas.tolist(), 0.0])
     if codec is not None:
-        ours = codec.autoencoder.decode(ours / codec.scale, codec.autoencoder.channels)
-    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    return 2 * float((ours - torch.from_numpy(theirs)).abs().max())
+        images = codec.autoencoder.decode(images / codec.scale, codec.autoencoder.channels)
+    images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return 2 * float((images - torch.from_numpy(expected)).abs().max())

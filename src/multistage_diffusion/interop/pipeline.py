@@ -1,4 +1,4 @@
-"""Our models as components of diffusers: a network that speaks its scheduler's clock, and a pipeline around it.
+"""Our models as components of diffusers: a network that takes its scheduler's timesteps, and a pipeline around it.
 
 Import this module, then `MultistagePipeline.from_pretrained(FOLDER)`. diffusers is an extra, so nothing else in the
 package imports this at its top.
@@ -80,8 +80,7 @@ class MultistageUNet(ModelMixin, ConfigMixin):
             The output, of the shape of `sample`.
         """
         time = torch.as_tensor(timestep, device=sample.device).float().expand(len(sample))
-        known = torch.as_tensor(timestep).detach().cpu().double()
-        sigma = level(self.process, known)
+        sigma = level(self.process, torch.as_tensor(timestep).detach().cpu().double())
         stage = self.stages.of(sigma).to(sample.device) if sigma.numel() > 1 else self.stages.of(sigma.item())
         output = self.network(sample, time, stage, Conditioning(class_labels))
         return UNetOutput(sample=output) if return_dict else (output,)
@@ -133,11 +132,8 @@ class MultistagePipeline(DiffusionPipeline):
             output_type: `pil`, `np` (in [0, 1], channels last) or `pt` (in [0, 1]).
             return_dict: Whether to return an object, and not a tuple.
 
-        Returns:
-            The images.
-
         Raises:
-            ConfigError: The scheduler does not fit the process, or classes are asked of a network that knows none.
+            ConfigError: The scheduler does not fit the process, or classes are asked of a network that has none.
         """
         process = self.unet.process
         require_fit(self.scheduler.config, process)
@@ -176,14 +172,14 @@ class MultistagePipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(steps, device=device)
 
     def _labels(self, classes: int | list[int] | None, batch_size: int, guidance: float) -> Tensor | None:
-        known = self.unet.backbone.classes
+        count = self.unet.backbone.classes
         if classes is None:
             if guidance != 1:
                 raise ConfigError(f"guidance_scale {guidance} needs class_labels")
             return None
         labels = torch.as_tensor(classes, device=self._execution_device)
-        if not known or not 0 <= int(labels.min()) <= int(labels.max()) <= known:
-            raise ConfigError(f"the network knows {known} classes, numbered from 0; got class_labels {classes}")
+        if not count or not 0 <= int(labels.min()) <= int(labels.max()) <= count:
+            raise ConfigError(f"the network has {count} classes, numbered from 0; got class_labels {classes}")
         return labels.expand(batch_size)
 
     def _output(self, x: Tensor, time: Tensor, labels: Tensor | None, guidance: float) -> Tensor:

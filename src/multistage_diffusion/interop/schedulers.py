@@ -1,4 +1,4 @@
-"""Processes and the schedulers of diffusers: the same noise levels on two clocks."""
+"""Processes and the schedulers of diffusers: the same noise levels on two time scales."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow, Prediction, P
 
 _BETAS: dict[str, Literal["sqrt-linear", "linear"]] = {"scaled_linear": "sqrt-linear", "linear": "linear"}
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
-_VP_STEPS = 999  # what a variance-preserving network is told is 999 t, so t = 1 is the last of 1000 timesteps
+_VP_STEPS = 999  # what a variance-preserving network gets is 999 t, so t = 1 is the last of 1000 timesteps
 
 
 def process_from_scheduler(options: Mapping[str, Any]) -> LDM:
     """The process of a scheduler of diffusers.
-
-    Args:
-        options: Its configuration, like `scheduler_config.json`.
 
     Returns:
         The discrete process with the same betas and prediction.
@@ -36,31 +33,33 @@ def process_from_scheduler(options: Mapping[str, Any]) -> LDM:
     if prediction not in _PREDICTIONS:
         raise ConfigError(f"the scheduler's prediction_type must be one of {', '.join(_PREDICTIONS)}, got {prediction}")
     return LDM(
-        num_steps=options.get("num_train_timesteps", 1000), beta_first=options.get("beta_start", 1e-4),
-        beta_last=options.get("beta_end", 0.02), betas=_BETAS[schedule], prediction=_PREDICTIONS[prediction],
-    )  # fmt: skip
+        num_steps=options.get("num_train_timesteps", 1000),
+        beta_first=options.get("beta_start", 1e-4),
+        beta_last=options.get("beta_end", 0.02),
+        betas=_BETAS[schedule],
+        prediction=_PREDICTIONS[prediction],
+    )
 
 
 def scheduler_options(process: Process) -> dict[str, Any]:
     """What makes a scheduler of diffusers that of a process.
 
-    Args:
-        process: The process.
-
     Returns:
         Options: betas and prediction for DDIM, DPM-Solver and their like; the range of sigma for EDM's schedulers;
-        none for those of flow matching, which have only one clock.
+        none for those of flow matching, which have only one time scale.
 
     Raises:
         ConfigError: diffusers has no scheduler for the process.
     """
     match process:
         case LDM():
-            names = {ours: theirs for theirs, ours in _BETAS.items()}
+            names = {betas: schedule for schedule, betas in _BETAS.items()}
             betas: dict[str, Any] = {
-                "beta_schedule": names[process.betas], "beta_start": process.beta_first, "beta_end": process.beta_last,
+                "beta_schedule": names[process.betas],
+                "beta_start": process.beta_first,
+                "beta_end": process.beta_last,
                 "num_train_timesteps": process.num_steps,
-            }  # fmt: skip
+            }
         case VP() | Cosine():
             steps = _levels(process)
             kept = 1 / (1 + steps**2)
@@ -70,26 +69,25 @@ def scheduler_options(process: Process) -> dict[str, Any]:
             }
         case EDM():
             return {
-                "sigma_min": process.sigma_min, "sigma_max": process.sigma_max, "sigma_data": process.sigma_data,
+                "sigma_min": process.sigma_min,
+                "sigma_max": process.sigma_max,
+                "sigma_data": process.sigma_data,
                 "prediction_type": "epsilon",
-            }  # fmt: skip
+            }
         case Flow():
             return {}
         case _:
             raise ConfigError(f"diffusers has no scheduler that fits the process {process.kind}")
-    prediction = next(theirs for theirs, ours in _PREDICTIONS.items() if ours == process.prediction)
+    prediction = next(name for name, kind in _PREDICTIONS.items() if kind == process.prediction)
     return {**betas, "prediction_type": prediction, "timestep_spacing": "trailing"}  # it begins at the highest noise
 
 
 def level(process: Process, timestep: Float[Tensor, "*steps"]) -> Float[Tensor, "*steps"]:
-    """The noise level at a scheduler's timestep, which is what the network is told (`c_noise`).
+    """The noise level at a scheduler's timestep, which is what the network gets (`c_noise`).
 
     Args:
         process: The process.
         timestep: Timesteps, float64.
-
-    Returns:
-        Noise levels sigma.
     """
     match process:
         case EDM():
@@ -107,18 +105,14 @@ def level(process: Process, timestep: Float[Tensor, "*steps"]) -> Float[Tensor, 
 def require_fit(options: Mapping[str, Any], process: Process) -> None:
     """Refuse a scheduler that would run a network wrongly, and silently.
 
-    Args:
-        options: The scheduler's configuration.
-        process: The network's process.
-
     Raises:
         ConfigError: Another prediction, other betas or another range; the message names the option.
     """
-    for name, wanted in scheduler_options(process).items():
-        found = options.get(name)
-        close = isinstance(wanted, float) and isinstance(found, float) and math.isclose(wanted, found, rel_tol=1e-6)
-        if name != "timestep_spacing" and not close and found != wanted:
-            shown = (wanted, found) if name != "trained_betas" else ("the process's", "others")
+    for name, expected in scheduler_options(process).items():
+        value = options.get(name)
+        close = isinstance(expected, float) and isinstance(value, float) and math.isclose(expected, value, rel_tol=1e-6)
+        if name != "timestep_spacing" and not close and value != expected:
+            shown = (expected, value) if name != "trained_betas" else ("the process's", "others")
             raise ConfigError(
                 f"the scheduler's {name} must be {shown[0]}, got {shown[1]}; make it from the pipeline's own, like "
                 "DDIMScheduler.from_config(pipeline.scheduler.config)"

@@ -15,56 +15,68 @@ from multistage_diffusion.errors import CheckpointError, ConfigError
 
 # What our blocks are, in diffusers' words; what a configuration does not say has diffusers' default.
 _REQUIRED: dict[str, Any] = {
-    "center_input_sample": False, "time_embedding_type": "positional", "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1, "downsample_type": "conv", "upsample_type": "conv", "act_fn": "silu",
-    "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
-    "attn_norm_num_groups": None, "time_embedding_dim": None,
-}  # fmt: skip
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "attn_norm_num_groups": None,
+    "time_embedding_dim": None,
+}
 _DEFAULTS: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "freq_shift": 0, "flip_sin_to_cos": True, "layers_per_block": 2,
-    "downsample_padding": 1, "dropout": 0.0, "attention_head_dim": 8, "norm_num_groups": 32, "norm_eps": 1e-5,
-    "sample_size": None, "block_out_channels": (224, 448, 672, 896),
+    "in_channels": 3,
+    "out_channels": 3,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "sample_size": None,
+    "block_out_channels": (224, 448, 672, 896),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
+}
 _RESIDUAL = {
-    "norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2",
+    "norm0": "norm1",
+    "conv0": "conv1",
+    "affine": "time_emb_proj",
+    "norm1": "norm2",
+    "conv1": "conv2",
     "shortcut": "conv_shortcut",
-}  # fmt: skip
+}
 # The names of attention layers in folders written before diffusers 0.17, as most of the early models are.
 _OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def complete(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a `UNet2DModel` with those it does not name.
-
-    Args:
-        options: Its `config.json`.
-
-    Returns:
-        All options that matter here.
-    """
+    """The options of a `UNet2DModel` with those it does not name."""
     return {**_DEFAULTS, **_REQUIRED, **options}
 
 
-def model_config(options: Mapping[str, Any], size: int, stages: int) -> UNet:
+def model_config(options: Mapping[str, Any], resolution: int, stages: int) -> UNet:
     """Our configuration of a `UNet2DModel`.
 
     Args:
         options: Its options, complete.
-        size: Pixels a side.
+        resolution: Pixels a side.
         stages: Number of stages, each with a decoder of its own.
-
-    Returns:
-        The configuration.
 
     Raises:
         ConfigError: It has a part that ours has not; the message names the option.
     """
-    for name, wanted in _REQUIRED.items():
+    for name, expected in _REQUIRED.items():
         same_groups = name == "attn_norm_num_groups" and options[name] == options["norm_num_groups"]
-        if options[name] != wanted and not same_groups:
-            raise ConfigError(f"the U-Net's {name} must be {json.dumps(wanted)}, got {json.dumps(options[name])}")
+        if options[name] != expected and not same_groups:
+            raise ConfigError(f"the U-Net's {name} must be {json.dumps(expected)}, got {json.dumps(options[name])}")
     widths, groups = list(options["block_out_channels"]), options["norm_num_groups"]
     down, up = list(options["down_block_types"]), list(options["up_block_types"])
     attends = [name == "AttnDownBlock2D" for name in down]
@@ -83,20 +95,26 @@ def model_config(options: Mapping[str, Any], size: int, stages: int) -> UNet:
             f"the U-Net maps {options['in_channels']} channels to {options['out_channels']}, not the same"
         )
     return UNet(
-        architecture="unified" if stages == 1 else "multistage", width=widths[0], decoder_widths=(widths[0],) * stages,
-        multipliers=tuple(width // widths[0] for width in widths), blocks=options["layers_per_block"],
-        attention=tuple(size >> level for level, attend in enumerate(attends) if attend), decoder_attention="all",
-        head_channels=options["attention_head_dim"], middle="encoder",
-        resampling="conv" if options["downsample_padding"] else "conv-after", skip_scale=1.0, groups=groups,
-        norm_eps=options["norm_eps"], dropout=options["dropout"], frequency_shift=options["freq_shift"],
-    )  # fmt: skip
+        architecture="unified" if stages == 1 else "multistage",
+        width=widths[0],
+        decoder_widths=(widths[0],) * stages,
+        multipliers=tuple(width // widths[0] for width in widths),
+        blocks=options["layers_per_block"],
+        attention=tuple(resolution >> level for level, attend in enumerate(attends) if attend),
+        decoder_attention="all",
+        head_channels=options["attention_head_dim"],
+        middle="encoder",
+        resampling="conv" if options["downsample_padding"] else "conv-after",
+        skip_scale=1.0,
+        groups=groups,
+        norm_eps=options["norm_eps"],
+        dropout=options["dropout"],
+        frequency_shift=options["freq_shift"],
+    )
 
 
 def misfit(denoiser: Denoiser) -> str | None:
     """Why a denoiser's network cannot be a `UNet2DModel`.
-
-    Args:
-        denoiser: The denoiser.
 
     Returns:
         The first reason; none if it can.
@@ -109,8 +127,8 @@ def misfit(denoiser: Denoiser) -> str | None:
     widest = config.width * config.multipliers[-1]  # the middle block attends too
     reasons = {
         f"it has {len(network.decoders)} stages": len(network.decoders) > 1,
-        f"it knows {config.classes} classes": config.classes > 0,
-        "it is told of augmentation": config.augment_labels > 0,
+        f"it has {config.classes} classes": config.classes > 0,
+        "it takes augmentation labels": config.augment_labels > 0,
         "it resamples inside residual blocks (model.resampling block)": config.resampling == "block",
         "it has an input pyramid": config.input_pyramid,
         f"it scales its skips by {config.skip_scale:.3g}": config.skip_scale != 1,
@@ -121,14 +139,11 @@ def misfit(denoiser: Denoiser) -> str | None:
         and config.head_channels > min(*widths, widest),
         f"its images are {height}x{width}": height != width,
     }
-    return next((reason for reason, found in reasons.items() if found), None)
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def unet_options(denoiser: Denoiser) -> dict[str, Any]:
     """The options of the `UNet2DModel` that a denoiser's network is.
-
-    Args:
-        denoiser: A denoiser without misfit.
 
     Returns:
         Arguments for its constructor.
@@ -138,28 +153,31 @@ def unet_options(denoiser: Denoiser) -> dict[str, Any]:
     attends = [attend for _, attend in _resolutions(config, height)]
     norm = next(module for module in denoiser.network.modules() if isinstance(module, nn.GroupNorm))
     return {
-        "sample_size": height, "in_channels": channels, "out_channels": channels,
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels,
         "block_out_channels": [config.width * factor for factor in config.multipliers],
         "layers_per_block": config.blocks,
         "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        "attention_head_dim": config.head_channels, "norm_num_groups": norm.num_groups, "norm_eps": config.norm_eps,
-        "downsample_padding": 0 if config.resampling == "conv-after" else 1, "dropout": config.dropout,
-        "freq_shift": config.frequency_shift, "flip_sin_to_cos": True,
-    }  # fmt: skip
+        "attention_head_dim": config.head_channels,
+        "norm_num_groups": norm.num_groups,
+        "norm_eps": config.norm_eps,
+        "downsample_padding": 0 if config.resampling == "conv-after" else 1,
+        "dropout": config.dropout,
+        "freq_shift": config.frequency_shift,
+        "flip_sin_to_cos": True,
+    }
 
 
-def our_weights(model: UNet, size: int, weights: Mapping[str, Tensor], *, sines_first: bool) -> dict[str, Tensor]:
+def our_weights(model: UNet, resolution: int, weights: Mapping[str, Tensor], *, sines_first: bool) -> dict[str, Tensor]:
     """A `UNet2DModel`'s weights by our names; every decoder gets a copy of its own.
 
     Args:
         model: Our configuration of it.
-        size: Pixels a side.
+        resolution: Pixels a side.
         weights: Its weights.
         sines_first: Whether it embeds sines before cosines.
-
-    Returns:
-        The state of our network.
 
     Raises:
         CheckpointError: A weight is missing or left over.
@@ -167,20 +185,20 @@ def our_weights(model: UNet, size: int, weights: Mapping[str, Tensor], *, sines_
     remaining = {_renamed(name): tensor for name, tensor in weights.items()}
     decoders = 1 if model.architecture == "unified" else len(model.decoder_widths)
     state: dict[str, Tensor] = {}
-    for part, ours, theirs in _layers(model, size):
-        if ours.endswith("shortcut") and f"{theirs[0]}.weight" not in remaining:
+    for part, layer, modules in _layers(model, resolution):
+        if layer.endswith("shortcut") and f"{modules[0]}.weight" not in remaining:
             continue
         for kind in ("weight", "bias"):
-            missing = next((name for name in theirs if f"{name}.{kind}" not in remaining), None)
+            missing = next((name for name in modules if f"{name}.{kind}" not in remaining), None)
             if missing is not None:
                 raise CheckpointError(f"the U-Net has no weight {missing}.{kind}")
-            tensor = torch.cat([remaining.pop(f"{name}.{kind}") for name in theirs])
-            if ".attention." in ours and tensor.ndim == 2:
+            tensor = torch.cat([remaining.pop(f"{name}.{kind}") for name in modules])
+            if ".attention." in layer and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
-            if ours == "embedding.first" and kind == "weight" and sines_first:
+            if layer == "embedding.first" and kind == "weight" and sines_first:
                 tensor = torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1)
             for index in range(decoders if part == "decoders" else 1):
-                state[f"{part}.{index}.{ours}.{kind}"] = tensor.clone()
+                state[f"{part}.{index}.{layer}.{kind}"] = tensor.clone()
     if remaining:
         raise CheckpointError(f"the U-Net has weights that ours has not, like {next(iter(remaining))}")
     return state
@@ -189,34 +207,31 @@ def our_weights(model: UNet, size: int, weights: Mapping[str, Tensor], *, sines_
 def unet_weights(denoiser: Denoiser) -> dict[str, Tensor]:
     """The weights of the `UNet2DModel` that a denoiser's network is, cosines before sines.
 
-    Args:
-        denoiser: A denoiser without misfit.
-
     Returns:
         Its state by diffusers' names.
     """
     assert isinstance(denoiser.backbone, UNet)
-    state, found = denoiser.network.state_dict(), dict[str, Tensor]()
-    for part, ours, theirs in _layers(denoiser.backbone, denoiser.shape[1]):
+    state, weights = denoiser.network.state_dict(), dict[str, Tensor]()
+    for part, layer, modules in _layers(denoiser.backbone, denoiser.shape[1]):
         for kind in ("weight", "bias"):
-            tensor = state.get(f"{part}.0.{ours}.{kind}")
+            tensor = state.get(f"{part}.0.{layer}.{kind}")
             if tensor is None:  # a block that needs no shortcut
                 continue
-            if ".attention." in ours and tensor.ndim == 4:
+            if ".attention." in layer and tensor.ndim == 4:
                 tensor = tensor[:, :, 0, 0]
-            parts = zip(theirs, tensor.chunk(len(theirs)), strict=True)
-            found |= {f"{name}.{kind}": piece.clone() for name, piece in parts}
-    return found
+            parts = zip(modules, tensor.chunk(len(modules)), strict=True)
+            weights |= {f"{name}.{kind}": piece.clone() for name, piece in parts}
+    return weights
 
 
-def _resolutions(model: UNet, size: int) -> list[tuple[int, bool]]:
+def _resolutions(model: UNet, resolution: int) -> list[tuple[int, bool]]:
     """Multiplier of each resolution, and whether it attends."""
-    return [(factor, size >> level in model.attention) for level, factor in enumerate(model.multipliers)]
+    return [(factor, resolution >> level in model.attention) for level, factor in enumerate(model.multipliers)]
 
 
-def _layers(model: UNet, size: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Each layer: the part of our network, our name in it, and theirs; three of theirs are one of ours in attention."""
-    attends = [attend for _, attend in _resolutions(model, size)]
+def _layers(model: UNet, resolution: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Each layer: the part of our network, its name there, and diffusers' modules; attention joins three of them."""
+    attends = [attend for _, attend in _resolutions(model, resolution)]
     last = len(attends) - 1
     yield "encoders", "stem", ("conv_in",)
     yield "encoders", "embedding.first", ("time_embedding.linear_1",)
@@ -238,15 +253,15 @@ def _layers(model: UNet, size: int) -> Iterator[tuple[str, str, tuple[str, ...]]
     yield "decoders", "head", ("conv_out",)
 
 
-def _block(part: str, ours: str, theirs: str, index: int, attends: bool) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _block(part: str, layer: str, module: str, index: int, attends: bool) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """The layers of a residual block, with the attention that follows it."""
-    for mine, name in _RESIDUAL.items():
-        yield part, f"{ours}.{mine}", (f"{theirs}.resnets.{index}.{name}",)
+    for name, counterpart in _RESIDUAL.items():
+        yield part, f"{layer}.{name}", (f"{module}.resnets.{index}.{counterpart}",)
     if attends:
-        home = f"{theirs}.attentions.{index}"
-        yield part, f"{ours}.attention.norm", (f"{home}.group_norm",)
-        yield part, f"{ours}.attention.qkv", (f"{home}.to_q", f"{home}.to_k", f"{home}.to_v")
-        yield part, f"{ours}.attention.out", (f"{home}.to_out.0",)
+        home = f"{module}.attentions.{index}"
+        yield part, f"{layer}.attention.norm", (f"{home}.group_norm",)
+        yield part, f"{layer}.attention.qkv", (f"{home}.to_q", f"{home}.to_k", f"{home}.to_v")
+        yield part, f"{layer}.attention.out", (f"{home}.to_out.0",)
 
 
 def _renamed(name: str) -> str:

@@ -35,8 +35,10 @@ class Ladder:
 
     unified: tuple[float, ...] = (0.5, 0.25, 0.75, 1.0)
     staged: tuple[tuple[float, ...], ...] = (
-        (0.5, 0.75, 0.5, 0.5, 0.25), (0.25, 0.5, 0.25, 0.25, 0.25), (0.5, 0.5, 0.5, 0.5, 0.5)
-    )  # fmt: skip
+        (0.5, 0.75, 0.5, 0.5, 0.25),
+        (0.25, 0.5, 0.25, 0.25, 0.25),
+        (0.5, 0.5, 0.5, 0.5, 0.5),
+    )
     rate: float = 2.0
     rungs: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
 
@@ -81,23 +83,18 @@ class Budget:
 
 
 def budget(name: str, source: str) -> Budget:
-    """A budget by its name.
+    """A budget by its name, for a source of data.
 
-    Args:
-        name: `small` (two CPU cores, some hours for all studies), `gpu` (one GPU, about an hour for one study) or
-            `paper` (the networks and lengths of the paper's CIFAR-10 runs).
-        source: The data.
-
-    Returns:
-        The budget.
+    `small` is for two CPU cores (some hours for all studies), `gpu` for one GPU (about an hour for one study), `paper`
+    has the networks and lengths of the paper's CIFAR-10 runs.
 
     Raises:
         ConfigError: No such budget.
     """
     if name not in BUDGETS:
         raise ConfigError(f"no budget {name}{suggest(name, BUDGETS)}")
-    found = BUDGETS[name]()
-    return replace(found, base=replace(found.base, data=replace(found.base.data, source=source)))
+    chosen = BUDGETS[name]()
+    return replace(chosen, base=replace(chosen.base, data=replace(chosen.base.data, source=source)))
 
 
 def small() -> Budget:
@@ -118,18 +115,27 @@ def gpu() -> Budget:
     )
     training = TrainingConfig(batch_size=256, learning_rate=1e-3, warmup_images=64_000, ema_half_life=250_000.0)
     return Budget(
-        base=_run(model, training, 32), tflops=2_000.0, points=10, samples=10_000, samples_on_the_way=5_000,
+        base=_run(model, training, 32),
+        tflops=2_000.0,
+        points=10,
+        samples=10_000,
+        samples_on_the_way=5_000,
         proxy_steps=300,
-    )  # fmt: skip
+    )
 
 
 def paper() -> Budget:
     """The paper's networks: 450,000 steps of the unified one at batch 128, and 50,000 images behind each distance."""
     base = recipe("vp-cifar10")
     return Budget(
-        base=replace(base, stages=_ANY), tflops=450_000 * 128 * 3 * 37.1e-3, points=9, samples=50_000,
-        samples_on_the_way=10_000, proxy_steps=20_000, evaluations=(10, 15, 20, 50),
-    )  # fmt: skip
+        base=replace(base, stages=_ANY),
+        tflops=450_000 * 128 * 3 * 37.1e-3,
+        points=9,
+        samples=50_000,
+        samples_on_the_way=10_000,
+        proxy_steps=20_000,
+        evaluations=(10, 15, 20, 50),
+    )
 
 
 BUDGETS = {"small": small, "gpu": gpu, "paper": paper}
@@ -137,6 +143,10 @@ BUDGETS = {"small": small, "gpu": gpu, "paper": paper}
 
 def _run(model: ModelConfig, training: TrainingConfig, resolution: int) -> RunConfig:
     return RunConfig(
-        data=DataConfig(resolution=resolution, flip=True), process=VP(prediction="v"), stages=_ANY, model=model,
-        training=training, sampling=Sampler(solver="dpmpp-2m", steps=20),
-    )  # fmt: skip
+        data=DataConfig(resolution=resolution, flip=True),
+        process=VP(prediction="v"),
+        stages=_ANY,
+        model=model,
+        training=training,
+        sampling=Sampler(solver="dpmpp-2m", steps=20),
+    )

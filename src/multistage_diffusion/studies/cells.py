@@ -106,13 +106,7 @@ class Climb(Cell):
 def cell(config: RunConfig, tflops: float, points: int) -> Cell:
     """A cell, without the options that change nothing: two ways to write one model are one cell.
 
-    Args:
-        config: The run.
-        tflops: Training budget, in 10^12 FLOPs.
-        points: Models kept on the way.
-
-    Returns:
-        The cell; a unified network has neither edges nor decoder widths.
+    A unified network has neither edges nor decoder widths.
     """
     return Cell(plain(config), tflops, points)
 
@@ -139,15 +133,21 @@ class Cells:
     """
 
     def __init__(
-        self, folder: Path, data: Images, test: Images, stages: Stages, *, device: torch.device | str = "cpu",
+        self,
+        folder: Path,
+        data: Images,
+        test: Images,
+        stages: Stages,
+        *,
+        device: torch.device | str = "cpu",
         say: Say = print,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.data, self.test, self.stages = folder, data, test, stages
         self.device, self.say = device, say
         # Losses are taken on the first images of the set, and early stopping looks at the last: no image is in both.
         half = len(test) // 2
-        with_what = json.dumps([test.digest, list(stages.edges)])
-        self._measured_with = hashlib.sha256(with_what.encode()).hexdigest()[:8]
+        measured_on = json.dumps([test.digest, list(stages.edges)])
+        self._measured_with = hashlib.sha256(measured_on.encode()).hexdigest()[:8]
         self.validation = test.take(torch.arange(half, len(test)))
         self.measured = test.take(torch.arange(half))
 
@@ -162,9 +162,7 @@ class Cells:
         """Whether a cell is trained to a point, by default its end."""
         return self._record(cell, point).is_file()
 
-    def fill(
-        self, cells: Iterable[Cell], watch: Callable[[Cell], Watch] | None = None, *, point: int = -1
-    ) -> None:  # fmt: skip
+    def fill(self, cells: Iterable[Cell], watch: Callable[[Cell], Watch] | None = None, *, point: int = -1) -> None:
         """Train all cells that are not trained yet; those that another process holds come last.
 
         Args:
@@ -203,10 +201,12 @@ class Cells:
 
         def measure() -> dict[str, Any]:
             images = self.validation if validation else self.measured
-            found = held_out_loss(self.denoiser(cell, point), images, stages=self.stages, max_images=1_000, repeats=4)
-            return {"loss": found.loss, "error": found.error, "stage_loss": list(found.stage_loss)}
+            held_out = held_out_loss(
+                self.denoiser(cell, point), images, stages=self.stages, max_images=1_000, repeats=4
+            )
+            return {"loss": held_out.loss, "error": held_out.error, "stage_loss": list(held_out.stage_loss)}
 
-        return self.remember(cell, point, "validation" if validation else "loss", measure)
+        return self.cached(cell, point, "validation" if validation else "loss", measure)
 
     def distance(
         self, cell: Cell, extractor: FeatureExtractor, sampling: Sampler, samples: int, point: int = -1
@@ -219,9 +219,9 @@ class Cells:
 
         key = json.dumps([to_dict(sampling), samples, extractor.digest], sort_keys=True)
         name = f"distance-{sampling.solver}-{sampling.steps}-{samples}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-        return self.remember(cell, point, name, measure)
+        return self.cached(cell, point, name, measure)
 
-    def remember(self, cell: Cell, point: int, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def cached(self, cell: Cell, point: int, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured of a point under this name; measured now if it was not."""
         path = self.path(cell) / f"measured-{self._measured_with}" / f"{point % cell.points}-{name}.json"
         if not path.is_file():
@@ -249,57 +249,53 @@ class Cells:
             loaded.denoiser.save_pretrained(record.with_suffix(""))
             if loaded.stage_images is None:
                 raise CheckpointError(f"{path / 'run'} has no count of images by stage")
-            write_json(record, {
-                "tflops": summary.training_flops / 1e12, "steps": step, "images": summary.images,
-                "stage_images": list(loaded.stage_images), "seconds": summary.seconds,
-                "threads": torch.get_num_threads(), "device": str(self.device),
-            })  # fmt: skip
+            write_json(
+                record,
+                {
+                    "tflops": summary.training_flops / 1e12,
+                    "steps": step,
+                    "images": summary.images,
+                    "stage_images": list(loaded.stage_images),
+                    "seconds": summary.seconds,
+                    "threads": torch.get_num_threads(),
+                    "device": str(self.device),
+                },
+            )
 
 
 def widths(model: Backbone, *factors: float) -> tuple[int, ...]:
-    """Decoder widths as multiples of the encoder's, rounded to whole groups of 4 channels, 4 at least.
-
-    Args:
-        model: The network.
-        factors: Multiple of each stage.
-
-    Returns:
-        The widths.
-    """
+    """Decoder widths as multiples of the encoder's, rounded to whole groups of 4 channels, 4 at least."""
     return tuple(model.nearest_capacity(model.capacity * factor) for factor in factors)
 
 
 def distinct(config: RunConfig) -> dict[str, Any]:
     """What tells a run from others: its options that are not the defaults, without those that change no weight.
 
-    Args:
-        config: The run.
-
     Returns:
         As JSON types; an option that is added to the library later changes nothing here.
     """
-    own = to_dict(config)
+    options = to_dict(config)
     for name in _NO_MATTER:
-        del own["training"][name]
-    return _differing(own, to_dict(RunConfig()))
+        del options["training"][name]
+    return _differing(options, to_dict(RunConfig()))
 
 
-def _differing(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+def _differing(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """What differs from the defaults: options that are added later change no key.
 
     Args:
-        own: Options, maybe in sections.
-        usual: Their defaults.
+        options: Options, maybe in sections.
+        defaults: Their defaults.
 
     Returns:
         The options that have another value, or no default.
     """
-    found = {}
-    for name, value in own.items():
-        other = usual.get(name)
+    differing = {}
+    for name, value in options.items():
+        other = defaults.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
             if inner := _differing(value, other):
-                found[name] = inner
+                differing[name] = inner
         elif value != other:
-            found[name] = value
-    return found
+            differing[name] = value
+    return differing

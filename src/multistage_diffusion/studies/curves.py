@@ -18,10 +18,6 @@ SOLVERS = ("ddim", "dpm-3", "dpmpp-2m", "heun")
 def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     """Quality on the way, and the FLOPs at which each model reaches the final quality of the unified ones.
 
-    Args:
-        lab: What to work with.
-        variants: The models, the unified one first.
-
     Returns:
         A row a model with `curve`, one entry a point, and `reach`: for the first model, and the unified one of least
         loss if that is another, by label; each has for `fd` and `loss` the share of its training FLOPs at which its
@@ -36,12 +32,13 @@ def efficiency(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
             spent = lab.cells.spent(cells[0], point)
             curve.append({"tflops": spent["tflops"], "steps": spent["steps"], **summed(figures)})
         rows.append({**row(lab, label, config), "curve": curve})
-    best = min((own for own in rows if own["architecture"] == "unified"), key=lambda own: own["loss"]["mean"])
-    for own in rows:
-        own["reach"] = {
-            other["label"]: {name: _reach(own["curve"], other["curve"], name) for name in METRICS}
-            for other in (rows[0], best) if other is not own
-        }  # fmt: skip
+    best = min((entry for entry in rows if entry["architecture"] == "unified"), key=lambda entry: entry["loss"]["mean"])
+    for entry in rows:
+        entry["reach"] = {
+            other["label"]: {name: _reach(entry["curve"], other["curve"], name) for name in METRICS}
+            for other in (rows[0], best)
+            if other is not entry
+        }
     return compared(rows)
 
 
@@ -73,26 +70,19 @@ def _reach(curve: list[dict[str, Any]], reference: list[dict[str, Any]], name: s
     shares = []
     for seed, target in enumerate(reference[-1][name]["values"]):
         spent = [point["tflops"] for point in curve]
-        found = crossing(spent, [point[name]["values"][seed] for point in curve], target)
-        if found is None:
+        spent_tflops = crossing(spent, [point[name]["values"][seed] for point in curve], target)
+        if spent_tflops is None:
             return None
-        shares.append(found / reference[-1]["tflops"])
+        shares.append(spent_tflops / reference[-1]["tflops"])
     return estimate(shares).document()
 
 
 def efficiency_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each model and unified model to beat: at which share of its FLOPs it is as good.
-
-    Args:
-        rows: From `efficiency`.
-
-    Returns:
-        The sentences.
-    """
+    """A sentence for each model and unified model to beat: at which share of its FLOPs it is as good."""
     return [
-        f"{own['label']} reaches the final quality of {other}, by {_reached(reach)}."
-        for own in rows[1:]
-        for other, reach in own["reach"].items()
+        f"{entry['label']} reaches the final quality of {other}, by {_reached(reach)}."
+        for entry in rows[1:]
+        for other, reach in entry["reach"].items()
     ]
 
 
@@ -104,19 +94,15 @@ def _reached(reach: dict[str, Any]) -> str:
             parts.append(f"{words} not with every seed")
             continue
         interval = reach[name]["interval"]
-        told = "" if interval is None else f" (95% interval {interval[0]:.0%} to {interval[1]:.0%})"
+        suffix = "" if interval is None else f" (95% interval {interval[0]:.0%} to {interval[1]:.0%})"
         if interval is not None and interval[0] <= 1 <= interval[1]:
-            told += ", not told apart from all of them,"
-        parts.append(f"{words} at {reach[name]['mean']:.0%} of its training FLOPs{told}")
+            suffix += ", not told apart from all of them,"
+        parts.append(f"{words} at {reach[name]['mean']:.0%} of its training FLOPs{suffix}")
     return " and by ".join(parts).removesuffix(",")
 
 
 def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     """Fréchet distance against the sampler's network evaluations.
-
-    Args:
-        lab: What to work with.
-        variants: The models.
 
     Returns:
         A row for each model, solver and number of evaluations.
@@ -124,38 +110,38 @@ def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     rows = []
     for label, config in variants.items():
         cells = lab.runs(config)
-        for solver, wanted in itertools.product(SOLVERS, lab.budget.evaluations):
-            chosen = Sampler(solver=solver, steps=_steps(solver, wanted))
-            found = [lab.cells.distance(one, lab.extractor, chosen, lab.budget.samples_on_the_way) for one in cells]
+        for solver, evaluations in itertools.product(SOLVERS, lab.budget.evaluations):
+            chosen = Sampler(solver=solver, steps=_steps(solver, evaluations))
+            measured_fd = [
+                lab.cells.distance(one, lab.extractor, chosen, lab.budget.samples_on_the_way) for one in cells
+            ]
             denoiser = lab.cells.denoiser(cells[0])
             plan = chosen.plan(denoiser.process, denoiser.stages)
             cost = cells[0].cost(lab.data.shape)
-            rows.append({
-                "label": label, "solver": solver, "steps": chosen.steps, "nfe": len(plan),
-                "mflops_per_sample": cost.flops([plan.count(k) for k in range(len(cost.stages))]) / 1e6,
-                "fd": estimate([item["fd"] for item in found]).document(),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "label": label,
+                    "solver": solver,
+                    "steps": chosen.steps,
+                    "nfe": len(plan),
+                    "mflops_per_sample": cost.flops([plan.count(k) for k in range(len(cost.stages))]) / 1e6,
+                    "fd": estimate([item["fd"] for item in measured_fd]).document(),
+                }
+            )
     return rows
 
 
 def sampling_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The best solver of each model within each number of evaluations, against the first model's best.
-
-    Args:
-        rows: From `sampling`.
-
-    Returns:
-        A sentence a model.
-    """
+    """The best solver of each model within each number of evaluations, against the first model's best."""
     sentences, first = list[str](), rows[0]["label"]
-    theirs = best_solvers(rows, first)
-    for label in dict.fromkeys(own["label"] for own in rows):
+    first_best = best_solvers(rows, first)
+    for label in dict.fromkeys(entry["label"] for entry in rows):
         parts = []
         for allowed, best in best_solvers(rows, label).items():
             text = f"{best['solver']} within {allowed} ({best['fd']['mean']:.1f}"
             if label != first:
-                told = change(best["fd"], theirs[allowed]["fd"])
-                text += f", {told} {'from' if told == NOT_TOLD else 'than'} {first}"
+                difference = change(best["fd"], first_best[allowed]["fd"])
+                text += f", {difference} {'from' if difference == NOT_TOLD else 'than'} {first}"
             parts.append(f"{text})")
         sentences.append(f"{label}: least Fréchet distance by network evaluations: {', '.join(parts)}.")
     return sentences
@@ -164,18 +150,14 @@ def sampling_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
 def best_solvers(rows: Sequence[dict[str, Any]], label: str) -> dict[int, dict[str, Any]]:
     """The row of least distance within each number of evaluations that a one-call solver takes.
 
-    Args:
-        rows: From `sampling`.
-        label: A model.
-
     Returns:
         By number of evaluations, increasing.
     """
-    own = [row for row in rows if row["label"] == label]
+    entries = [row for row in rows if row["label"] == label]
     allowed = sorted({row["nfe"] for row in rows if row["nfe"] == row["steps"]})
     return {
-        nfe: min((row for row in own if row["nfe"] <= nfe), key=lambda row: row["fd"]["mean"]) for nfe in allowed
-    }  # fmt: skip
+        nfe: min((row for row in entries if row["nfe"] <= nfe), key=lambda row: row["fd"]["mean"]) for nfe in allowed
+    }
 
 
 def _steps(solver: str, evaluations: int) -> int:

@@ -132,7 +132,7 @@ class DemoResult:
         features: What the distance was measured with.
         floor: Distance of the training images themselves to the held-out ones.
         reference: Number of held-out images.
-        options: What was asked.
+        options: Budget and measurements.
         seconds: Wall time of this call; less than the whole for a demo that went on from an interrupted one.
     """
 
@@ -166,9 +166,6 @@ def run_demo(
         say: Told what happens, in lines.
         on_step: Makes the function that is called after each training step of an architecture.
 
-    Returns:
-        What the report shows.
-
     Raises:
         ConfigError: The folder holds another demo.
         DataError: The source cannot be read, or has no labels to learn features from.
@@ -183,35 +180,32 @@ def run_demo(
     say(f"stages at sigma {', '.join(f'{edge:.3g}' for edge in edges)} in {clustering.seconds:.1f} s")
     extractor = classifier_features(data, test)
     say(f"features: {extractor.name}, {extractor.accuracy:.1%} of the held-out images named right")
-    config = replace(
-        config, stages=StagesConfig(edges=edges), training=replace(config.training, seed=options.seed)
-    )  # fmt: skip
+    config = replace(config, stages=StagesConfig(edges=edges), training=replace(config.training, seed=options.seed))
     _claim(out, config, options)
     models = {}
     for architecture in ARCHITECTURES:
-        own = replace(config, model=replace(config.model, architecture=architecture))
+        model_config = replace(config, model=replace(config.model, architecture=architecture))
         step = on_step(architecture) if on_step is not None else None
         models[architecture] = _train_and_measure(
-            own, out / architecture, data, test, clustering.stages, extractor, options, device, say, step
+            model_config, out / architecture, data, test, clustering.stages, extractor, options, device, say, step
         )
     batches = (data.floats(rows) for rows in torch.arange(len(data)).split(500))
     floor = distances(extractor, test, batches, ["fd"])["fd"]
     return DemoResult(
-        data.name, clustering, models, data.floats(torch.arange(options.shown)), asdict(extractor.describe()), floor,
-        len(test), options, time.perf_counter() - begin,
-    )  # fmt: skip
+        data.name,
+        clustering,
+        models,
+        data.floats(torch.arange(options.shown)),
+        asdict(extractor.describe()),
+        floor,
+        len(test),
+        options,
+        time.perf_counter() - begin,
+    )
 
 
 def step_flops(config: RunConfig, cost: Cost) -> float:
-    """Training FLOPs of one step.
-
-    Args:
-        config: The run.
-        cost: Cost of its network.
-
-    Returns:
-        Forward and backward FLOPs of one batch.
-    """
+    """Training FLOPs of one step."""
     shares = Stages(config.edges).shares(config.process)
     return cost.training_flops(stage_counts(config.training.quotas or shares, config.training.batch_size))
 
@@ -244,9 +238,7 @@ def _train_and_measure(
         say(f"{run.name}: {point.tflops:.2f} TFLOPs, FD {point.fd:.2f}, held-out loss {point.loss:.4f}")
     loaded = load_run(run, device=device)
     trace = Trace(options.shown)
-    drawn = config.sampling.draw(
-        loaded.denoiser, consecutive_seeds(options.seed, options.shown), callback=trace
-    )
+    samples = config.sampling.draw(loaded.denoiser, consecutive_seeds(options.seed, options.shown), callback=trace)
     return ModelResult(
         run=run,
         config=config,
@@ -256,10 +248,10 @@ def _train_and_measure(
         stage_images=loaded.stage_images or (),
         points=tuple(points),
         image_loss=held_out_loss(loaded.denoiser, test, stages=stages, seed=options.seed).by_image,
-        grid=drawn.images,
+        grid=samples.images,
         trace=tuple(zip(trace.sigmas, trace.denoised, strict=True)),
-        nfe=drawn.nfe,
-        sampling_gflops=cost.flops(drawn.stage_calls) / 1e9,
+        nfe=samples.nfe,
+        sampling_gflops=cost.flops(samples.stage_calls) / 1e9,
         seconds=sum(point.seconds for point in points),
     )
 
@@ -275,14 +267,14 @@ def _measure(
     summary: TrainingSummary,
 ) -> Point:
     """Distance over sets of generated images, seeds after those of the grid, and the held-out loss."""
-    found = []
+    fds = []
     for index in range(sets):
         seed = options.seed + 1_000 + index * options.samples
         images = generated(denoiser, options.samples, config.sampling, seed=seed)
-        found.append(distances(extractor, test, images, ["fd"])["fd"])
+        fds.append(distances(extractor, test, images, ["fd"])["fd"])
     loss = held_out_loss(denoiser, test, stages=stages, seed=options.seed)
     return Point(
-        summary.training_flops / 1e12, *_mean_and_error(found), loss.loss, loss.error, loss.stage_loss, summary.seconds
+        summary.training_flops / 1e12, *_mean_and_error(fds), loss.loss, loss.error, loss.stage_loss, summary.seconds
     )
 
 

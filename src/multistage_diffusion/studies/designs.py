@@ -17,8 +17,12 @@ from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
 from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
 
-METHODS = {"timestep": "uniform in timestep", "snr": "log-SNR", "gradient": "gradient affinity",
-           "optimal-denoiser": "optimal denoiser"}  # fmt: skip
+METHODS = {
+    "timestep": "uniform in timestep",
+    "snr": "log-SNR",
+    "gradient": "gradient affinity",
+    "optimal-denoiser": "optimal denoiser",
+}
 STAGES = (1, 2, 3, 4, 5, 6)
 DECODERS = {  # decoder widths in encoder widths, low to high noise
     "published, 1.5 / 1 / 0.125": PUBLISHED,
@@ -54,11 +58,11 @@ class Finder:
     say: Say
     guess: bool = False
     keep: bool = True
-    _known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
-    _asked: set[str] = field(default_factory=set, repr=False)
+    _values: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _requested: set[str] = field(default_factory=set, repr=False)
 
     def edges(self, method: str = "optimal-denoiser", stages: int = 3, measure: str = "time") -> tuple[float, ...]:
-        """Edges in sigma, to four digits: what they are known to, and the same on every machine.
+        """Edges in sigma, to four digits: their accuracy, and the same on every machine.
 
         Args:
             method: A method of `cluster`.
@@ -77,13 +81,22 @@ class Finder:
                 trained = self.trained_for_gradients()
                 self.cells().fill([trained])
                 denoiser = self.cells().denoiser(trained).requires_grad_()
-            found = cluster(
-                self.data, self.budget.base.process, method=method, stages=stages,
-                measure=measure, objective="variance" if measure == "training" else None, denoiser=denoiser,
-            )  # fmt: skip
-            rounded = [float(f"{edge:.4g}") for edge in found.stages.edges]
+            clustering = cluster(
+                self.data,
+                self.budget.base.process,
+                method=method,
+                stages=stages,
+                measure=measure,
+                objective="variance" if measure == "training" else None,
+                denoiser=denoiser,
+            )
+            rounded = [float(f"{edge:.4g}") for edge in clustering.stages.edges]
             self.say(f"edges by {method} ({stages} stages, {measure}): {', '.join(f'{edge:g}' for edge in rounded)}")
-            return {"edges": rounded, "edges_t": list(found.edges_t), "intervals": found.stages.provenance["intervals"]}
+            return {
+                "edges": rounded,
+                "edges_t": list(clustering.edges_t),
+                "intervals": clustering.stages.provenance["intervals"],
+            }
 
         def stand_in() -> dict[str, Any]:
             return {"edges": list(self.edges(stages=stages))}
@@ -116,12 +129,12 @@ class Finder:
         def stand_in() -> dict[str, Any]:
             return {"decoder_widths": list(base.model.capacities)}
 
-        found = self._kept(f"widths-{self.budget.tflops:g}", find, stand_in)
-        return _multistage(self.budget.base, edges, tuple(found["decoder_widths"]))
+        allocation = self._kept(f"widths-{self.budget.tflops:g}", find, stand_in)
+        return _multistage(self.budget.base, edges, tuple(allocation["decoder_widths"]))
 
     def search_tflops(self) -> float:
         """Training FLOPs of the proxy runs behind the allocated widths, in 10^12; spent once, if asked for."""
-        if not any(name.startswith("widths") for name in self._asked):
+        if not any(name.startswith("widths") for name in self._requested):
             return 0.0
         base, steps = self.allocated(), self.budget.proxy_steps
         runs = (_multistage(base, base.stages.edges, (width,) * 4) for width in proxy_widths(base.model))
@@ -138,28 +151,28 @@ class Finder:
 
         What needs training has a stand-in, which is never written.
         """
-        self._asked.add(name)
-        if name in self._known:
-            return self._known[name]
+        self._requested.add(name)
+        if name in self._values:
+            return self._values[name]
         base = self.budget.base
-        asked: dict[str, Any] = {"data": self.data.digest, "process": to_dict(base.process)}
+        question: dict[str, Any] = {"data": self.data.digest, "process": to_dict(base.process)}
         if name.startswith(("widths", "edges-gradient")):
-            asked |= {
+            question |= {
                 "base": distinct(base),
                 "tflops": self.budget.tflops,
                 "points": self.budget.points,
                 "proxy_steps": self.budget.proxy_steps,
             }
         path = self.folder / f"{name}.json"
-        asked = json.loads(json.dumps(asked))
-        if path.is_file() and (document := read_json(path))["asked"] == asked:
-            return self._known.setdefault(name, document)
+        question = json.loads(json.dumps(question))
+        if path.is_file() and (document := read_json(path))["asked"] == question:
+            return self._values.setdefault(name, document)
         if self.guess and stand_in is not None:
             return stand_in()
-        document = {"asked": asked, **find()}
+        document = {"asked": question, **find()}
         if self.keep:
             write_json(path, document)
-        return self._known.setdefault(name, document)
+        return self._values.setdefault(name, document)
 
 
 def unified(base: RunConfig) -> RunConfig:
@@ -249,8 +262,10 @@ def _of_width(run: RunConfig, width: int) -> RunConfig:
 
 
 def _multistage(
-    base: RunConfig, edges: tuple[float, ...], decoder_widths: tuple[int, ...],
+    base: RunConfig,
+    edges: tuple[float, ...],
+    decoder_widths: tuple[int, ...],
     architecture: Architecture = "multistage",
-) -> RunConfig:  # fmt: skip
+) -> RunConfig:
     model = replace(base.model.with_capacities(decoder_widths), architecture=architecture)
     return replace(base, stages=StagesConfig(edges=edges), model=model)

@@ -38,34 +38,31 @@ MODEL_STYLE = {
 }
 GREYS = (Style("#8a8f98", "v", ":"), Style("#8a8f98", "P", "-."))
 OTHERS = (
-    Style("#0072B2", "o", "-"), Style("#E69F00", "s", "--"), Style("#009E73", "^", "-."), Style("#CC79A7", "D", ":"),
-    Style("#56B4E9", "v", "-"), Style("#D55E00", "P", "--"),
-)  # fmt: skip
+    Style("#0072B2", "o", "-"),
+    Style("#E69F00", "s", "--"),
+    Style("#009E73", "^", "-."),
+    Style("#CC79A7", "D", ":"),
+    Style("#56B4E9", "v", "-"),
+    Style("#D55E00", "P", "--"),
+)
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label: the model's own, a grey one for unified models, or the next of the others.
-
-    Args:
-        labels: What is drawn, in order.
-
-    Returns:
-        The styles.
-    """
-    own = {label: MODEL_STYLE[label] for label in dict.fromkeys(labels) if label in MODEL_STYLE}
+    """A style for each label: the model's own, a grey one for unified models, or the next of the others."""
+    fixed = {label: MODEL_STYLE[label] for label in dict.fromkeys(labels) if label in MODEL_STYLE}
     greys = itertools.cycle(GREYS)
-    rest = itertools.cycle([look for look in OTHERS if look.colour not in {taken.colour for taken in own.values()}])
-    return {label: own.get(label) or next(greys if label.startswith("unified") else rest) for label in labels}
+    rest = itertools.cycle([look for look in OTHERS if look.colour not in {taken.colour for taken in fixed.values()}])
+    return {label: fixed.get(label) or next(greys if label.startswith("unified") else rest) for label in labels}
 
 
-def new_figure(rows: int, columns: int, wide: float, high: float, **grid: Any) -> tuple[Figure, list[Axes]]:
+def new_figure(rows: int, columns: int, width: float, height: float, **grid: Any) -> tuple[Figure, list[Axes]]:
     """An empty figure.
 
     Args:
         rows: Rows of axes.
         columns: Columns of axes.
-        wide: Width in inches.
-        high: Height in inches.
+        width: Width in inches.
+        height: Height in inches.
         **grid: Further options of `Figure.subplots`, like `sharey`.
 
     Returns:
@@ -74,7 +71,7 @@ def new_figure(rows: int, columns: int, wide: float, high: float, **grid: Any) -
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, high), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False, **grid).flat)
     for axis in axes:
@@ -91,11 +88,11 @@ def plain_numbers(axis: Axes, *, which: str = "y") -> None:
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    own = axis.xaxis if which == "x" else axis.yaxis
+    scale = axis.xaxis if which == "x" else axis.yaxis
     low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
-    own.set_major_locator(FixedLocator(round_numbers(low, high)))
-    own.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    own.set_minor_locator(NullLocator())
+    scale.set_major_locator(FixedLocator(round_numbers(low, high)))
+    scale.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    scale.set_minor_locator(NullLocator())
 
 
 def round_numbers(low: float, high: float) -> list[float]:
@@ -113,17 +110,14 @@ def round_numbers(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5)):
         ticks = [float(f"{step * 10.0**decade:.5g}") for decade in decades for step in steps]
-        found = [tick for tick in ticks if low <= tick <= high]
-        if len(found) >= 3:
-            return found[:: -(-len(found) // 8)]
+        shown = [tick for tick in ticks if low <= tick <= high]
+        if len(shown) >= 3:
+            return shown[:: -(-len(shown) // 8)]
     return [float(f"{tick:.5g}") for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
 
 
 def svg(figure: Figure) -> str:
     """The figure as SVG text, the same for the same figure: no date, fixed identifiers, text as text.
-
-    Args:
-        figure: The figure.
 
     Returns:
         The element, without the declaration of a file.
@@ -138,13 +132,6 @@ def svg(figure: Figure) -> str:
 
 
 def picture_url(image: Image.Image) -> dict[str, Any]:
-    """A picture inside the page.
-
-    Args:
-        image: The picture.
-
-    Returns:
-        `url`, `width`, `height`.
-    """
+    """A picture inside the page."""
     data = base64.b64encode(png(image)).decode()
     return {"url": f"data:image/png;base64,{data}", "width": image.width, "height": image.height}

@@ -43,29 +43,14 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error.
-
-    Args:
-        values: One a seed, at least one.
-
-    Returns:
-        The estimate.
-    """
+    """Mean and standard error of values, one a seed, at least one."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(statistics.fmean(values), error, tuple(values))
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """Mean of the differences of runs with equal seeds, which share weights' seed, data order and noise.
-
-    Args:
-        ours: One a seed.
-        theirs: One a seed, in the same order.
-
-    Returns:
-        The estimate of ours - theirs.
-    """
-    return estimate([own - other for own, other in zip(ours, theirs, strict=True)])
+def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
+    """Mean of values - others, seed by seed: equal seeds share initial weights, data order and noise."""
+    return estimate([value - other for value, other in zip(values, others, strict=True)])
 
 
 def differs(change: Estimate) -> bool | None:

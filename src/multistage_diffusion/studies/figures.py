@@ -26,19 +26,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[dict[str, Any]]
-WIDE = 8.6  # inches: the width of the page, so that labels have one size in all figures
+WIDTH = 8.6  # inches: the width of the page, so that labels have one size in all figures
 _WORDS = {"fd": "Fréchet distance", "loss": "held-out denoising loss"}
 
 
 def draw(document: dict[str, Any]) -> Figure:
-    """The figure of a study.
-
-    Args:
-        document: What `run_study` returned.
-
-    Returns:
-        The figure.
-    """
+    """The figure of a study."""
     rows = document["rows"]
     match document["study"]:
         case "efficiency":
@@ -56,22 +49,15 @@ def draw(document: dict[str, Any]) -> Figure:
 
 
 def efficiency_figure(rows: Rows) -> Figure:
-    """Quality against training FLOPs with bands of a standard error, and where the unified models' quality is reached.
-
-    Args:
-        rows: From `curves.efficiency`.
-
-    Returns:
-        The figure.
-    """
+    """Quality against training FLOPs with bands of a standard error, and where others reach the unified quality."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(2, 2, WIDE, 4.6 + 0.24 * len(rows), height_ratios=(3, 0.3 + 0.36 * len(rows)))
-    looks = styles([own["label"] for own in rows])
+    figure, axes = new_figure(2, 2, WIDTH, 4.6 + 0.24 * len(rows), height_ratios=(3, 0.3 + 0.36 * len(rows)))
+    looks = styles([entry["label"] for entry in rows])
     for axis, metric in zip(axes[:2], METRICS, strict=True):
-        for own in rows:
-            spent = [point["tflops"] for point in own["curve"]]
-            _line(axis, spent, [point[metric] for point in own["curve"]], looks[own["label"]], own["label"])
+        for entry in rows:
+            spent = [point["tflops"] for point in entry["curve"]]
+            _line(axis, spent, [point[metric] for point in entry["curve"]], looks[entry["label"]], entry["label"])
         axis.axhline(rows[0]["curve"][-1][metric]["mean"], color=SOFT, linewidth=0.7, linestyle=":")
         axis.set(xlabel="training TFLOPs", ylabel=_WORDS[metric], yscale="log", xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(5))
@@ -87,23 +73,33 @@ def _reaches(axis: Axes, rows: Rows, metric: str, looks: dict[str, Style]) -> No
     """Shares of a unified model's FLOPs at which the others are as good, with 95% intervals; the best one's below."""
     first, *best = references(rows)
     others, unit = rows[1:], "training FLOPs to its final"
-    for place, own in enumerate(others):
-        look = looks[own["label"]]
+    for place, entry in enumerate(others):
+        look = looks[entry["label"]]
         for other, shift in ((first, -0.16 if best else 0.0), *((other, 0.2) for other in best)):
-            reach = own["reach"].get(other, {metric: None})[metric]
+            reach = entry["reach"].get(other, {metric: None})[metric]
             if reach is not None:
                 _dot(axis, reach, place + shift, look, reach["interval"], filled=other == first)
-            elif other in own["reach"]:
-                axis.text(0.98, place + shift, "not reached by every seed", ha="right", va="center", fontsize=7,
-                          color=look.colour)  # fmt: skip
+            elif other in entry["reach"]:
+                axis.text(
+                    0.98,
+                    place + shift,
+                    "not reached by every seed",
+                    ha="right",
+                    va="center",
+                    fontsize=7,
+                    color=look.colour,
+                )
     axis.axvline(1.0, color=SOFT, linewidth=0.8, linestyle="--")
     words = f"share of {first}'s {unit} {_WORDS[metric]}"
     if best:
         words = f"share of the {unit} {_WORDS[metric]}\nof {first} (filled) and {best[0]} (open)"
     axis.set(
-        yticks=range(len(others)), yticklabels=[own["label"] for own in others], ylim=(len(others) - 0.5, -0.5),
-        xlabel=words, xlim=(0, 1.25),
-    )  # fmt: skip
+        yticks=range(len(others)),
+        yticklabels=[entry["label"] for entry in others],
+        ylim=(len(others) - 0.5, -0.5),
+        xlabel=words,
+        xlim=(0, 1.25),
+    )
     axis.xaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
     axis.tick_params(axis="y", length=0, labelsize=8)
 
@@ -111,26 +107,23 @@ def _reaches(axis: Axes, rows: Rows, metric: str, looks: dict[str, Style]) -> No
 def table_figure(rows: Rows) -> Figure:
     """A row a model: means, seeds, and the 95% interval of the difference from the first row, about the mean.
 
-    Args:
-        rows: From `tables.compared`.
-
     Returns:
         The figure; a bar that crosses the first row's line is a difference that the seeds do not tell from none.
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(1, 2, WIDE, 0.95 + 0.36 * len(rows), sharey=True)
+    figure, axes = new_figure(1, 2, WIDTH, 0.95 + 0.36 * len(rows), sharey=True)
     for axis, metric in zip(axes, METRICS, strict=True):
         first = rows[0][metric]["mean"]
         axis.axvline(first, color=SOFT, linewidth=0.8, linestyle="--")
-        for place, own in enumerate(rows):
-            change = own["difference"][metric]["interval"]
-            told = place > 0 and differs(difference(own[metric]["values"], rows[0][metric]["values"])) is True
+        for place, entry in enumerate(rows):
+            change = entry["difference"][metric]["interval"]
+            significant = place > 0 and differs(difference(entry[metric]["values"], rows[0][metric]["values"])) is True
             look = MODEL_STYLE["unified"] if place == 0 else OTHERS[0]
             around = None if change is None or place == 0 else [first + change[0], first + change[1]]
-            _dot(axis, own[metric], place, look, around, filled=told or place == 0)
+            _dot(axis, entry[metric], place, look, around, filled=significant or place == 0)
         axis.set(xlabel=_WORDS[metric], ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticks(range(len(rows)), [own["label"] for own in rows])
+        axis.set_yticks(range(len(rows)), [entry["label"] for entry in rows])
         axis.tick_params(axis="y", length=0)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(axis="y", color="#eef0f3", linewidth=0.8)
@@ -139,28 +132,22 @@ def table_figure(rows: Rows) -> Figure:
 
 
 def sampling_figure(rows: Rows) -> Figure:
-    """Fréchet distance against network evaluations: a panel a model, a line a solver, the first model's best in grey.
-
-    Args:
-        rows: From `curves.sampling`.
-
-    Returns:
-        The figure.
-    """
-    labels = list(dict.fromkeys(own["label"] for own in rows))
+    """Fréchet distance against network evaluations, by model and solver; the first model's best in grey."""
+    labels = list(dict.fromkeys(entry["label"] for entry in rows))
     columns = min(2, len(labels))
     figure, axes = new_figure(
-        -(-len(labels) // columns), columns, WIDE, 0.5 + 2.5 * -(-len(labels) // columns), sharey=True, sharex=True
+        -(-len(labels) // columns), columns, WIDTH, 0.5 + 2.5 * -(-len(labels) // columns), sharey=True, sharex=True
     )
-    solvers = dict(zip(dict.fromkeys(own["solver"] for own in rows), OTHERS, strict=False))
+    solvers = dict(zip(dict.fromkeys(entry["solver"] for entry in rows), OTHERS, strict=False))
     best = {nfe: row["fd"]["mean"] for nfe, row in best_solvers(rows, labels[0]).items()}
     for axis, label in zip(axes, labels, strict=False):
         if label != labels[0]:
             axis.plot(list(best), list(best.values()), color=MUTED, linewidth=4, label=f"best of {labels[0]}")
         for solver, look in solvers.items():
-            own = sorted((row for row in rows if (row["label"], row["solver"]) == (label, solver)),
-                         key=lambda row: row["nfe"])  # fmt: skip
-            _line(axis, [row["nfe"] for row in own], [row["fd"] for row in own], look, solver)
+            curve = sorted(
+                (row for row in rows if (row["label"], row["solver"]) == (label, solver)), key=lambda row: row["nfe"]
+            )
+            _line(axis, [row["nfe"] for row in curve], [row["fd"] for row in curve], look, solver)
         axis.set(title=label, xscale="log", yscale="log")
         axis.title.set_fontsize(10)
     for axis in axes[: len(labels)]:
@@ -181,21 +168,20 @@ def intervals_figure(rows: Rows, edges: Sequence[float]) -> Figure:
     Args:
         rows: From `intervals.intervals`.
         edges: Edges of the stages, in sigma.
-
-    Returns:
-        The figure.
     """
-    stages = sorted({own["stage"] for own in rows})
-    figure, axes = new_figure(2, len(stages), WIDE, 5.0, sharex="col")
-    looks = styles([own["label"] for own in rows])
+    stages = sorted({entry["stage"] for entry in rows})
+    figure, axes = new_figure(2, len(stages), WIDTH, 5.0, sharex="col")
+    looks = styles([entry["label"] for entry in rows])
     bounds = ["0", *(f"{edge:.3g}" for edge in edges), "∞"]
     for stage in stages:
         for line, metric in enumerate(("fd", "loss")):
             axis = axes[line * len(stages) + stage]
-            for own in rows:
-                if own["stage"] == stage:
-                    along = [point["images"] / 1e3 for point in own["curve"]]
-                    _line(axis, along, [point[metric] for point in own["curve"]], looks[own["label"]], own["label"])
+            for entry in rows:
+                if entry["stage"] == stage:
+                    along = [point["images"] / 1e3 for point in entry["curve"]]
+                    _line(
+                        axis, along, [point[metric] for point in entry["curve"]], looks[entry["label"]], entry["label"]
+                    )
             axis.set(xscale="log", yscale="log")
             plain_numbers(axis)
             plain_numbers(axis, which="x")
@@ -210,26 +196,23 @@ def intervals_figure(rows: Rows, edges: Sequence[float]) -> Figure:
 def interference_figure(rows: Rows) -> Figure:
     """A panel a model: the cosine of the gradients of each pair of stages, for encoder and decoder.
 
-    Args:
-        rows: From `interference.interference`.
-
     Returns:
         The figure; bars are the end of training, with a standard error, open marks its first point.
     """
-    labels = list(dict.fromkeys(own["label"] for own in rows))
-    last = max(own["point"] for own in rows)
+    labels = list(dict.fromkeys(entry["label"] for entry in rows))
+    last = max(entry["point"] for entry in rows)
     columns = min(2, len(labels))
     figure, axes = new_figure(
-        -(-len(labels) // columns), columns, WIDE, 0.4 + 2.2 * -(-len(labels) // columns), sharey=True
+        -(-len(labels) // columns), columns, WIDTH, 0.4 + 2.2 * -(-len(labels) // columns), sharey=True
     )
     parts = {"encoder": OTHERS[0], "decoder": OTHERS[1]}
     for axis, label in zip(axes, labels, strict=False):
         for side, (part, look) in enumerate(parts.items()):
-            for own in rows:
-                if (own["label"], own["part"]) == (label, part):
-                    _bars(axis, own, side, look, final=own["point"] == last)
+            for entry in rows:
+                if (entry["label"], entry["part"]) == (label, part):
+                    _bars(axis, entry, side, look, final=entry["point"] == last)
         axis.axhline(0, color="#111827", linewidth=0.8)
-        pairs = next(own["pairs"] for own in rows if own["label"] == label)
+        pairs = next(entry["pairs"] for entry in rows if entry["label"] == label)
         axis.set_xticks(range(len(pairs)), [f"stages {pair.replace('-', ' and ')}" for pair in pairs], fontsize=8)
         axis.set_title(label, fontsize=10)
         axis.set_xlim(-0.5, len(pairs) - 0.5)
@@ -244,22 +227,20 @@ def interference_figure(rows: Rows) -> Figure:
 def scaling_figure(rows: Rows) -> Figure:
     """Loss of the best of each arm against training FLOPs with fitted laws, and the share of compute at equal loss.
 
-    Args:
-        rows: From `frontiers.rows`.
-
     Returns:
         The figure; it shows the networks of the largest budget, and the others where they are other ones.
     """
-    figure, axes = new_figure(1, 2, WIDE, 3.5)
+    figure, axes = new_figure(1, 2, WIDTH, 3.5)
     unified, staged = pairs(rows)[-1]
-    for own, look, law in zip((unified, staged), (MODEL_STYLE["unified"], OTHERS[0]),
-                              staged["laws"] or (None, None), strict=True):  # fmt: skip
-        spent, losses = own["curve"]["tflops"], list(zip(*own["curve"]["loss"], strict=True))
+    for entry, look, law in zip(
+        (unified, staged), (MODEL_STYLE["unified"], OTHERS[0]), staged["laws"] or (None, None), strict=True
+    ):
+        spent, losses = entry["curve"]["tflops"], list(zip(*entry["curve"]["loss"], strict=True))
         points = [estimate(values).document() for values in losses]
-        _line(axes[0], spent, points, look, f"{own['arm']}: {own['design']}, rate {own['rate']:g}")
+        _line(axes[0], spent, points, look, f"{entry['arm']}: {entry['design']}, rate {entry['rate']:g}")
         if law is not None:
             axes[0].plot(spent, [Law(**law).loss(x) for x in spent], color=look.colour, linewidth=0.8, alpha=0.6)
-        for item in own["tried"]:
+        for item in entry["tried"]:
             axes[0].plot(item["tflops"], item["loss"], marker=look.marker, markersize=3, color=look.colour, alpha=0.35)
     axes[0].set(xlabel="training TFLOPs", ylabel=_WORDS["loss"], xscale="log", yscale="log")
     plain_numbers(axes[0])
@@ -269,8 +250,9 @@ def scaling_figure(rows: Rows) -> Figure:
         for name, look in (("flops", OTHERS[0]), ("seconds", OTHERS[1])):
             _ratio(axes[1], best["ratio"], name, look, fill, f"{best['tflops']:g} TFLOPs")
     axes[1].axhline(1.0, color=SOFT, linewidth=0.8, linestyle="--")
-    axes[1].set(xlabel="training TFLOPs of the best unified network", ylabel="share at equal loss", xscale="log",
-                ylim=(0, None))  # fmt: skip
+    axes[1].set(
+        xlabel="training TFLOPs of the best unified network", ylabel="share at equal loss", xscale="log", ylim=(0, None)
+    )
     axes[1].yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
     plain_numbers(axes[1], which="x")
     axes[1].legend(frameon=False, fontsize=8)
@@ -280,31 +262,57 @@ def scaling_figure(rows: Rows) -> Figure:
 def _ratio(axis: Axes, points: Rows, name: str, look: Style, fill: str, label: str) -> None:
     """Shares against budgets with their 95% intervals."""
     along, means = [point["tflops"] for point in points], [point[name]["mean"] for point in points]
-    axis.plot(along, means, color=look.colour, marker=look.marker, linestyle=look.line, markersize=5,
-              fillstyle="full" if fill == "full" else "none", label=f"{name}, best at {label}")  # fmt: skip
+    axis.plot(
+        along,
+        means,
+        color=look.colour,
+        marker=look.marker,
+        linestyle=look.line,
+        markersize=5,
+        fillstyle="full" if fill == "full" else "none",
+        label=f"{name}, best at {label}",
+    )
     for point in points:
         if point[name]["interval"] is not None:
             axis.plot([point["tflops"]] * 2, point[name]["interval"], color=look.colour, linewidth=1.2, alpha=0.5)
 
 
-def _bars(axis: Axes, own: dict[str, Any], side: int, look: Style, *, final: bool) -> None:
+def _bars(axis: Axes, entry: dict[str, Any], side: int, look: Style, *, final: bool) -> None:
     """A bar for each pair at the end of training, an open mark at its first point."""
-    places = [place + (side - 0.5) * 0.36 for place in range(len(own["pairs"]))]
-    if not own["shared"]:
+    places = [place + (side - 0.5) * 0.36 for place in range(len(entry["pairs"]))]
+    if not entry["shared"]:
         if final:
             for place in places:
                 axis.text(
                     place, 0.02, "no shared weight", rotation=90, ha="center", va="bottom", fontsize=7, color=SOFT
                 )
         return
-    means = [cosine["mean"] for cosine in own["cosine"]]
+    means = [cosine["mean"] for cosine in entry["cosine"]]
     if final:
-        errors = [cosine["error"] or 0.0 for cosine in own["cosine"]]
-        axis.bar(places, means, 0.32, color=look.colour, yerr=errors, capsize=2, label=own["part"],
-                 error_kw={"linewidth": 1}, hatch="///" if side else None, edgecolor="white")  # fmt: skip
+        errors = [cosine["error"] or 0.0 for cosine in entry["cosine"]]
+        axis.bar(
+            places,
+            means,
+            0.32,
+            color=look.colour,
+            yerr=errors,
+            capsize=2,
+            label=entry["part"],
+            error_kw={"linewidth": 1},
+            hatch="///" if side else None,
+            edgecolor="white",
+        )
     else:
-        axis.plot(places, means, linestyle="none", marker="D", markersize=5, markerfacecolor="white",
-                  markeredgecolor="#111827", label="early in training" if side == 0 else None)  # fmt: skip
+        axis.plot(
+            places,
+            means,
+            linestyle="none",
+            marker="D",
+            markersize=5,
+            markerfacecolor="white",
+            markeredgecolor="#111827",
+            label="early in training" if side == 0 else None,
+        )
 
 
 def _line(axis: Axes, along: Sequence[float | int], points: Rows, look: Style, label: str) -> None:
@@ -312,8 +320,9 @@ def _line(axis: Axes, along: Sequence[float | int], points: Rows, look: Style, l
     means = [point["mean"] for point in points]
     axis.plot(along, means, color=look.colour, marker=look.marker, linestyle=look.line, markersize=4, label=label)
     if all(point["error"] is not None for point in points):
-        low, high = ([mean + sign * point["error"] for mean, point in zip(means, points, strict=True)]
-                     for sign in (-1, 1))  # fmt: skip
+        low, high = (
+            [mean + sign * point["error"] for mean, point in zip(means, points, strict=True)] for sign in (-1, 1)
+        )
         floor = [max(value, 0.1 * mean) for value, mean in zip(low, means, strict=True)]  # the axis is logarithmic
         axis.fill_between(along, floor, high, color=look.colour, alpha=0.18, linewidth=0)
 
@@ -330,7 +339,22 @@ def _dot(
     """A mean on its interval, with its seeds as small ticks."""
     if interval is not None:
         axis.plot(interval, [place, place], color=look.colour, linewidth=1.6, solid_capstyle="butt")
-    axis.plot(figure["values"], [place] * len(figure["values"]), linestyle="none", marker="|", markersize=9,
-              markeredgewidth=1, color=look.colour, alpha=0.55)  # fmt: skip
-    axis.plot(figure["mean"], place, marker=look.marker, markersize=6.5, markeredgecolor=look.colour,
-              markerfacecolor=look.colour if filled else "white", markeredgewidth=1.4)  # fmt: skip
+    axis.plot(
+        figure["values"],
+        [place] * len(figure["values"]),
+        linestyle="none",
+        marker="|",
+        markersize=9,
+        markeredgewidth=1,
+        color=look.colour,
+        alpha=0.55,
+    )
+    axis.plot(
+        figure["mean"],
+        place,
+        marker=look.marker,
+        markersize=6.5,
+        markeredgecolor=look.colour,
+        markerfacecolor=look.colour if filled else "white",
+        markeredgewidth=1.4,
+    )

@@ -24,10 +24,6 @@ _BATCH = 64
 def interference(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     """Cosine of the gradients of every two stages, for the encoder's weights and for the decoders'.
 
-    Args:
-        lab: What to work with.
-        variants: The models.
-
     Returns:
         A row for each model, part of the network and point of training: `cosine`, a list of estimates over seeds, one
         for each pair of stages in `pairs`, corrected for the noise of the gradients. Decoders that are not shared
@@ -37,40 +33,44 @@ def interference(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     for label, config in variants.items():
         cells = lab.runs(config)
         for point in (0, cells[0].points - 1):
-            found = [_cosines(lab, one, point) for one in cells]
+            cosines = [_cosines(lab, one, point) for one in cells]
             for part in ("encoder", "decoder"):
-                pairs = sorted(found[0][part])
-                rows.append({
-                    "label": label, "part": part, "point": point,
-                    "steps": lab.cells.spent(cells[0], point)["steps"],
-                    "shared": part == "encoder" or config.model.architecture == "unified", "pairs": pairs,
-                    "cosine": [estimate([item[part][pair] for item in found]).document() for pair in pairs],
-                })  # fmt: skip
+                pairs = sorted(cosines[0][part])
+                rows.append(
+                    {
+                        "label": label,
+                        "part": part,
+                        "point": point,
+                        "steps": lab.cells.spent(cells[0], point)["steps"],
+                        "shared": part == "encoder" or config.model.architecture == "unified",
+                        "pairs": pairs,
+                        "cosine": [estimate([item[part][pair] for item in cosines]).document() for pair in pairs],
+                    }
+                )
     return rows
 
 
 def interference_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the outermost stages do to each other at the end of training.
 
-    Args:
-        rows: From `interference`.
-
     Returns:
         A sentence for each model and shared part.
     """
-    last = max(own["point"] for own in rows)
+    last = max(entry["point"] for entry in rows)
     sentences = []
-    for own in rows:
-        if own["point"] != last:
+    for entry in rows:
+        if entry["point"] != last:
             continue
-        if not own["shared"]:
-            sentences.append(f"{own['label']}: the decoders share no weight, so their stages cannot interfere there.")
+        if not entry["shared"]:
+            sentences.append(f"{entry['label']}: the decoders share no weight, so their stages cannot interfere there.")
             continue
         parts = []
-        for pair, cosine in zip(own["pairs"], own["cosine"], strict=True):
-            told = differs(estimate(cosine["values"]))
-            parts.append(f"stages {pair} {cosine['mean']:.2f}{' (not told apart from 0)' if told is False else ''}")
-        sentences.append(f"{own['label']}, {own['part']}: cosine of gradients {', '.join(parts)}.")
+        for pair, cosine in zip(entry["pairs"], entry["cosine"], strict=True):
+            significant = differs(estimate(cosine["values"]))
+            parts.append(
+                f"stages {pair} {cosine['mean']:.2f}{' (not told apart from 0)' if significant is False else ''}"
+            )
+        sentences.append(f"{entry['label']}, {entry['part']}: cosine of gradients {', '.join(parts)}.")
     return sentences
 
 
@@ -121,14 +121,14 @@ def corrected_cosines(halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, floa
     Returns:
         By pair of stages, like `0-1`, in [-1, 1].
     """
-    found = {}
+    cosines = {}
     for low in range(len(halves)):
         for high in range(low + 1, len(halves)):
             (a, b), (c, d) = halves[low], halves[high]
             product = float((a @ d + b @ c) / 2)
             size = float((a @ b).clamp(min=0).sqrt() * (c @ d).clamp(min=0).sqrt())
-            found[f"{low}-{high}"] = max(-1.0, min(1.0, product / size)) if size > 0 else 0.0
-    return found
+            cosines[f"{low}-{high}"] = max(-1.0, min(1.0, product / size)) if size > 0 else 0.0
+    return cosines
 
 
 def _cosines(lab: Lab, one: Cell, point: int) -> dict[str, dict[str, float]]:
@@ -136,13 +136,13 @@ def _cosines(lab: Lab, one: Cell, point: int) -> dict[str, dict[str, float]]:
         denoiser = lab.cells.denoiser(one, point)
         stages, count = lab.cells.stages, min(_IMAGES, len(lab.data) // 2)
         halves = [lab.data.floats(torch.arange(count) + start).to(lab.cells.device) for start in (0, count)]
-        found = [
+        gradients = [
             [stage_gradients(denoiser, images, stages, stage, seed) for seed, images in enumerate(halves)]
             for stage in range(len(stages))
         ]
         return {
-            part: corrected_cosines([(first[part], second[part]) for first, second in found])
+            part: corrected_cosines([(first[part], second[part]) for first, second in gradients])
             for part in ("encoder", "decoder")
         }
 
-    return lab.cells.remember(one, point, f"cosines-{_IMAGES}", measure)
+    return lab.cells.cached(one, point, f"cosines-{_IMAGES}", measure)

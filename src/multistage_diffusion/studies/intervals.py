@@ -28,10 +28,6 @@ def well_trained(lab: Lab) -> Cell:
 def intervals(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
     """Quality of one stage's network against the images that it saw, for each stage and network.
 
-    Args:
-        lab: What to work with.
-        variants: The networks under test; a unified one is tested on each stage, too.
-
     Returns:
         A row for each stage and network: `stage`, `label`, `parameters` in use and `curve`, whose points have `images`
         (that the stage saw), the Fréchet distance of images drawn with the network on that stage alone, and its
@@ -44,38 +40,38 @@ def intervals(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
             cost = cells[0].cost(lab.data.shape)
             curve = []
             for point in range(1, cells[0].points, 2):
-                found = [_distance(lab, one, others, stage, point) for one in cells]
+                distances_by_seed = [_distance(lab, one, others, stage, point) for one in cells]
                 losses = [lab.cells.loss(one, point)["stage_loss"][stage] for one in cells]
-                curve.append({
-                    "images": _seen(lab, cells[0], stage, point), "fd": estimate(found).document(),
-                    "loss": estimate(losses).document(),
-                })  # fmt: skip
-            rows.append({
-                "stage": stage, "label": label, "parameters": cost.stages[stage % len(cost.stages)].parameters,
-                "curve": curve,
-            })  # fmt: skip
+                curve.append(
+                    {
+                        "images": _seen(lab, cells[0], stage, point),
+                        "fd": estimate(distances_by_seed).document(),
+                        "loss": estimate(losses).document(),
+                    }
+                )
+            rows.append(
+                {
+                    "stage": stage,
+                    "label": label,
+                    "parameters": cost.stages[stage % len(cost.stages)].parameters,
+                    "curve": curve,
+                }
+            )
     return rows
 
 
 def intervals_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each stage: which network ends with the least loss and distance, and whether that differs from the first's.
-
-    Args:
-        rows: From `intervals`.
-
-    Returns:
-        The sentences.
-    """
+    """For each stage: the network of least loss and distance, and whether it differs from the first."""
     sentences = []
-    for stage in sorted({own["stage"] for own in rows}):
-        own = [item for item in rows if item["stage"] == stage]
+    for stage in sorted({entry["stage"] for entry in rows}):
+        of_stage = [item for item in rows if item["stage"] == stage]
         for name, words in (("loss", "held-out loss"), ("fd", "Fréchet distance")):
-            ranked = sorted(own, key=lambda item: item["curve"][-1][name]["mean"])
-            best, first = ranked[0], own[0]
+            ranked = sorted(of_stage, key=lambda item: item["curve"][-1][name]["mean"])
+            best, first = ranked[0], of_stage[0]
             change = difference(best["curve"][-1][name]["values"], first["curve"][-1][name]["values"])
-            told = {True: "", False: " (not told apart)", None: " (one seed)"}[differs(change)]
+            note = {True: "", False: " (not told apart)", None: " (one seed)"}[differs(change)]
             low, high = best["curve"][-1][name]["mean"], first["curve"][-1][name]["mean"]
-            beside = "" if best is first else f", {first['label']} {high:.4g}{told}"
+            beside = "" if best is first else f", {first['label']} {high:.4g}{note}"
             sentences.append(f"stage {stage}, {words}: best {best['label']} ({low:.4g}){beside}.")
     return sentences
 
@@ -124,7 +120,7 @@ def _distance(lab: Lab, one: Cell, others: Cell, stage: int, point: int) -> floa
         return distances(lab.extractor, lab.test, images, ["fd"])
 
     name = f"stage-{stage}-{samples}-{lab.extractor.digest[:8]}-beside-{lab.cells.path(others).name}"
-    return lab.cells.remember(one, point, name, measure)["fd"]
+    return lab.cells.cached(one, point, name, measure)["fd"]
 
 
 def _seen(lab: Lab, one: Cell, stage: int, point: int) -> float:

@@ -64,21 +64,15 @@ def publish(document: dict[str, Any], out: Path, command: str, device: torch.dev
 
 
 def write_page(out: Path) -> Path:
-    """Write `report.html` for all studies in a folder.
-
-    Args:
-        out: Folder of the documents; those of another version are left out until their studies are done again.
-
-    Returns:
-        The page.
+    """Write `report.html` for all studies in a folder; documents of another format are left out.
 
     Raises:
         CheckpointError: A document cannot be read, or the page cannot be written.
     """
     import jinja2
 
-    found = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
-    documents = [document for document in found if document.get("format") == FORMAT]
+    stored = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
+    documents = [document for document in stored if document.get("format") == FORMAT]
     source = files("multistage_diffusion.studies").joinpath("study.html.j2").read_text()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -86,41 +80,45 @@ def write_page(out: Path) -> Path:
     environment.filters |= {"digits": digits, "count": count}
     page = environment.from_string(source).render(
         studies=[
-            {**document, "figure": svg(draw(document)), "sheets": sheets(document),
-             "caption": CAPTIONS.get(document["study"], _TABLE)}
+            {
+                **document,
+                "figure": svg(draw(document)),
+                "sheets": sheets(document),
+                "caption": CAPTIONS.get(document["study"], _TABLE),
+            }
             for document in documents
         ],
         sources=sorted({document["settings"]["data"] for document in documents}),
         conditions=_conditions(documents),
-    )  # fmt: skip
+    )
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
 
 
 def _conditions(documents: list[dict[str, Any]]) -> dict[tuple[tuple[str, str], ...], list[str]]:
     """Titles of the studies that were made alike, by how they were made: terms and words."""
-    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    titles: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for document in documents:
-        own = document["settings"]
-        features, budget = own["features"], own["budget"]
-        process = own["base"]["process"]
+        settings = document["settings"]
+        features, budget = settings["features"], settings["budget"]
+        process = settings["base"]["process"]
         terms = {
             "process": " with prediction ".join(filter(None, (process["kind"], process.get("prediction")))),
-            "data": f"{own['data']}: {own['images']:,} training and {own['held_out']:,} held-out images of "
-            f"{' x '.join(map(str, own['shape']))}, digest {own['digest'][:12]}",
+            "data": f"{settings['data']}: {settings['images']:,} training and {settings['held_out']:,} held-out images "
+            f"of {' x '.join(map(str, settings['shape']))}, digest {settings['digest'][:12]}",
             "features": "none: losses only"
             if features is None
             else f"{features['name']}, {features['accuracy']:.1%} of the held-out images named right, digest "
             f"{features['digest'][:12]}",
-            "common partition": f"sigma {', '.join(f'{edge:.4g}' for edge in own['stages'])}",
+            "common partition": f"sigma {', '.join(f'{edge:.4g}' for edge in settings['stages'])}",
             "budget": f"{digits(budget['tflops'])} TFLOPs a model; {budget['samples']:,} generated images behind a "
             f"distance at the end of training, {budget['samples_on_the_way']:,} behind the others",
         }
         if made := document.get("made"):
             numbers = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
             terms |= {"command": made["command"], "versions": numbers, "machine": made["machine"]}
-        found.setdefault(tuple(terms.items()), []).append(document["title"])
-    return found
+        titles.setdefault(tuple(terms.items()), []).append(document["title"])
+    return titles
 
 
 def versions() -> dict[str, str]:

@@ -28,9 +28,6 @@ TRACED = 6  # images whose denoising is shown
 def summary(result: DemoResult) -> dict[str, Any]:
     """The demo's figures as a JSON document.
 
-    Args:
-        result: The demo.
-
     Returns:
         `stages`, `models.<architecture>.{fd, val_loss, gflops, training_pflops}`, `verdict`, `features`, `seconds`.
     """
@@ -67,19 +64,16 @@ def summary(result: DemoResult) -> dict[str, Any]:
 def verdict(result: DemoResult) -> str:
     """One sentence on which model is ahead at the end, and whether the difference is larger than its error.
 
-    Args:
-        result: The demo.
-
     Returns:
         The sentence; it says so when the figures favour the unified model, or neither.
     """
-    ours, theirs = result.models["multistage"].points[-1], result.models["unified"].points[-1]
+    multistage, unified = result.models["multistage"].points[-1], result.models["unified"].points[-1]
     difference = result.models["multistage"].image_loss - result.models["unified"].image_loss  # same images and noise
     paired = float(difference.std() / len(difference) ** 0.5)
     parts = []
     for name, low, high, error in (
-        ("Fréchet distance", ours.fd, theirs.fd, math.hypot(ours.fd_error or 0, theirs.fd_error or 0)),
-        ("held-out loss", ours.loss, theirs.loss, paired),
+        ("Fréchet distance", multistage.fd, unified.fd, math.hypot(multistage.fd_error or 0, unified.fd_error or 0)),
+        ("held-out loss", multistage.loss, unified.loss, paired),
     ):
         change = low / high - 1
         word = "lower" if change < 0 else "higher"
@@ -150,15 +144,21 @@ def _cost_rows(result: DemoResult) -> list[dict[str, Any]]:
         final = model.points[-1].stage_loss
         for index, stage in enumerate(model.cost.stages):
             low, high = stages.bounds(index)
-            rows.append({
-                "model": name, "stage": index, "single": len(stages) == 1,
-                "sigma": f"{low:.3g} to {'∞' if math.isinf(high) else format(high, '.3g')}",
-                "decoder": model.cost.decoders[index] / 1e6, "parameters": stage.parameters / 1e6,
-                "mflops": stage.flops / 1e6, "share": model.shares[index],
-                "images": model.stage_images[index],
-                "spent": model.stage_images[index] * stage.training_flops / 1e12,
-                "loss": final[index] if len(stages) > 1 else model.points[-1].loss,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "stage": index,
+                    "single": len(stages) == 1,
+                    "sigma": f"{low:.3g} to {'∞' if math.isinf(high) else format(high, '.3g')}",
+                    "decoder": model.cost.decoders[index] / 1e6,
+                    "parameters": stage.parameters / 1e6,
+                    "mflops": stage.flops / 1e6,
+                    "share": model.shares[index],
+                    "images": model.stage_images[index],
+                    "spent": model.stage_images[index] * stage.training_flops / 1e12,
+                    "loss": final[index] if len(stages) > 1 else model.points[-1].loss,
+                }
+            )
     return rows
 
 
@@ -186,12 +186,18 @@ def _quality_figure(result: DemoResult) -> Figure:
         errors = [point.loss_error for point in model.points]
         axes[0].plot(spent, fd, color=colour, marker=marker, linestyle=line, markersize=4, label=name)
         axes[0].errorbar(spent[-1], fd[-1], yerr=model.points[-1].fd_error or 0, color=colour, capsize=3)
-        axes[1].errorbar(
-            spent, loss, yerr=errors, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2
-        )  # fmt: skip
+        axes[1].errorbar(spent, loss, yerr=errors, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2)
     axes[0].axhline(result.floor, color=SOFT, linewidth=0.8)
-    axes[0].text(0.98, result.floor, "training images", color=SOFT, fontsize=8, va="bottom", ha="right",
-                 transform=axes[0].get_yaxis_transform())  # fmt: skip
+    axes[0].text(
+        0.98,
+        result.floor,
+        "training images",
+        color=SOFT,
+        fontsize=8,
+        va="bottom",
+        ha="right",
+        transform=axes[0].get_yaxis_transform(),
+    )
     axes[0].set(xlabel="training TFLOPs", ylabel="Fréchet distance", yscale="log", xlim=(0, None))
     axes[1].set(xlabel="training TFLOPs", ylabel="held-out denoising loss", yscale="log", xlim=(0, None))
     for axis in axes:

@@ -19,12 +19,12 @@ class Item:
 
     Attributes:
         text: What it says.
-        told: Whether the seeds tell the difference that it gives from none: no where the interval holds 0; none where
-            that is no question, or one seed gives no answer.
+        significant: Whether the 95% interval of the difference leaves out 0; none where there is no difference or only
+            one seed.
     """
 
     text: str
-    told: bool | None = None
+    significant: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,6 @@ class Sheet:
 def sheets(document: dict[str, Any]) -> list[Sheet]:
     """The tables of a study: its result, and the models that it compares.
 
-    Args:
-        document: What `run_study` returned.
-
     Returns:
         The tables, the result first.
     """
@@ -71,15 +68,23 @@ def sheets(document: dict[str, Any]) -> list[Sheet]:
 
 def _quality(rows: Rows) -> Sheet:
     """Distance and loss with the difference from the first row."""
-    head = ("model", "Fréchet distance", "difference", "95% interval", "held-out loss", "difference", "95% interval",
-            "KD x 1000")  # fmt: skip
+    head = (
+        "model",
+        "Fréchet distance",
+        "difference",
+        "95% interval",
+        "held-out loss",
+        "difference",
+        "95% interval",
+        "KD x 1000",
+    )
     lines = []
-    for place, own in enumerate(rows):
-        line = [Item(own["label"])]
+    for place, entry in enumerate(rows):
+        line = [Item(entry["label"])]
         for metric in ("fd", "loss"):
-            line.append(Item(_mean(own[metric])))
-            line += [Item(""), Item("")] if place == 0 else _change(own[metric], rows[0][metric])
-        thousand = {"mean": 1e3 * own["kid"]["mean"], "error": _times(1e3, own["kid"]["error"])}
+            line.append(Item(_mean(entry[metric])))
+            line += [Item(""), Item("")] if place == 0 else _change(entry[metric], rows[0][metric])
+        thousand = {"mean": 1e3 * entry["kid"]["mean"], "error": _times(1e3, entry["kid"]["error"])}
         lines.append((*line, Item(_mean(thousand))))
     return Sheet(
         "Quality at the end of training; differences from the first row, seed by seed; KD: kernel distance",
@@ -90,59 +95,106 @@ def _quality(rows: Rows) -> Sheet:
 
 def _models(rows: Rows) -> Sheet:
     """What each model is and costs."""
-    head = ("model", "edges, sigma", "encoder; decoders", "parameters", "MFLOPs an image", "MFLOPs a sample",
-            "steps", "training TFLOPs", "loss by stage")  # fmt: skip
+    head = (
+        "model",
+        "edges, sigma",
+        "encoder; decoders",
+        "parameters",
+        "MFLOPs an image",
+        "MFLOPs a sample",
+        "steps",
+        "training TFLOPs",
+        "loss by stage",
+    )
     lines = []
-    for own in rows:
+    for entry in rows:
         words = (
-            own["label"], " / ".join(f"{edge:.3g}" for edge in own["edges"]) or "none",
-            f"{own['width']}; " + " / ".join(map(str, own["decoder_widths"])), count(own["parameters"]),
-            digits(own["mflops"]), digits(own["mflops_per_sample"]), f"{own['steps']:,}",
-            digits(own["training_tflops"]), " / ".join(f"{loss['mean']:.3g}" for loss in own["stage_loss"]),
-        )  # fmt: skip
+            entry["label"],
+            " / ".join(f"{edge:.3g}" for edge in entry["edges"]) or "none",
+            f"{entry['width']}; " + " / ".join(map(str, entry["decoder_widths"])),
+            count(entry["parameters"]),
+            digits(entry["mflops"]),
+            digits(entry["mflops_per_sample"]),
+            f"{entry['steps']:,}",
+            digits(entry["training_tflops"]),
+            " / ".join(f"{loss['mean']:.3g}" for loss in entry["stage_loss"]),
+        )
         lines.append(tuple(map(Item, words)))
     return Sheet("The models; loss by stage in the common partition", head, tuple(lines), words=3)
 
 
 def _frontiers(rows: Rows) -> Sheet:
     """The best of each arm at each budget, and the compute at which the staged one has the unified one's loss."""
-    head = ("arm, budget", "network", "rate", "steps", "seconds", "images/s", "loss", "FLOPs to the unified loss",
-            "95% interval", "seconds to it", "95% interval")  # fmt: skip
+    head = (
+        "arm, budget",
+        "network",
+        "rate",
+        "steps",
+        "seconds",
+        "images/s",
+        "loss",
+        "FLOPs to the unified loss",
+        "95% interval",
+        "seconds to it",
+        "95% interval",
+    )
     lines = []
-    for own in rows:
+    for entry in rows:
         line = [
-            own["label"], own["design"], f"{own['rate']:g}", f"{own['steps']:,}", digits(own["seconds"]),
-            digits(own["images_per_second"]), _mean(own["loss"]),
-        ]  # fmt: skip
-        reach = own.get("reach")
+            entry["label"],
+            entry["design"],
+            f"{entry['rate']:g}",
+            f"{entry['steps']:,}",
+            digits(entry["seconds"]),
+            digits(entry["images_per_second"]),
+            _mean(entry["loss"]),
+        ]
+        reach = entry.get("reach")
         shares = [Item("")] * 4 if reach is None else [*_share(reach["flops"]), *_share(reach["seconds"])]
         lines.append((*map(Item, line), *shares))
-    return Sheet("Best of each arm; seconds are steps times the time of a step, measured in turn", head, tuple(lines),
-                 words=2)  # fmt: skip
+    return Sheet(
+        "Best of each arm; seconds are steps times the time of a step, measured in turn", head, tuple(lines), words=2
+    )
 
 
 def _ratios(rows: Rows) -> Sheet:
     """Shares of the best unified network's compute at equal loss, at each point of its training."""
     head = ("networks of", "TFLOPs of the unified", "FLOPs", "95% interval", "seconds", "95% interval")
     lines = [
-        (Item(f"{staged['tflops']:g} TFLOPs"), Item(digits(point["tflops"])), *_share(point["flops"]),
-         *_share(point["seconds"]))
-        for _, staged in pairs(rows) for point in staged["ratio"]
-    ]  # fmt: skip
-    return Sheet("Share of the unified network's compute at which the staged one has its loss; marked where not 100%",
-                 head, tuple(lines))  # fmt: skip
+        (
+            Item(f"{staged['tflops']:g} TFLOPs"),
+            Item(digits(point["tflops"])),
+            *_share(point["flops"]),
+            *_share(point["seconds"]),
+        )
+        for _, staged in pairs(rows)
+        for point in staged["ratio"]
+    ]
+    return Sheet(
+        "Share of the unified network's compute at which the staged one has its loss; marked where not 100%",
+        head,
+        tuple(lines),
+    )
 
 
 def _tried(rows: Rows) -> Sheet:
     """What each arm tried, on the half that chooses."""
-    last = [own for own in rows if own["tflops"] == rows[-1]["tflops"]]
+    last = [entry for entry in rows if entry["tflops"] == rows[-1]["tflops"]]
     lines = [
-        tuple(map(Item, (own["arm"], item["design"], f"{item['rate']:g}", digits(item["tflops"]),
-                         f"{item['loss']:.4f}")))
-        for own in last for item in own["tried"]
-    ]  # fmt: skip
-    return Sheet("What each arm tried, one seed, on the images that choose",
-                 ("arm", "network", "rate", "TFLOPs", "loss"), tuple(lines), words=2)  # fmt: skip
+        tuple(
+            map(
+                Item, (entry["arm"], item["design"], f"{item['rate']:g}", digits(item["tflops"]), f"{item['loss']:.4f}")
+            )
+        )
+        for entry in last
+        for item in entry["tried"]
+    ]
+    return Sheet(
+        "What each arm tried, one seed, on the images that choose",
+        ("arm", "network", "rate", "TFLOPs", "loss"),
+        tuple(lines),
+        words=2,
+    )
 
 
 def _share(reach: dict[str, Any]) -> list[Item]:
@@ -155,102 +207,117 @@ def _share(reach: dict[str, Any]) -> list[Item]:
 
 
 def references(rows: Rows) -> list[str]:
-    """The models whose final quality the others are to reach.
-
-    Args:
-        rows: From `curves.efficiency`.
-
-    Returns:
-        Labels, in the order of the rows.
-    """
-    return [own["label"] for own in rows if any(own["label"] in other["reach"] for other in rows)]
+    """The models whose final quality the others are to reach."""
+    return [entry["label"] for entry in rows if any(entry["label"] in other["reach"] for other in rows)]
 
 
 def _reach(rows: Rows, other: str) -> Sheet:
     """Shares of a unified model's FLOPs at which the others are as good."""
     head = ("model", "for its Fréchet distance", "95% interval", "for its loss", "95% interval")
     lines = []
-    for own in rows:
-        if other not in own["reach"]:
+    for entry in rows:
+        if other not in entry["reach"]:
             continue
-        line = [Item(own["label"])]
+        line = [Item(entry["label"])]
         for metric in ("fd", "loss"):
-            reach = own["reach"][other][metric]
+            reach = entry["reach"][other][metric]
             if reach is None:
                 line += [Item("not reached by every seed"), Item("")]
                 continue
             error = "" if reach["error"] is None else f" ± {reach['error']:.1%}"
-            interval, told = reach["interval"], None
+            interval, significant = reach["interval"], None
             if interval is not None:
-                told = not interval[0] <= 1 <= interval[1]
+                significant = not interval[0] <= 1 <= interval[1]
             text = "" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
-            line += [Item(f"{reach['mean']:.1%}{error}"), Item(text, told)]
+            line += [Item(f"{reach['mean']:.1%}{error}"), Item(text, significant)]
         lines.append(tuple(line))
-    return Sheet(f"Share of the training FLOPs of {other} to its final quality; marked where not 100%", head,
-                 tuple(lines))  # fmt: skip
+    return Sheet(
+        f"Share of the training FLOPs of {other} to its final quality; marked where not 100%", head, tuple(lines)
+    )
 
 
 def _sampling(rows: Rows) -> Sheet:
-    """A line for each model and solver, a column for each number of evaluations asked for."""
+    """A line for each model and solver, a column for each number of evaluations."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for own in rows:
-        groups.setdefault((own["label"], own["solver"]), []).append(own)
-    wanted = [own["nfe"] for own in max(groups.values(), key=lambda group: sum(own["nfe"] for own in group))]
+    for entry in rows:
+        groups.setdefault((entry["label"], entry["solver"]), []).append(entry)
+    evaluations = [
+        entry["nfe"] for entry in max(groups.values(), key=lambda group: sum(entry["nfe"] for entry in group))
+    ]
     lines = []
     for (label, solver), group in groups.items():
         entries = [
-            _mean(own["fd"]) + ("" if own["nfe"] == asked else f" ({own['nfe']})")
-            for own, asked in zip(group, wanted, strict=True)
+            _mean(entry["fd"]) + ("" if entry["nfe"] == number else f" ({entry['nfe']})")
+            for entry, number in zip(group, evaluations, strict=True)
         ]
         cost = digits(group[-1]["mflops_per_sample"])
         lines.append(tuple(map(Item, (label, solver, *entries, cost))))
-    head = ("model", "solver", *(f"{asked} evaluations" for asked in wanted), f"MFLOPs a sample at {wanted[-1]}")
-    return Sheet("Fréchet distance; in brackets the evaluations where a solver cannot take as many", head,
-                 tuple(lines), words=2)  # fmt: skip
+    head = (
+        "model",
+        "solver",
+        *(f"{number} evaluations" for number in evaluations),
+        f"MFLOPs a sample at {evaluations[-1]}",
+    )
+    return Sheet(
+        "Fréchet distance; in brackets the evaluations where a solver cannot take as many", head, tuple(lines), words=2
+    )
 
 
 def _intervals(rows: Rows) -> Sheet:
     """The end of training; differences from the first network on the same stage."""
-    head = ("stage", "network", "parameters in use", "loss of the stage", "difference",
-            "95% interval", "Fréchet distance", "difference", "95% interval")  # fmt: skip
+    head = (
+        "stage",
+        "network",
+        "parameters in use",
+        "loss of the stage",
+        "difference",
+        "95% interval",
+        "Fréchet distance",
+        "difference",
+        "95% interval",
+    )
     lines = []
-    for own in rows:
-        first = next(row for row in rows if row["stage"] == own["stage"])
-        end, reference = own["curve"][-1], first["curve"][-1]
-        line = [Item(str(own["stage"])), Item(own["label"]), Item(count(own["parameters"]))]
+    for entry in rows:
+        first = next(row for row in rows if row["stage"] == entry["stage"])
+        end, reference = entry["curve"][-1], first["curve"][-1]
+        line = [Item(str(entry["stage"])), Item(entry["label"]), Item(count(entry["parameters"]))]
         for metric in ("loss", "fd"):
             line.append(Item(_mean(end[metric])))
-            line += [Item(""), Item("")] if own is first else _change(end[metric], reference[metric])
+            line += [Item(""), Item("")] if entry is first else _change(end[metric], reference[metric])
         lines.append(tuple(line))
-    return Sheet("The end of training, a well-trained network on the other stages; differences from the first network",
-                 head, tuple(lines), words=2)  # fmt: skip
+    return Sheet(
+        "The end of training, a well-trained network on the other stages; differences from the first network",
+        head,
+        tuple(lines),
+        words=2,
+    )
 
 
 def _interference(rows: Rows) -> Sheet:
     """Every cosine with its interval."""
-    pairs = list(dict.fromkeys(pair for own in rows for pair in own["pairs"]))
+    pairs = list(dict.fromkeys(pair for entry in rows for pair in entry["pairs"]))
     head = ("model", "part", "steps", *(text for pair in pairs for text in (f"stages {pair}", "95% interval")))
     lines = []
-    for own in rows:
-        line = [Item(own["label"]), Item(own["part"]), Item(f"{own['steps']:,}")]
-        for cosine in own["cosine"]:
-            if not own["shared"]:
+    for entry in rows:
+        line = [Item(entry["label"]), Item(entry["part"]), Item(f"{entry['steps']:,}")]
+        for cosine in entry["cosine"]:
+            if not entry["shared"]:
                 line += [Item("no shared weight"), Item("")]
                 continue
             interval = cosine["interval"]
             text = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
-            told = None if interval is None else interval[0] > 0 or interval[1] < 0
-            line += [Item(_mean(cosine, places=2)), Item(text, told)]
+            significant = None if interval is None else interval[0] > 0 or interval[1] < 0
+            line += [Item(_mean(cosine, places=2)), Item(text, significant)]
         lines.append(tuple(line))
     return Sheet("Cosine of the gradients of two stages; marked where not 0", head, tuple(lines), words=2)
 
 
-def _change(own: dict[str, Any], first: dict[str, Any]) -> list[Item]:
+def _change(entry: dict[str, Any], first: dict[str, Any]) -> list[Item]:
     """The difference in per cent of the first row's mean, and its interval, marked where it leaves out 0."""
-    change = difference(own["values"], first["values"])
-    interval, told, scale = change.interval, differs(change), abs(first["mean"]) or 1.0
+    change = difference(entry["values"], first["values"])
+    interval, significant, scale = change.interval, differs(change), abs(first["mean"]) or 1.0
     text = "" if interval is None else f"{interval[0] / scale:+.1%} to {interval[1] / scale:+.1%}"
-    return [Item(f"{change.mean / scale:+.1%}"), Item(text, told)]
+    return [Item(f"{change.mean / scale:+.1%}"), Item(text, significant)]
 
 
 def _mean(figure: dict[str, Any], places: int | None = None) -> str:
@@ -263,14 +330,7 @@ def _mean(figure: dict[str, Any], places: int | None = None) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, without an exponent.
-
-    Args:
-        value: A figure.
-
-    Returns:
-        The text.
-    """
+    """Three significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     places = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -278,14 +338,7 @@ def digits(value: float) -> str:
 
 
 def count(value: int) -> str:
-    """Parameters in millions or thousands.
-
-    Args:
-        value: How many.
-
-    Returns:
-        The text.
-    """
+    """Parameters in millions or thousands."""
     return f"{digits(value / 1e6)} M" if value >= 1e6 else f"{digits(value / 1e3)} k"
 
 

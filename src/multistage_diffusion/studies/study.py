@@ -58,8 +58,8 @@ class Study:
     def labelled(self, lab: Lab) -> list[tuple[str, Cell]]:
         """All that it trains, with the names of the models."""
         variants = self.variants(lab.finder)
-        found = [(label, one) for label, config in variants.items() for one in lab.runs(config)]
-        return [*found, *self.extra(lab)]
+        cells = [(label, one) for label, config in variants.items() for one in lab.runs(config)]
+        return [*cells, *self.extra(lab)]
 
     def fill(self, lab: Lab, watch: Seen | None) -> list[Cell]:
         """Train all that it needs and return that, each cell as far as it was trained."""
@@ -83,58 +83,83 @@ STUDIES = {
     "efficiency": Study(
         "Quality against training FLOPs",
         "At which share of the unified model's training FLOPs is a multistage model as good? (Table 2, Fig. 1d)",
-        designs.efficiency, curves.efficiency, curves.efficiency_findings,
+        designs.efficiency,
+        curves.efficiency,
+        curves.efficiency_findings,
     ),
     "architectures": Study(
         "Architectures at equal training FLOPs",
         "What do separate networks, early stopping, tailored widths and a shared encoder each bring? (Table 3)",
-        designs.architectures, _architectures, tables.findings,
+        designs.architectures,
+        _architectures,
+        tables.findings,
     ),
     "clusterings": Study(
         "Clusterings at equal training FLOPs",
         "Does it matter where the stages are cut? (Table 4)",
-        designs.clusterings, tables.table, tables.findings,
+        designs.clusterings,
+        tables.table,
+        tables.findings,
     ),
     "stages": Study(
         "Number of stages at equal training FLOPs",
         "How many stages, with equal decoders? (App. B.6)",
-        designs.stages, tables.table, tables.findings,
+        designs.stages,
+        tables.table,
+        tables.findings,
     ),
     "decoders": Study(
         "Decoder widths at equal training FLOPs",
         "How wide should each stage's decoder be? (App. B.5)",
-        designs.decoders, tables.table, tables.findings,
+        designs.decoders,
+        tables.table,
+        tables.findings,
     ),
     "sampling": Study(
         "Quality against network evaluations",
         "How does each solver do with few evaluations, on unified and multistage models? (Table 1)",
-        designs.contenders, curves.sampling, curves.sampling_findings,
+        designs.contenders,
+        curves.sampling,
+        curves.sampling_findings,
     ),
     "intervals": Study(
         "One stage at a time",
         "How good is a network on one stage alone, by its size, with a well-trained one on the others? (Fig. 2)",
-        designs.intervals, intervals.intervals, intervals.intervals_findings,
+        designs.intervals,
+        intervals.intervals,
+        intervals.intervals_findings,
         lambda lab: [("well-trained", intervals.well_trained(lab))],
     ),
     "interference": Study(
         "Interference between stages",
         "Do the gradients of different stages agree, in the encoder and in the decoders? (section 3)",
-        designs.contenders, interference.interference, interference.interference_findings,
+        designs.contenders,
+        interference.interference,
+        interference.interference_findings,
     ),
     "scaling": Study(
         "Loss against training compute",
         "At which share of the FLOPs and seconds of the best unified network, tuned as well, does a staged one have "
         "its loss, and does that share grow or fade with the budget?",
-        lambda finder: {}, lambda lab, variants: frontiers.rows(lab), frontiers.findings, scaling.planned,
-        scaling.trained, distances=False,
+        lambda finder: {},
+        lambda lab, variants: frontiers.rows(lab),
+        frontiers.findings,
+        scaling.planned,
+        scaling.trained,
+        distances=False,
     ),
-}  # fmt: skip
+}
 
 
 def open_lab(
-    budget: Budget, folder: Path, *, device: torch.device | str = "cpu", say: Say = print, guess: bool = False,
+    budget: Budget,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    say: Say = print,
+    guess: bool = False,
     keep: bool = True,
-) -> Lab:  # fmt: skip
+) -> Lab:
     """Load the data and find the edges that losses by stage are given in.
 
     Args:
@@ -144,9 +169,6 @@ def open_lab(
         say: Told what happens, in lines.
         guess: Train nothing: edges and widths that need training are stand-ins unless they were found before.
         keep: Write the edges that are found.
-
-    Returns:
-        The lab.
 
     Raises:
         DataError: The source cannot be read.
@@ -158,48 +180,52 @@ def open_lab(
     return Lab(budget, data, test, held[0], finder)
 
 
-def names(wanted: str) -> tuple[str, ...]:
+def names(name: str) -> tuple[str, ...]:
     """The studies that a name stands for.
 
     Args:
-        wanted: A study, or `all`.
-
-    Returns:
-        Their names.
+        name: A study, or `all`.
 
     Raises:
         ConfigError: No such study.
     """
-    if wanted == "all":
+    if name == "all":
         return tuple(STUDIES)
-    if wanted not in STUDIES:
-        raise ConfigError(f"no study {wanted}{suggest(wanted, (*STUDIES, 'all'))}")
-    return (wanted,)
+    if name not in STUDIES:
+        raise ConfigError(f"no study {name}{suggest(name, (*STUDIES, 'all'))}")
+    return (name,)
 
 
-def costs(lab: Lab, wanted: Sequence[str]) -> Rows:
+def costs(lab: Lab, studies: Sequence[str]) -> Rows:
     """What the studies train, each model once, and what that costs, before any of it runs.
 
     Args:
         lab: What to work with.
-        wanted: Names of studies.
+        studies: Names of studies.
 
     Returns:
         A row a cell: `study` (the first that needs it), `label`, `seed`, `cell`, `steps`, `tflops`, `parameters`,
         `done`.
     """
     rows, seen = [], set()
-    for name in wanted:
+    for name in studies:
         for label, one in STUDIES[name].labelled(lab):
             if one in seen:
                 continue
             seen.add(one)
             steps = one.steps(lab.data.shape)[-1]
-            rows.append({
-                "study": name, "label": label, "seed": one.config.training.seed, "cell": lab.cells.path(one).name,
-                "steps": steps, "tflops": steps * one.step_flops(lab.data.shape) / 1e12,
-                "parameters": one.cost(lab.data.shape).parameters, "done": lab.cells.done(one),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "study": name,
+                    "label": label,
+                    "seed": one.config.training.seed,
+                    "cell": lab.cells.path(one).name,
+                    "steps": steps,
+                    "tflops": steps * one.step_flops(lab.data.shape) / 1e12,
+                    "parameters": one.cost(lab.data.shape).parameters,
+                    "done": lab.cells.done(one),
+                }
+            )
     return rows
 
 
@@ -224,19 +250,28 @@ def run_study(name: str, lab: Lab, out: Path, *, watch: Seen | None = None) -> d
     rows = study.rows(lab, study.variants(lab.finder))
     trained = {lab.cells.path(one).name: lab.cells.spent(one)["tflops"] for one in cells}
     document = {
-        "format": FORMAT, "study": name, "title": study.title, "question": study.question, "rows": rows,
+        "format": FORMAT,
+        "study": name,
+        "title": study.title,
+        "question": study.question,
+        "rows": rows,
         "findings": study.findings(rows),
         "settings": {
             "base": to_dict(lab.budget.base),
             "budget": {key: value for key, value in asdict(lab.budget).items() if key != "base"},
-            "stages": list(lab.cells.stages.edges), "data": lab.data.name, "digest": lab.data.digest,
-            "images": len(lab.data), "held_out": len(lab.test), "shape": list(lab.data.shape),
+            "stages": list(lab.cells.stages.edges),
+            "data": lab.data.name,
+            "digest": lab.data.digest,
+            "images": len(lab.data),
+            "held_out": len(lab.test),
+            "shape": list(lab.data.shape),
             "features": _features(lab) if study.distances else None,
-            "cells": len(trained), "training_tflops": sum(trained.values()),
+            "cells": len(trained),
+            "training_tflops": sum(trained.values()),
             "search_tflops": lab.finder.search_tflops(),
         },
         "seconds": round(time.perf_counter() - begin, 1),
-    }  # fmt: skip
+    }
     write_json(out / f"{name}.json", document)
     return document
 

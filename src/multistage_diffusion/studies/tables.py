@@ -53,58 +53,33 @@ class Lab:
             config: The run.
             seeds: How many; by default the budget's.
             times: Training FLOPs, in budgets.
-
-        Returns:
-            The cells.
         """
         count = self.budget.seeds if seeds is None else seeds
         return [
             cell(
                 replace(config, training=replace(config.training, seed=seed)),
-                self.budget.tflops * times, self.budget.points,
+                self.budget.tflops * times,
+                self.budget.points,
             )
             for seed in range(count)
-        ]  # fmt: skip
+        ]
 
 
 def table(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
-    """A row a model, all at the same training FLOPs, with the difference of each from the first.
-
-    Args:
-        lab: What to work with.
-        variants: The models.
-
-    Returns:
-        The rows.
-    """
+    """A row a model, all at the same training FLOPs, with the difference of each from the first."""
     rows = [row(lab, label, config) for label, config in variants.items()]
     return compared(rows)
 
 
 def row(lab: Lab, label: str, config: RunConfig) -> dict[str, Any]:
-    """What a model costs and how good it is, over seeds.
-
-    Args:
-        lab: What to work with.
-        label: Its name in the table.
-        config: Its run.
-
-    Returns:
-        The row.
-    """
+    """What a model costs and how good it is, over seeds."""
     cells = lab.runs(config)
     figures = [measured(lab, one) for one in cells]
     return {"label": label, **costs(lab, cells), **summed(figures)}
 
 
 def measured(lab: Lab, one: Cell, point: int = -1, *, samples: int | None = None) -> dict[str, Any]:
-    """Distance and losses of one trained model.
-
-    Args:
-        lab: What to work with.
-        one: The model.
-        point: Which of the models on the way; by default the last.
-        samples: Generated images behind the distances, which depend on it; by default those of the end of training.
+    """Distance and losses of one trained model at a point; by default the last one, on the budget's samples.
 
     Returns:
         `fd`, `kid`, `loss`, `stage_loss`.
@@ -116,10 +91,6 @@ def measured(lab: Lab, one: Cell, point: int = -1, *, samples: int | None = None
 
 def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
     """What a row's model is and costs; the same for all seeds but for what was spent.
-
-    Args:
-        lab: What to work with.
-        cells: The model's cells.
 
     Returns:
         Architecture, edges, widths, parameters, FLOPs of an image in training and in sampling, FLOPs and steps spent.
@@ -145,74 +116,52 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
 def summed(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures of several seeds as estimates.
 
-    Args:
-        figures: From `measured`, one a seed.
-
     Returns:
         `fd`, `kid`, `loss`, and `stage_loss`, a list.
     """
-    found = {name: estimate([item[name] for item in figures]).document() for name in ("fd", "kid", "loss")}
+    estimates = {name: estimate([item[name] for item in figures]).document() for name in ("fd", "kid", "loss")}
     by_stage = zip(*(item["stage_loss"] for item in figures), strict=True)
-    return {**found, "stage_loss": [estimate(values).document() for values in by_stage]}
+    return {**estimates, "stage_loss": [estimate(values).document() for values in by_stage]}
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with `difference`: each metric's difference from the first row, seed by seed.
-
-    Args:
-        rows: The rows.
-
-    Returns:
-        The same rows.
-    """
-    for own in rows:
-        own["difference"] = {
-            name: difference(own[name]["values"], rows[0][name]["values"]).document() for name in METRICS
+    """Rows with `difference`: each metric's difference from the first row, seed by seed."""
+    for entry in rows:
+        entry["difference"] = {
+            name: difference(entry[name]["values"], rows[0][name]["values"]).document() for name in METRICS
         }
     return rows
 
 
 def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each row but the first: better, worse, or no difference that the seeds can tell.
-
-    Args:
-        rows: From `compared`.
-
-    Returns:
-        The sentences.
-    """
+    """A sentence for each row but the first: better, worse, or no difference that the seeds can tell."""
     sentences, first = list[str](), rows[0]["label"]
-    for own in rows[1:]:
-        parts = [f"{words} {change(own[name], rows[0][name])}" for name, words in METRICS.items()]
-        sentences.append(f"{own['label']} against {first}: {', '.join(parts)}.")
+    for entry in rows[1:]:
+        parts = [f"{words} {change(entry[name], rows[0][name])}" for name, words in METRICS.items()]
+        sentences.append(f"{entry['label']} against {first}: {', '.join(parts)}.")
     return sentences
 
 
-def change(own: dict[str, Any], first: dict[str, Any]) -> str:
+def change(entry: dict[str, Any], first: dict[str, Any]) -> str:
     """How a figure differs from another, in words.
 
     Args:
-        own: The document of an estimate.
+        entry: The document of an estimate.
         first: That of the estimate it is compared with, over the same seeds.
 
     Returns:
         Like `3.1% lower`, or `not told apart` where the 95% interval of the difference holds 0.
     """
-    told = differs(difference(own["values"], first["values"]))
-    if told is False:
+    significant = differs(difference(entry["values"], first["values"]))
+    if significant is False:
         return NOT_TOLD
-    ratio = own["mean"] / first["mean"] - 1
+    ratio = entry["mean"] / first["mean"] - 1
     size = f"{abs(ratio):.1%}" if abs(ratio) < 0.1 else f"{abs(ratio):.0%}"
-    return f"{size} {'lower' if ratio < 0 else 'higher'}{'' if told else ' (one seed)'}"
+    return f"{size} {'lower' if ratio < 0 else 'higher'}{'' if significant else ' (one seed)'}"
 
 
 def early_stopped(lab: Lab, label: str, config: RunConfig) -> dict[str, Any]:
     """A separate network whose stages are each stopped where their loss on validation images was lowest.
-
-    Args:
-        lab: What to work with.
-        label: Its name in the table.
-        config: The run of a separate network.
 
     Returns:
         The row; `stopped` says at which share of its training each stage stopped, one list a seed. What was trained
@@ -228,13 +177,16 @@ def early_stopped(lab: Lab, label: str, config: RunConfig) -> dict[str, Any]:
             loss = held_out_loss(denoiser, lab.cells.measured, stages=lab.cells.stages, max_images=1_000, repeats=4)
             return {
                 **distances(lab.extractor, lab.test, images, ["fd", "kid"]),
-                "loss": loss.loss, "stage_loss": list(loss.stage_loss),
+                "loss": loss.loss,
+                "stage_loss": list(loss.stage_loss),
                 "stopped": [(point + 1) / one.points for point in chosen],
-            }  # fmt: skip
+            }
 
-        found = lab.cells.remember(one, -1, f"early-stopped-{lab.budget.samples}-{lab.extractor.digest[:8]}", measure)
-        figures.append(found)
-        stopped.append(found["stopped"])
+        measurements = lab.cells.cached(
+            one, -1, f"early-stopped-{lab.budget.samples}-{lab.extractor.digest[:8]}", measure
+        )
+        figures.append(measurements)
+        stopped.append(measurements["stopped"])
     return {"label": label, **costs(lab, cells), **summed(figures), "stopped": stopped}
 
 
