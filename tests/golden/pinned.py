@@ -1,6 +1,6 @@
 """What is pinned and how it is computed: by the command line and the files that it writes, whatever lies behind it.
 
-`make.py` wrote the numbers with version 0.1; `test_golden.py` and `test_files.py` compute them again.
+`make.py` wrote the numbers with version 0.1; `test_golden.py` and `test_golden_files.py` compute them again.
 """
 
 import io
