@@ -100,6 +100,11 @@ def test_own_metric(tmp_path, monkeypatch, capsys):
     assert list(figures) == ["mean_shift", "psnr", "fd", "loss"] and all(value > 0 for value in figures.values())
 
 
+def test_own_data(tmp_path):
+    fields = load("own_data").main(str(tmp_path / "run"), steps=3)
+    assert fields.shape == (16, 5, 8, 8) and 200 < fields.mean() < 360
+
+
 def test_own_network(tmp_path, capsys):
     load("own_network").main(str(tmp_path / "run"), steps=4)
     loss = load("own_network").main(str(tmp_path / "run"), steps=8)  # resumes

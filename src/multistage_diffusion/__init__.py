@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.conditioning import Conditioning
     from multistage_diffusion.config import EngineConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
     from multistage_diffusion.data import Images, load_data
+    from multistage_diffusion.data.user import as_data
     from multistage_diffusion.denoiser import Denoiser
     from multistage_diffusion.evaluation import evaluate
     from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
@@ -53,6 +54,7 @@ _HOMES = {
     # data
     "Images": "data",
     "load_data": "data",
+    "as_data": "data.user",
     # training
     "RunConfig": "config",
     "TrainingConfig": "config",
@@ -99,6 +101,7 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "UNet",
+    "as_data",
     "build_denoiser",
     "build_trainer",
     "cluster",

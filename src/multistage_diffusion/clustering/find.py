@@ -130,8 +130,8 @@ def cluster(
     if labels is not None:
         changes["by_class"] = True
     options = replace(options, **changes)
-    _check_number(len(data), options)
     examples = as_data(data, name=source)
+    _check_number(len(examples), options)
     match options.method:
         case "timestep" | "snr":
             estimate = _baseline(process, options)

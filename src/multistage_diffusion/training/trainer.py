@@ -19,8 +19,8 @@ from multistage_diffusion import rng
 from multistage_diffusion.backbones.layers import takes_dropout_seed
 from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import EngineConfig, TrainingConfig
-from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import Feed
+from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
@@ -70,7 +70,8 @@ class Trainer:
 
     Args:
         denoiser: What is trained, in place; any network, process and stages.
-        data: Training images, or their latents (with the mirrored ones among them, if there is to be a flip).
+        data: What `as_data` takes: training images, fields, or latents (with the mirrored ones among them, if there is
+            to be a flip).
         training: Steps, batches, optimisation, averages.
         engine: How steps are computed.
         flip: Mirror half of the images left to right.
@@ -96,7 +97,7 @@ class Trainer:
     def __init__(
         self,
         denoiser: Denoiser,
-        data: Examples,
+        data: Data,
         training: TrainingConfig = TrainingConfig(),  # noqa: B008  (frozen)
         engine: EngineConfig = EngineConfig(),  # noqa: B008
         *,
@@ -109,6 +110,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.device = denoiser.device if device is None else torch.device(device)
+        data = as_data(data)
         self.data, self.training, self.engine, self.processes = data, training, engine, processes
         self.flip, self.augment_probability, self.callbacks = flip, augment_probability, callbacks
         micro_batches = processes.size * engine.gradient_accumulation
