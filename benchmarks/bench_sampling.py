@@ -45,7 +45,7 @@ def accuracy(process: Process) -> list[dict[str, object]]:
     """Mean distance from the end point of the probability flow (2400 evaluations of Heun), for each solver."""
     noise = torch.randn(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * process.sigma_max
     exact = heun(mixture, noise, sigma_schedule(process, "karras", 1200))
-    released = replace(SOLVERS["dpmpp-3m"], name="dpmpp-3m, released weight", run=partial(dpmpp_3m, released=True))
+    released = replace(SOLVERS["dpmpp-3m"], name="dpmpp-3m, released weight", solve=partial(dpmpp_3m, released=True))
     rows = []
     for budget in BUDGETS:
         for solver in (*SOLVERS.values(), released):
@@ -53,7 +53,7 @@ def accuracy(process: Process) -> list[dict[str, object]]:
                 continue
             steps = next(n for n in range(budget, 0, -1) if solver.nfe(n) <= budget)
             ends = {
-                spacing: solver.run(mixture, noise, sigma_schedule(process, spacing, steps)) for spacing in SPACINGS
+                spacing: solver.solve(mixture, noise, sigma_schedule(process, spacing, steps)) for spacing in SPACINGS
             }
             errors = {spacing: round(float((end - exact).abs().mean()), 5) for spacing, end in ends.items()}
             rows.append({"solver": solver.name, "nfe": solver.nfe(steps), "errors": errors})
@@ -85,7 +85,7 @@ def timing(device: str) -> list[dict[str, object]]:
         ("dpmpp-3m", lambda: EDMDPMSolverMultistepScheduler(solver_order=3)),
     ):
         runs: dict[str, Callable[[], Tensor]] = {
-            "ours": lambda name=name: SOLVERS[name].run(cheap, x, sigmas),
+            "ours": lambda name=name: SOLVERS[name].solve(cheap, x, sigmas),
             "diffusers": lambda make=make: theirs(make(), x, steps),
         }
         seconds: dict[str, list[float]] = {who: [] for who in runs}

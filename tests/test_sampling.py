@@ -110,7 +110,7 @@ def test_solver_converges_with_its_order(name):
     solver = SOLVERS[name]
     levels = geometric if name == "dpm-3" else karras
     steps = (50, 98, 194) if solver.order == 3 else (48, 96, 192)  # 3 k + 2: the singlestep solver ends with order 2
-    assert measured_order(solver.run, steps, levels) == pytest.approx(solver.order, abs=0.3)
+    assert measured_order(solver.solve, steps, levels) == pytest.approx(solver.order, abs=0.3)
 
 
 @pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.stochastic])
@@ -121,7 +121,7 @@ def test_stochastic_solvers_variance_converges_with_the_order(name):
         high, low = float(sigmas[0]), float(sigmas[-1])
         starts = torch.zeros(steps + 1, dtype=torch.float64)
         starts[0] = math.sqrt(VARIANCE + high**2)
-        ends = SOLVERS[name].run(
+        ends = SOLVERS[name].solve(
             lambda x, sigma: VARIANCE / (VARIANCE + sigma**2) * x, starts, sigmas,
             noise=lambda step: torch.nn.functional.one_hot(torch.tensor(step + 1), steps + 1).double(),
         )  # fmt: skip
@@ -148,7 +148,7 @@ def test_gaussian_marginal_is_right(name):
     generator = torch.Generator().manual_seed(1)
     draw = partial(torch.randn, 20_000, generator=generator, dtype=torch.float64)
     sigmas = sigma_schedule(EDM(), "log-snr", 400)
-    x = solver.run(gaussian, MEAN + 80.0 * draw(), sigmas, noise=lambda step: draw())
+    x = solver.solve(gaussian, MEAN + 80.0 * draw(), sigmas, noise=lambda step: draw())
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.012)
     assert float(x.var()) == pytest.approx(VARIANCE, rel=0.06)
 
@@ -163,19 +163,19 @@ def test_nfe_is_exact(name, steps):
         return gaussian(x, sigma)
 
     x = torch.full((3,), 80.0)
-    end = SOLVERS[name].run(denoise, x, sigma_schedule(EDM(), "karras", steps), noise=lambda step: torch.zeros(3))
+    end = SOLVERS[name].solve(denoise, x, sigma_schedule(EDM(), "karras", steps), noise=lambda step: torch.zeros(3))
     assert len(calls) == (2 * steps - 1 if name == "heun" else steps) == SOLVERS[name].nfe(steps)
     assert len(calls) == Sampler(solver=name, steps=steps).nfe
     assert all(isinstance(sigma, float) and sigma > 0 for sigma in calls)
     assert end.isfinite().all()
-    assert tuple(calls) == evaluations(SOLVERS[name].run, sigma_schedule(EDM(), "karras", steps))
+    assert tuple(calls) == evaluations(SOLVERS[name].solve, sigma_schedule(EDM(), "karras", steps))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_step_to_zero_returns_the_estimate(name):
     seen = []
     sigmas = sigma_schedule(EDM(), SOLVERS[name].default_spacing, 7)
-    end = SOLVERS[name].run(
+    end = SOLVERS[name].solve(
         gaussian, torch.tensor([30.0]), sigmas, noise=lambda step: torch.ones(1), callback=seen.append
     )
     assert seen[-1].sigma_next == 0
@@ -186,10 +186,10 @@ def test_the_step_to_zero_returns_the_estimate(name):
 def test_ddim_is_euler_without_noise_and_ancestral_with_all_of_it():
     sigmas, x = sigma_schedule(VP(), "uniform-t", 9), torch.linspace(-150, 150, 5)
     noise = lambda step: torch.full((5,), 0.1 * step)  # noqa: E731
-    torch.testing.assert_close(ddim(gaussian, x, sigmas), SOLVERS["euler"].run(gaussian, x, sigmas))
-    torch.testing.assert_close(ddim(gaussian, x, sigmas), SOLVERS["dpm-1"].run(gaussian, x, sigmas))
+    torch.testing.assert_close(ddim(gaussian, x, sigmas), SOLVERS["euler"].solve(gaussian, x, sigmas))
+    torch.testing.assert_close(ddim(gaussian, x, sigmas), SOLVERS["dpm-1"].solve(gaussian, x, sigmas))
     full = ddim(gaussian, x, sigmas, noise=noise, eta=1.0)
-    torch.testing.assert_close(full, SOLVERS["ancestral"].run(gaussian, x, sigmas, noise=noise))
+    torch.testing.assert_close(full, SOLVERS["ancestral"].solve(gaussian, x, sigmas, noise=noise))
 
 
 def test_churn_follows_algorithm_2():
@@ -234,7 +234,7 @@ def test_levels_must_decrease(sigmas, words):
 @pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.stochastic])
 def test_stochastic_solver_asks_for_noise(name):
     with pytest.raises(ConfigError, match="needs noise"):
-        SOLVERS[name].run(gaussian, torch.zeros(1), [2.0, 1.0, 0.0])
+        SOLVERS[name].solve(gaussian, torch.zeros(1), [2.0, 1.0, 0.0])
 
 
 # Images from a denoiser
@@ -279,7 +279,7 @@ def test_plan_is_what_the_run_does(denoiser, name):
     assert stages == sampler.plan(denoiser.process, denoiser.stages)
     sigmas = sigma_schedule(denoiser.process, SOLVERS[name].default_spacing, 7)
     assert torch.equal(sampler.levels(denoiser.process), sigmas)
-    assert stages == tuple(denoiser.stages.of(sigma) for sigma in evaluations(SOLVERS[name].run, sigmas))
+    assert stages == tuple(denoiser.stages.of(sigma) for sigma in evaluations(SOLVERS[name].solve, sigmas))
     shares = sampler.shares(denoiser.process, denoiser.stages)
     assert shares == pytest.approx([stages.count(k) / len(stages) for k in range(3)]) and sum(shares) == 1
     assert set(stages) == {0, 1, 2} and list(stages) == sorted(stages, reverse=True)
@@ -292,7 +292,7 @@ def test_plan_follows_churn_across_an_edge():
     top, stages = EDM().sigma_max, Stages((1.1 * EDM().sigma_max,))
     assert Sampler(solver="euler", steps=1).plan(EDM(), stages) == (0,)
     assert Sampler(solver="euler", steps=1, churn=1.0).plan(EDM(), stages) == (1,)
-    assert evaluations(Sampler(solver="euler", churn=1.0).run, [top, 0.0]) == (pytest.approx(2**0.5 * top),)
+    assert evaluations(Sampler(solver="euler", churn=1.0).solve, [top, 0.0]) == (pytest.approx(2**0.5 * top),)
 
 
 def test_modes_are_restored_and_dropout_is_off():
@@ -312,10 +312,10 @@ def test_guidance_is_the_formula_in_its_interval(conditional):
         given = conditional(x, sigma, labels)
     expected = without + 2.5 * (given - without)
     assert not torch.allclose(given, without)
-    from multistage_diffusion.sampling.images import _Drawing
+    from multistage_diffusion.sampling.images import Drawing
 
     for interval, wanted in (((0.1, 1.0), expected), ((0.6, 1.0), given), ((0.1, 0.4), given)):
-        call = _Drawing(Sampler(guidance=2.5, guidance_interval=interval), conditional).denoise(labels)
+        call = Drawing(Sampler(guidance=2.5, guidance_interval=interval), conditional).denoise(labels)
         with torch.inference_mode():
             torch.testing.assert_close(call(x, sigma), wanted, rtol=1e-4, atol=1e-5)
 
@@ -383,7 +383,7 @@ def test_an_image_that_is_not_finite_names_its_seed():
         ({"seeds": []}, "seeds must be at least one"),
         ({"batch_size": 0}, "batch-size must be at least 1"),
         ({"labels": 1}, "model is unconditional"),
-        ({"guidance": 2.0}, "needs labels"),
+        ({"guidance": 2.0}, "needs a class for each image"),
         ({"guidance_interval": (2.0, 1.0)}, "guidance-interval must be"),
         ({"seed": -1}, r"seed must be a whole number in \[0, 2\^63\), got -1"),
         ({"seed": 2**63}, "seed must be a whole number"),
@@ -407,11 +407,12 @@ def test_fractions_are_refused():
 import torch, tiny
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.sampling import Sampler, sample
-denoiser = tiny.denoiser()
+denoiser, conditional = tiny.denoiser(), tiny.denoiser(tiny.replace(tiny.MODEL, classes=3))
 for draw in (
     lambda: Sampler(steps=2.5), lambda: sample(denoiser, seed=0.5), lambda: sample(denoiser, seed="0"),
     lambda: sample(denoiser, 1.5), lambda: sample(denoiser, seeds=[0, 1.5]), lambda: sample(denoiser, seeds=[True]),
     lambda: sample(denoiser, seeds=torch.tensor([0.0])), lambda: sample(denoiser, seeds=torch.tensor([[0]])),
+    lambda: sample(conditional, 2, labels=[0, 0.5]), lambda: sample(conditional, 1, labels=torch.tensor([1.0])),
 ):
     try:
         draw()
@@ -419,7 +420,7 @@ for draw in (
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert done.stdout.count("whole number") == 8, done.stdout + done.stderr
+    assert done.stdout.count("whole number") == 10, done.stdout + done.stderr
 
 
 def test_wrong_arguments_are_refused_at_the_call_and_not_at_the_first_batch(denoiser):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, Process
     from multistage_diffusion.recipes import preset, recipe
     from multistage_diffusion.runs import Run, build_denoiser, load_run
-    from multistage_diffusion.sampling import sample
+    from multistage_diffusion.sampling import Sampler, sample
     from multistage_diffusion.stages import Stages
     from multistage_diffusion.training.callbacks import Callback, LogRecord
     from multistage_diffusion.training.run import build_trainer, fit, train
@@ -72,6 +72,7 @@ _HOMES = {
     # use
     "Run": "runs",
     "load_run": "runs",
+    "Sampler": "sampling",
     "sample": "sampling",
     "evaluate": "evaluation",
 }
@@ -97,6 +98,7 @@ __all__ = [
     "Process",
     "Run",
     "RunConfig",
+    "Sampler",
     "Stages",
     "Trainer",
     "TrainingConfig",

@@ -49,13 +49,16 @@ class Denoiser(nn.Module):
         backbone: Record from which the network was built, or which names its class where it was given as it is.
         precision: What the network's matrix products and convolutions compute in, by autocast: "fp32", "bf16" or
             "fp16". Weights, inputs and estimates are float32 in each of them. It is not saved.
-        sampler: How images are drawn unless told otherwise, as its run was configured; saved with the weights.
+        sampler: How images are drawn by default, as its run was configured; saved with the weights.
+        label_optional: Whether a conditional model draws images without a class: not where training hid no labels.
+            Saved with the weights.
     """
 
     _home: Tensor
     backbone: Backbone
     precision: Precision
     sampler: Sampler | None
+    label_optional: bool
 
     def __init__(
         self,
@@ -78,7 +81,8 @@ class Denoiser(nn.Module):
             )
         self.process = process_by_kind(process) if isinstance(process, str) else process
         self.network, self.stages, self.shape, self.classes = network, stages, shape, classes
-        self.backbone, self.precision, self.sampler = _describe(network, classes), "fp32", None
+        self.backbone, self.precision = _describe(network, classes), "fp32"
+        self.sampler, self.label_optional = None, True
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @classmethod
@@ -200,6 +204,8 @@ class Denoiser(nn.Module):
         }
         if self.sampler is not None:
             document["sampling"] = to_dict(self.sampler)
+        if not self.label_optional:
+            document["label_optional"] = False
         with whole_directory(Path(directory)) as temporary:
             (temporary / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
             state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
@@ -241,6 +247,7 @@ class Denoiser(nn.Module):
                 denoiser = cls.from_backbone(backbone, process, shape, stages)
             if "sampling" in document:
                 denoiser.sampler = from_dict(Sampler, document["sampling"], where, "sampling")
+            denoiser.label_optional = document.get("label_optional") is not False
         except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
         load_weights(denoiser.network, folder / WEIGHTS)

@@ -1,8 +1,8 @@
 """A local page that draws images and shows stages and estimates along the steps: three routes of the standard library.
 
 GET / is the page, GET /about what the model is, POST /sample a stream of JSON lines. Nothing else answers; no request
-names a file. One request draws at a time, a few wait, and what nobody listens to any more is stopped before its next
-step.
+names a file. One request draws at a time and a few wait; when a client disconnects, its drawing ends before the next
+network evaluation.
 """
 
 from __future__ import annotations
@@ -35,9 +35,16 @@ from multistage_diffusion.sampling import SOLVERS, Sampler, SamplerOptions, Solv
 
 MAX_IMAGES, MAX_STEPS, MAX_BODY, MAX_WAITING = 64, 200, 1 << 20, 8
 LOCAL = ("127.0.0.1", "localhost", "::1")
-_SILENCE = 10.0  # seconds that a connection may say nothing
-_SHOWN = 16  # images of an estimate
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+_TIMEOUT = 10.0  # seconds that a connection may send nothing
+_STEP_IMAGES = 16  # images of an estimate
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Connection": "close",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +66,8 @@ class Request(SamplerOptions):
         check(abs(self.guidance or 0) <= 100, "guidance", "between -100 and 100", self.guidance)
 
 
-class _GoneError(Exception):
-    """Nobody listens any more, or the server is being closed."""
+class _DisconnectedError(Exception):
+    """The client disconnected, or the server is being closed."""
 
 
 @final
@@ -70,7 +77,7 @@ class Server(ThreadingHTTPServer):
     Args:
         denoiser: The model.
         codec: Makes pictures of what the model makes.
-        sampler: How images are drawn unless a request says otherwise; the page proposes it.
+        sampler: How images are drawn by default; the page proposes it.
         name: What the page calls the model.
         address: Host and port; port 0 takes a free one.
         token: What requests must carry as `?token=`; needed where others can reach the port.
@@ -98,24 +105,24 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(address, _Handler)
         except (OSError, OverflowError) as error:
-            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            mend = "; choose another --port, or 0 for a free one" if taken else ""
+            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            mend = "; choose another --port, or 0 for a free one" if in_use else ""
             raise ConfigError(f"cannot listen on {address[0]} port {address[1]}: {error}{mend}") from error
         self.hosts = {f"[{host}]:{self.server_port}" if ":" in host else f"{host}:{self.server_port}" for host in LOCAL}
 
     def server_bind(self) -> None:
-        """Take the port; the base class would ask the network for this machine's name, too."""
+        """Bind the port without a look-up of this machine's name, which the base class makes."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One line without what the client wrote, and nothing for a connection that broke."""
+        """Print one line without the client's text, and nothing for a broken connection."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             print(f"warning: a request failed: {type(error).__name__}", file=sys.stderr)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, and know of its thread while that lasts."""
+        """Serve a connection; `served` holds its thread meanwhile."""
         self.served[request] = threading.current_thread()
         try:
             super().process_request_thread(request, client_address)
@@ -123,22 +130,22 @@ class Server(ThreadingHTTPServer):
             del self.served[request]
 
     def server_close(self) -> None:
-        """Close the port and all connections, and stop drawing before the next step."""
+        """Close the port and all connections, and end drawing before the next network evaluation."""
         self.closing.set()
         super().server_close()
         threads = dict(self.served)
-        for connection in threads:  # one whose client reads no more would hold its thread in a write
+        for connection in threads:  # a client that stopped reading would block its thread in a write
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        for thread in threads.values():  # a thread that the end of the process finds inside torch would abort it
+        for thread in threads.values():  # a thread inside torch at the end of the process would abort it
             thread.join(timeout=3)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request; the connection is closed after it."""
+    """One request a connection."""
 
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
-    timeout = _SILENCE
+    timeout = _TIMEOUT
     server_version, sys_version = "msd", ""
     started = False
 
@@ -171,20 +178,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(int(length))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """One line of JSON; a method that nobody knows is the client's mistake."""
+        """Answer with one line of JSON; an unknown method is an error of the client (405, not 501)."""
         code = 405 if code == 501 else code
         text = message if message and code in (400, 403, 429) else self.responses.get(code, ("error",))[0]
         self._send(code, "application/json", json.dumps({"error": text}).encode() + b"\n")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a log of what strangers wrote helps nobody."""
+        """Log nothing: the text comes from clients."""
 
     def _refused(self) -> bool:
-        """Refuse other sites' pages (their Host or Origin is not ours), and strangers without the token."""
+        """Refuse requests from other sites' pages, by their Host or Origin, and requests without the token."""
         host, origin, token = self.headers.get("Host", ""), self.headers.get("Origin"), self.server.token
-        given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-        known = host in self.server.hosts if token is None else hmac.compare_digest(given.encode(), token.encode())
-        if known and origin in (None, f"http://{host}"):
+        if token is None:
+            allowed = host in self.server.hosts
+        else:
+            request_token = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+            allowed = hmac.compare_digest(request_token.encode(), token.encode())
+        if allowed and origin in (None, f"http://{host}"):
             return False
         self.send_error(403, "this address is not served" if token is None else "the token is missing or wrong")
         return True
@@ -193,11 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Read a request, wait for its turn, draw; one line for whatever is wrong with it."""
         server = self.server
         try:
-            content = self.rfile.read(length)  # a client that is slow to ask takes nobody's place
+            content = self.rfile.read(length)  # before a place is taken, as a client may be slow
         except OSError:
             return None
         if not server.places.acquire(blocking=False):
-            return self.send_error(429, f"{MAX_WAITING} requests wait already; try again later")
+            return self.send_error(429, f"{MAX_WAITING} requests are waiting; try again later")
         try:
             request = from_dict(Request, json.loads(content), "request")
             while not server.drawing.acquire(timeout=0.2):
@@ -212,17 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self._line({"error": text})
             else:
                 self.send_error(400, text)
-        except (_GoneError, OSError):
+        except (_DisconnectedError, OSError):
             pass
         finally:
             server.places.release()
 
     def _draw(self, request: Request) -> None:
-        """Draw images, and tell of every step."""
+        """Draw images, and send a line for every step."""
         denoiser, sampler = self.server.denoiser, request.apply(self.server.sampler)
 
-        def see(step: SolverStep) -> None:
-            stage, picture = denoiser.stages.of(step.sigma), self._picture(step.denoised[:_SHOWN])
+        def send_step(step: SolverStep) -> None:
+            stage, picture = denoiser.stages.of(step.sigma), self._picture(step.denoised[:_STEP_IMAGES])
             self._line({"step": step.index, "sigma": step.sigma, "stage": stage, "image": picture})
 
         self._line({"calls": sampler.plan(denoiser.process, denoiser.stages)})
@@ -231,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
             consecutive_seeds(request.seed, request.num),
             labels=request.label,
             batch_size=request.num,
-            callback=see,
+            callback=send_step,
             stop=self._stop,
         )
         self._line({
@@ -240,20 +250,20 @@ class _Handler(BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def _stop(self) -> bool:
-        """Asked before every call of the network; raises where nobody listens, and so ends the drawing."""
+        """Called before every network evaluation; raises where the client disconnected, which ends the drawing."""
         readable = select.select([self.connection], [], [], 0)[0]
         if self.server.closing.is_set() or (readable and not self.connection.recv(1, socket.MSG_PEEK)):
-            raise _GoneError
+            raise _DisconnectedError
         return False
 
     def _picture(self, images: Tensor) -> str:
         codec = self.server.codec
-        shown = images.detach().float().cpu()
-        shown = shown if codec is None else codec.preview(shown)
-        return base64.b64encode(png(grid(shown, scale=max(1, 64 // shown.shape[2])))).decode()
+        images = images.detach().float().cpu()
+        images = images if codec is None else codec.preview(images)
+        return base64.b64encode(png(grid(images, scale=max(1, 64 // images.shape[2])))).decode()
 
     def _line(self, document: dict[str, Any]) -> None:
-        """One line of the stream, after the headers the first time."""
+        """Send one line of the stream; before the first one, the headers."""
         if not self.started:
             self.started = True
             self._head(200, "application/x-ndjson")
@@ -265,9 +275,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, code: int, kind: str) -> None:
         self.send_response(code)
-        for name, value in (
-            ("Content-Type", kind), ("Cache-Control", "no-store"), ("Content-Security-Policy", _POLICY),
-            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Connection", "close"),
-        ):  # fmt: skip
+        for name, value in {"Content-Type": kind, **_HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()

@@ -210,8 +210,7 @@ def widths_for_sampling(
 ) -> Allocation:
     """Decoder widths of least expected loss, after some images, under a budget of FLOPs for one image to be drawn."""
     stages, process = Stages(config.stages.edges), config.process
-    plan = config.sampling.plan(process, stages)
-    calls = [plan.count(stage) for stage in range(len(stages))]
+    calls = config.sampling.stage_calls(process, stages, labels=config.model.classes > 0)
     flops = _flops(config, shape, candidates, len(stages), lambda cost: cost.flops)
     return allocate_sampling(laws, stages.shares(process), candidates, flops, calls, budget, images)
 

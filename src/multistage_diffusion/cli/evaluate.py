@@ -14,6 +14,7 @@ from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.cli.sample import RESULT as SAMPLES
 from multistage_diffusion.config import Precision, check
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.records import check_seed
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError("fid is fd with the features inception; add --features inception, or ask for fd")
     names = ["fd" if name == "fid" else name for name in names]
     is_file = options.reference.endswith(".npz")
+    check_seed(options.seed, options.num)
     check(is_file or options.reference in ("test", "train"), "reference", "test, train or FILE.npz", options.reference)
 
     from multistage_diffusion.files import write_json

@@ -58,15 +58,7 @@ class Options(SamplerOptions, Compute):
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Sample.
-
-    Args:
-        options: The command's options.
-        console: Where people read.
-
-    Returns:
-        The command's document.
-    """
+    """Draw the images, write the folder and return the command's document."""
     out = Path(options.out)
     if out.exists() and not (out / RESULT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds other files; choose an empty or new folder")
@@ -76,6 +68,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import load_codec
     from multistage_diffusion.data.pictures import grid, picture, png, stack
     from multistage_diffusion.files import whole_directory
+    from multistage_diffusion.records import to_dict
     from multistage_diffusion.runs import load_run
     from multistage_diffusion.sampling import Trace, consecutive_seeds
 
@@ -99,11 +92,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     npz = options.format == "npz" or not pictures
     names = ["samples.npz"] if npz else [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
     document = {
-        "run": options.run, "weights": options.weights, "ema_length": options.sigma_rel, "step": loaded.step,
-        "images": options.num, "classes": list(options.label), "guidance": sampler.guidance, "solver": sampler.name,
-        "steps": sampler.steps, "precision": options.precision, "nfe": samples.nfe,
-        "stage_calls": list(samples.stage_calls), "seed": options.seed, "seconds": round(samples.seconds, 3),
-    }  # fmt: skip
+        "run": options.run,
+        "weights": options.weights,
+        "ema_length": options.sigma_rel,
+        "step": loaded.step,
+        "images": options.num,
+        "classes": list(options.label),
+        **to_dict(sampler),
+        "precision": options.precision,
+        "nfe": samples.nfe,
+        "stage_calls": list(samples.stage_calls),
+        "seed": options.seed,
+        "seconds": round(samples.seconds, 3),
+    }
     images = samples.images if codec is None else codec.decode(samples.images)
     scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None
     with whole_directory(out) as folder:
@@ -118,9 +119,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         if options.denoise_trace:
             frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
             estimates = trace.denoised if codec is None else [codec.preview(item) for item in trace.denoised]
-            strip = grid(
-                stack(estimates), columns=len(frames), scale=scale, gap=3, frames=frames * len(estimates[0])
-            )  # fmt: skip
+            frames_of_all = frames * len(estimates[0])
+            strip = grid(stack(estimates), columns=len(frames), scale=scale, gap=3, frames=frames_of_all)
             (folder / "trace.png").write_bytes(png(strip))
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
     console.print(

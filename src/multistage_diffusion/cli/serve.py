@@ -28,7 +28,7 @@ class Options(SamplerOptions, Compute):
     run: tyro.conf.Positional[str]
     """Run directory."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, who need the token."""
+    """Address to listen on; with 0.0.0.0 other machines can reach the page, with the token."""
     port: int = 7860
     """Port to listen on; 0 takes a free one."""
     weights: Literal["ema", "raw"] = "ema"
@@ -36,15 +36,7 @@ class Options(SamplerOptions, Compute):
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Serve until a signal comes.
-
-    Args:
-        options: The command's options.
-        console: Where people read.
-
-    Returns:
-        Never.
-    """
+    """Serve until a signal comes; never returns."""
     check(0 <= options.port <= 65_535, "port", "in 0..65535", options.port)
     device = prepare(options)
 
@@ -55,14 +47,17 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     loaded = load_run(options.run, weights=options.weights, device=device)
     token = None if options.host in LOCAL else secrets.token_urlsafe(16)
     server = Server(
-        loaded.denoiser, codec=load_codec(options.run, device), name=Path(options.run).absolute().name,
-        sampler=options.apply(loaded.denoiser.sampler or Sampler()), token=token,
+        loaded.denoiser,
+        codec=load_codec(options.run, device),
+        name=Path(options.run).absolute().name,
+        sampler=options.apply(loaded.denoiser.sampler or Sampler()),
+        token=token,
         address=(options.host, options.port),
-    )  # fmt: skip
+    )
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{server.server_port}/" + (f"?token={token}" if token else "")
     if token is not None:
-        console.print(f"warning: other machines can reach port {server.server_port}; whoever has the token can draw")
+        console.print(f"warning: other machines can reach port {server.server_port}; every request needs the token")
     console.print(f"serving {options.run} at {url}; Ctrl-C ends it")
     if options.json:
         print(json.dumps({"url": url, "port": server.server_port}), flush=True)

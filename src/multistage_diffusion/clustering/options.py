@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.records import check, check_needs
+from multistage_diffusion.records import check, check_needs, check_seed
 
 Method = Literal["optimal-denoiser", "timestep", "snr", "gradient"]
 Objective = Literal["crossing", "similarity", "variance"]
@@ -65,6 +65,7 @@ class ClusterOptions:
         check(self.samples is None or self.samples >= 100, "samples", "at least 100", self.samples)
         check(self.resamples >= 0, "resamples", "at least 0", self.resamples)
         check(self.max_images is None or self.max_images >= 8, "max-images", "at least 8", self.max_images)
+        check_seed(self.seed)
         check_choices(vars(self))
         if self.objective == "crossing" and self.stages != 3:
             raise ConfigError(f"the objective crossing finds 3 stages, got stages {self.stages}; use variance")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from multistage_diffusion.backbones import Backbone, UNet
 from multistage_diffusion.noise import VP, Process
-from multistage_diffusion.records import check, check_numbers
+from multistage_diffusion.records import check, check_numbers, check_seed
 from multistage_diffusion.sampling.sampler import Sampler
 
 ModelConfig = UNet  # its name in version 0.1
@@ -168,7 +168,7 @@ class TrainingConfig:
             self.sigma_rel,
         )
         check(self.keep_every >= 0, "training.keep-every", "at least 0", self.keep_every)
-        check(0 <= self.seed < 2**63, "training.seed", "in [0, 2^63)", self.seed)
+        check_seed(self.seed, option="training.seed")
 
 
 @dataclass(frozen=True, kw_only=True)

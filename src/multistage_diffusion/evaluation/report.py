@@ -313,17 +313,17 @@ class _Clock:
 
 def _cost(denoiser: Denoiser, sampler: Sampler, stage_images: Sequence[int] | None) -> SampleCost:
     cost = denoiser_cost(denoiser)
-    plan = sampler.plan(denoiser.process, denoiser.stages)
-    stage_calls = tuple(plan.count(k) for k in range(len(cost.stages)))
+    stage_calls = sampler.stage_calls(denoiser.process, denoiser.stages)
+    passes = sampler.stage_calls(denoiser.process, denoiser.stages, labels=denoiser.classes > 0)
     return SampleCost(
         solver=sampler.name,
         steps=sampler.steps,
         precision=denoiser.precision,
-        nfe=len(plan),
+        nfe=sum(stage_calls),
         stage_calls=stage_calls,
         stage_gmacs=tuple(stage.gmacs for stage in cost.stages),
         guidance=None if sampler.guidance == 1 else sampler.guidance,
-        gflops_per_sample=cost.flops(sampler.passes(denoiser.process, denoiser.stages)) / 1e9,
+        gflops_per_sample=cost.flops(passes) / 1e9,
         training_images=None if stage_images is None else sum(stage_images),
         training_pflops=None if stage_images is None else cost.training_flops(stage_images) / 1e15,
     )

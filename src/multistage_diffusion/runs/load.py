@@ -49,7 +49,7 @@ def build_denoiser(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed the GPUs, too
             denoiser = Denoiser.from_backbone(config.model, config.process, shape, stages)
-    denoiser.sampler = config.sampling
+    denoiser.sampler, denoiser.label_optional = config.sampling, config.training.label_dropout > 0
     return denoiser
 
 

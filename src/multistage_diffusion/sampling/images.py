@@ -57,8 +57,13 @@ class SampledDenoiser(Protocol):
         ...
 
     @property
+    def label_optional(self) -> bool:
+        """Whether a conditional model draws images without a class."""
+        ...
+
+    @property
     def sampler(self) -> Sampler | None:
-        """How images are drawn unless told otherwise."""
+        """How images are drawn by default."""
         ...
 
     def __call__(self, x: Tensor, sigma: float, conditioning: Conditioning, /) -> Tensor:
@@ -153,63 +158,89 @@ def consecutive_seeds(seed: int, num: int) -> Int[Tensor, " num"]:
     return torch.arange(num) + seed
 
 
-def collect(
-    sampler: Sampler,
-    denoiser: SampledDenoiser,
-    seeds: Seeds,
-    labels: Labels | None,
-    batch_size: int,
-    offload: bool,
-    callback: Callback | None,
-    stop: Callable[[], bool] | None,
-) -> Samples:
-    """Draw all images: `Sampler.draw`."""
-    begin = time.perf_counter()
-    drawn = list(batches(sampler, denoiser, seeds, labels, batch_size, offload, callback, stop))
-    plan = sampler.plan(denoiser.process, denoiser.stages)
-    images = torch.cat([image for _, image in drawn]) if drawn else torch.zeros(0, *denoiser.shape)
-    finished = tuple(seed for seeds, _ in drawn for seed in seeds.tolist())
-    stage_calls = tuple(plan.count(stage) for stage in range(len(denoiser.stages)))
-    return Samples(images, finished, len(plan), time.perf_counter() - begin, stage_calls)
-
-
-def batches(
-    sampler: Sampler,
-    denoiser: SampledDenoiser,
-    seeds: Seeds,
-    labels: Labels | None,
-    batch_size: int,
-    offload: bool,
-    callback: Callback | None,
-    stop: Callable[[], bool] | None,
-) -> Iterator[SeedsAndImages]:
-    """Check the arguments and draw the images in batches: `Sampler.batches`."""
-    check_count(batch_size, "batch-size")
-    seeds = _seeds(seeds)
-    labels = _labels(denoiser, labels, len(seeds))
-    if sampler.guidance != 1 and labels is None:
-        raise ConfigError(f"guidance {sampler.guidance} needs labels: it strengthens what the class says")
-    return _batches(_Drawing(sampler, denoiser, offload, stop, callback), seeds, labels, batch_size)
-
-
 class _Stopped(Exception):  # noqa: N818  (no error)
     """The caller asked to stop within a batch."""
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """How batches are drawn from a denoiser: with which sampler, from which device, until when."""
+class Drawing:
+    """What `Sampler.draw` and `Sampler.batches` do, with their arguments."""
 
     sampler: Sampler
     denoiser: SampledDenoiser
     offload: bool = False
-    stop: Callable[[], bool] | None = None
     callback: Callback | None = None
+    stop: Callable[[], bool] | None = None
+
+    def samples(self, seeds: Seeds, labels: Labels | None, batch_size: int) -> Samples:
+        """All images, and the account of them."""
+        begin, denoiser = time.perf_counter(), self.denoiser
+        drawn = list(self.batches(seeds, labels, batch_size))
+        stage_calls = self.sampler.stage_calls(denoiser.process, denoiser.stages)
+        images = torch.cat([image for _, image in drawn]) if drawn else torch.zeros(0, *denoiser.shape)
+        finished = tuple(seed for batch, _ in drawn for seed in batch.tolist())
+        return Samples(images, finished, sum(stage_calls), time.perf_counter() - begin, stage_calls)
+
+    def batches(self, seeds: Seeds, labels: Labels | None, batch_size: int) -> Iterator[SeedsAndImages]:
+        """The images batch by batch; the arguments are checked at the call."""
+        check_count(batch_size, "batch-size")
+        seeds = _seeds(seeds)
+        labels = _labels(self.denoiser, labels, len(seeds))
+        _check_guidance(self.sampler.guidance, self.denoiser, labels)
+        return self._batches(seeds, labels, batch_size)
+
+    def _batches(self, seeds: Tensor, labels: Tensor | None, batch_size: int) -> Iterator[SeedsAndImages]:
+        """One batch after the other; smaller ones where memory does not suffice."""
+        denoiser, start = self.denoiser, 0
+        device = denoiser.device
+        try:
+            while start < len(seeds):
+                rows, images = slice(start, start + batch_size), None
+                count = len(seeds[rows])
+                batch_labels = None if labels is None else labels[rows].to(device)
+                try:
+                    with _evaluation(denoiser):
+                        images = self._batch(seeds[rows].to(device), batch_labels)
+                except _Stopped:
+                    return
+                except (MemoryError, RuntimeError) as error:
+                    # A callback saw part of the batch already, and would see it again.
+                    if not is_out_of_memory(error) or count == 1 or self.callback is not None:
+                        raise
+                if images is None:  # only here, as the error holds on to the memory of what failed
+                    batch_size = (count + 1) // 2
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    warnings.warn(
+                        f"memory does not suffice for {count} images at once: going on with {batch_size}", stacklevel=2
+                    )
+                    continue
+                # A copy made outside inference mode is an ordinary tensor, which callers may change or differentiate.
+                yield seeds[rows].clone(), images.clone()
+                start += batch_size
+        finally:
+            if self.offload:
+                denoiser.offload(None)
+
+    def _batch(self, seeds: Tensor, labels: Tensor | None) -> Tensor:
+        """One batch, from its seeds to images on the CPU."""
+        shape, sigmas = self.denoiser.shape, self.sampler.levels(self.denoiser.process).tolist()
+
+        def noise(step: int) -> Tensor:
+            return rng.normal(0, f"step-{step}", seeds, shape)
+
+        x = rng.normal(0, "prior", seeds, shape) * sigmas[0]
+        x = self.sampler.solve(self.denoise(labels), x, sigmas, noise=noise, callback=self.callback)
+        images = x.float().cpu()
+        finite = images.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            seed, solver = int(seeds.cpu()[~finite][0]), self.sampler.name
+            raise NumericsError(f"the image of seed {seed} is not finite with solver {solver}; is the model trained?")
+        return images
 
     def denoise(self, labels: Tensor | None) -> Callable[[Tensor, float], Tensor]:
         """The function that a solver gets, for one batch."""
-        denoiser, guidance = self.denoiser, self.sampler.guidance
-        low, high = self.sampler.guidance_interval or (0.0, float("inf"))
+        denoiser, sampler = self.denoiser, self.sampler
         stage_on_device: int | None = None
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -220,31 +251,15 @@ class _Drawing:
             if self.offload and stage != stage_on_device:
                 denoiser.offload(stage)
                 stage_on_device = stage
-            if labels is None or guidance == 1 or not low <= sigma <= high:
+            if labels is None or not sampler.guides(sigma):
                 return denoiser(x, sigma, Conditioning(labels))
             # D = D_none + guidance (D_class - D_none), Eq. 6 of Ho and Salimans 2022 in D, both in one batch; the
             # interval is that of Kynkäänniemi et al. 2024.
             both = Conditioning(torch.cat((torch.full_like(labels, denoiser.classes), labels)))
             without_class, with_class = denoiser(torch.cat((x, x)), sigma, both).chunk(2)
-            return torch.lerp(without_class, with_class, guidance)
+            return torch.lerp(without_class, with_class, sampler.guidance)
 
         return denoise
-
-    def batch(self, seeds: Tensor, labels: Tensor | None) -> Tensor:
-        """One batch, from its seeds to images on the CPU."""
-        shape, sigmas = self.denoiser.shape, self.sampler.levels(self.denoiser.process).tolist()
-
-        def noise(step: int) -> Tensor:
-            return rng.normal(0, f"step-{step}", seeds, shape)
-
-        x = rng.normal(0, "prior", seeds, shape) * sigmas[0]
-        x = self.sampler.run(self.denoise(labels), x, sigmas, noise=noise, callback=self.callback)
-        images = x.float().cpu()
-        finite = images.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            seed, solver = int(seeds.cpu()[~finite][0]), self.sampler.name
-            raise NumericsError(f"the image of seed {seed} is not finite with solver {solver}; is the model trained?")
-        return images
 
 
 def _seeds(seeds: Seeds) -> Tensor:
@@ -253,60 +268,46 @@ def _seeds(seeds: Seeds) -> Tensor:
     if not isinstance(seeds, Tensor):
         for seed in seeds:
             check_seed(seed)
-        return torch.tensor(seeds)
-    whole = not seeds.is_floating_point() and not seeds.is_complex() and seeds.dtype != torch.bool
-    check(whole and seeds.ndim == 1, "seeds", "a row of whole numbers", f"{seeds.dtype} of shape {tuple(seeds.shape)}")
+    seeds = _whole_numbers(seeds, "seeds")
+    check(seeds.ndim == 1, "seeds", "a row of whole numbers", f"the shape {tuple(seeds.shape)}")
     check_seed(int(seeds.min()))
-    return seeds.long().cpu()
+    return seeds
 
 
 def _labels(denoiser: SampledDenoiser, labels: Labels | None, num: int) -> Tensor | None:
-    """One label for each image; none if the model is unconditional or no class is asked for."""
+    """One label for each image, int64 on the CPU; none if the model is unconditional or no class is asked for."""
     if labels is None:
         return None
     if denoiser.classes == 0:
         raise ConfigError("labels were given, but the model is unconditional (model.classes is 0)")
-    tensor = torch.as_tensor(labels, dtype=torch.int64)
-    tensor = tensor.expand(num) if tensor.ndim == 0 else tensor
-    check(len(tensor) == num, "labels", f"one class for each of {num} images", f"{len(tensor)} classes")
-    low, high = int(tensor.min()), int(tensor.max())
-    wanted = f"between 0 and {denoiser.classes - 1} ({denoiser.classes} for none)"
-    check(low >= 0 and high <= denoiser.classes, "labels", wanted, low if low < 0 else high)
-    return tensor
+    labels = _whole_numbers(labels, "labels")
+    labels = labels.expand(num) if labels.ndim == 0 else labels
+    check(len(labels) == num, "labels", f"one class for each of {num} images", f"{len(labels)} classes")
+    low, high = int(labels.min()), int(labels.max())
+    expected = f"between 0 and {denoiser.classes - 1} ({denoiser.classes} for none)"
+    check(low >= 0 and high <= denoiser.classes, "labels", expected, low if low < 0 else high)
+    return labels
 
 
-def _batches(drawing: _Drawing, seeds: Tensor, labels: Tensor | None, batch_size: int) -> Iterator[SeedsAndImages]:
-    """Draw the images, one batch after the other; in smaller ones where memory does not suffice."""
-    denoiser, start = drawing.denoiser, 0
-    device = denoiser.device
-    try:
-        while start < len(seeds):
-            rows, images = slice(start, start + batch_size), None
-            count = len(seeds[rows])
-            batch_labels = None if labels is None else labels[rows].to(device)
-            try:
-                with _evaluation(denoiser):
-                    images = drawing.batch(seeds[rows].to(device), batch_labels)
-            except _Stopped:
-                return
-            except (MemoryError, RuntimeError) as error:
-                # A callback saw half of the batch already, and would see it again.
-                if not is_out_of_memory(error) or count == 1 or drawing.callback is not None:
-                    raise
-            if images is None:  # only here, as the error holds on to the memory of what failed
-                batch_size = (count + 1) // 2
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                warnings.warn(
-                    f"memory does not suffice for {count} images at once: going on with {batch_size}", stacklevel=2
-                )
-                continue
-            # A copy made outside inference mode is an ordinary tensor, which callers may change or differentiate.
-            yield seeds[rows].clone(), images.clone()
-            start += batch_size
-    finally:
-        if drawing.offload:
-            denoiser.offload(None)
+def _whole_numbers(values: Seeds | Labels, name: str) -> Tensor:
+    """The numbers as int64 on the CPU; fractions are refused and not rounded."""
+    tensor = torch.as_tensor(values)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    check(whole, name, "whole numbers", tensor.dtype)
+    return tensor.long().cpu()
+
+
+def _check_guidance(guidance: float, denoiser: SampledDenoiser, labels: Tensor | None) -> None:
+    """Refuse guidance without classes, and a comparison with images without a class where none was trained on."""
+    if guidance != 1 and labels is None:
+        raise ConfigError(f"guidance {guidance} needs a class for each image; give labels (--class), or guidance 1")
+    if denoiser.classes == 0 or denoiser.label_optional:
+        return
+    trained = "the model was trained with training.label-dropout 0, so it knows no image without a class"
+    if labels is None or (labels == denoiser.classes).any():
+        raise ConfigError(f"{trained}; give labels (--class)")
+    if guidance != 1:
+        raise ConfigError(f"{trained}, and guidance compares with one; sample with guidance 1")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Solvers that look at one step at a time: Euler and Heun (EDM), DDIM, ancestral sampling.
 
 All in the coordinate x = x0 + sigma eps, where the probability flow is dx/dsigma = (x - D(x, sigma))/sigma for every
-process (Karras et al. 2022, Eq. 3 with s = 1).
+process (Karras et al. 2022, Eq. 3 with s = 1). Arguments and result are those of `SolverFunction`. A solver raises
+`ConfigError` where the noise levels do not decrease, or where it needs noise and has none.
 """
 
 from __future__ import annotations
@@ -37,20 +38,14 @@ def euler(
 
     Args:
         denoise: Estimates x0 from (x, sigma).
-        x: Images at the first level.
+        x: Images at the first noise level.
         sigmas: Decreasing noise levels.
-        noise: Fresh noise for each step; needed with churn only.
+        noise: Noise of each step; needed with churn only.
         callback: Sees every step.
         s_churn: Noise added before the steps, in all; 0 is deterministic.
-        s_min: Lowest level at which noise is added.
-        s_max: Highest level at which noise is added.
+        s_min: Lowest noise level at which noise is added.
+        s_max: Highest noise level at which noise is added.
         s_noise: Standard deviation of the added noise.
-
-    Returns:
-        Images at the last level.
-
-    Raises:
-        ConfigError: The levels are not decreasing, or churn has no noise.
 
     Source: Karras et al. 2022, Alg. 2, lines 1-7.
     """
@@ -71,22 +66,7 @@ def heun(
 ) -> Tensor:
     """Heun's method, second order, two evaluations a step but one for the step to 0: the sampler of EDM.
 
-    Args:
-        denoise: Estimates x0 from (x, sigma).
-        x: Images at the first level.
-        sigmas: Decreasing noise levels.
-        noise: Fresh noise for each step; needed with churn only.
-        callback: Sees every step.
-        s_churn: Noise added before the steps, in all; 0 is deterministic.
-        s_min: Lowest level at which noise is added.
-        s_max: Highest level at which noise is added.
-        s_noise: Standard deviation of the added noise.
-
-    Returns:
-        Images at the last level.
-
-    Raises:
-        ConfigError: The levels are not decreasing, or churn has no noise.
+    The arguments are those of `euler`.
 
     Source: Karras et al. 2022, Alg. 1 and (with churn) Alg. 2.
     """
@@ -104,22 +84,7 @@ def ddim(
 ) -> Tensor:
     """DDIM, first order, one evaluation a step: from Euler's method (eta = 0) to ancestral sampling (eta = 1).
 
-    A step keeps part of the noise it found and replaces the rest: x' = D + sqrt(sigma'^2 - a^2) (x - D)/sigma + a z,
-    with a = eta sigma' sqrt(1 - sigma'^2/sigma^2).
-
-    Args:
-        denoise: Estimates x0 from (x, sigma).
-        x: Images at the first level.
-        sigmas: Decreasing noise levels.
-        noise: Fresh noise for each step; needed for eta > 0 only.
-        callback: Sees every step.
-        eta: Share of the ancestral noise, in [0, 1].
-
-    Returns:
-        Images at the last level.
-
-    Raises:
-        ConfigError: eta is outside [0, 1], the levels are not decreasing, or eta > 0 has no noise.
+    `eta`, in [0, 1], is the share of the ancestral noise: a step keeps part of the noise in x and replaces the rest.
 
     Source: Song et al. 2021 (DDIM), Eq. 12 and 16, with sigma^2 = (1 - alpha)/alpha and x divided by sqrt(alpha).
     """
@@ -128,6 +93,8 @@ def ddim(
         denoised = denoise(x, sigma)
         if callback is not None:
             callback(SolverStep(index, sigma, sigma_next, x, denoised))
+        # x' = D + sqrt(sigma'^2 - a^2) (x - D)/sigma + a z, with a = eta sigma' sqrt(1 - sigma'^2/sigma^2): old and new
+        # noise together have the standard deviation sigma'.
         added = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
         x = scale_noise(x, denoised, math.sqrt(sigma_next**2 - added**2) / sigma)
         if added > 0:
@@ -139,19 +106,6 @@ def ancestral(
     denoise: Denoise, x: Tensor, sigmas: Schedule, *, noise: Noise | None = None, callback: Callback | None = None
 ) -> Tensor:
     """Ancestral sampling, the stochastic sampler of DDPM: DDIM with eta = 1, one evaluation a step.
-
-    Args:
-        denoise: Estimates x0 from (x, sigma).
-        x: Images at the first level.
-        sigmas: Decreasing noise levels.
-        noise: Fresh noise for each step.
-        callback: Sees every step.
-
-    Returns:
-        Images at the last level.
-
-    Raises:
-        ConfigError: The levels are not decreasing, or there is no noise.
 
     Source: Ho et al. 2020, Alg. 2 with the posterior's variance (Eq. 7).
     """
@@ -170,18 +124,20 @@ def _edm(
 ) -> Tensor:
     """Algorithm 2 of Karras et al. 2022, with or without the second-order correction (lines 9-11)."""
     s_churn, s_min, s_max, s_noise = churn
-    gain = min(s_churn / (len(levels) - 1), MAX_CHURN)
+    gamma = min(s_churn / (len(levels) - 1), MAX_CHURN)
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        if gain > 0 and s_min <= sigma <= s_max:
-            raised = sigma * (1 + gain)
-            x = x + s_noise * math.sqrt(raised**2 - sigma**2) * require_noise(noise, index)
-            sigma = raised
+        if gamma > 0 and s_min <= sigma <= s_max:
+            # Churn: noise of variance sigma_hat^2 - sigma^2 lifts x to the higher level sigma_hat (lines 5-6).
+            sigma_hat = sigma * (1 + gamma)
+            x = x + s_noise * math.sqrt(sigma_hat**2 - sigma**2) * require_noise(noise, index)
+            sigma = sigma_hat
         denoised = denoise(x, sigma)
         if callback is not None:
             callback(SolverStep(index, sigma, sigma_next, x, denoised))
-        ahead = scale_noise(x, denoised, sigma_next / sigma)
+        x_next = scale_noise(x, denoised, sigma_next / sigma)
         if corrected and sigma_next > 0:
-            slopes = (x - denoised) / sigma + (ahead - denoise(ahead, sigma_next)) / sigma_next
-            ahead = x + (sigma_next - sigma) / 2 * slopes
-        x = ahead
+            # The trapezoidal rule: the mean of the slopes at both ends stands for the whole step.
+            slopes = (x - denoised) / sigma + (x_next - denoise(x_next, sigma_next)) / sigma_next
+            x_next = x + (sigma_next - sigma) / 2 * slopes
+        x = x_next
     return x

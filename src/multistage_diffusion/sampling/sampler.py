@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ class Sampler:
         check_numbers(self, "sampling")
         if isinstance(self.solver, str) and self.solver not in SOLVERS:
             raise ConfigError(f"no solver {self.solver}{suggest(self.solver, SOLVERS)}")
+        known = isinstance(self.solver, str) or callable(self.solver)
+        check(known, "sampling.solver", "a name or a function", self.solver)
         check_count(self.steps, "sampling.steps")
         if self.spacing is not None and self.spacing not in SPACINGS:
             raise ConfigError(f"no spacing {self.spacing}{suggest(self.spacing, SPACINGS)}")
@@ -60,20 +63,23 @@ class Sampler:
                 raise ConfigError(f"{self.name} takes no {name} (got {value}); it is for {solvers}")
         check(self.churn >= 0, "sampling.churn", "at least 0", self.churn)
         check(0 <= self.eta <= 1, "sampling.eta", "between 0 and 1", self.eta)
-        low, high = self.guidance_interval or (0.0, 0.0)
-        check(0 <= low <= high, "sampling.guidance-interval", "a low and a high sigma", self.guidance_interval)
+        interval = self.guidance_interval or (0.0, 0.0)
+        ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1]
+        check(ordered, "sampling.guidance-interval", "a low and a high sigma", self.guidance_interval)
 
     @property
     def name(self) -> str:
         """Name of the solver."""
-        return self.solver if isinstance(self.solver, str) else getattr(self.solver, "__name__", repr(self.solver))
+        if isinstance(self.solver, str):
+            return self.solver
+        return getattr(self.solver, "__name__", type(self.solver).__name__)
 
     @property
-    def run(self) -> SolverFunction:
+    def solve(self) -> SolverFunction:
         """The solver's function (denoise, x, sigmas, *, noise, callback) -> x, with churn and eta in it."""
         if not isinstance(self.solver, str):
             return self.solver
-        function: Callable[..., Tensor] = SOLVERS[self.solver].run
+        function: Callable[..., Tensor] = SOLVERS[self.solver].solve
         if self.churn > 0:
             return partial(function, s_churn=self.churn)
         return partial(function, eta=self.eta) if self.eta > 0 else function
@@ -81,29 +87,37 @@ class Sampler:
     @property
     def nfe(self) -> int:
         """Network evaluations of an image; a guided one, which evaluates the network twice, counts once."""
-        return len(evaluations(self.run, range(self.steps, -1, -1)))
+        return len(evaluations(self.solve, range(self.steps, -1, -1)))
 
     def levels(self, process: Process) -> Float[Tensor, " levels"]:
         """The schedule: `steps + 1` decreasing noise levels, float64, the last one 0."""
         default = SOLVERS[self.solver].default_spacing if isinstance(self.solver, str) else "karras"
         return sigma_schedule(process, self.spacing or default, self.steps)
 
+    def evaluations(self, process: Process) -> tuple[float, ...]:
+        """The noise level of every network evaluation, in order, known before sampling."""
+        return evaluations(self.solve, self.levels(process).tolist())
+
     def plan(self, process: Process, stages: Stages) -> tuple[int, ...]:
         """The stage of every network evaluation, in order, known before sampling."""
-        return tuple(stages.of(sigma) for sigma in evaluations(self.run, self.levels(process).tolist()))
+        return tuple(stages.of(sigma) for sigma in self.evaluations(process))
+
+    def stage_calls(self, process: Process, stages: Stages, *, labels: bool = False) -> tuple[int, ...]:
+        """Network evaluations of an image in each stage; with `labels`, guided ones count twice, as they cost."""
+        calls = [0] * len(stages)
+        for sigma in self.evaluations(process):
+            calls[stages.of(sigma)] += 2 if labels and self.guides(sigma) else 1
+        return tuple(calls)
 
     def shares(self, process: Process, stages: Stages) -> tuple[float, ...]:
         """Share of each stage in the network evaluations; they sum to 1."""
-        plan = self.plan(process, stages)
-        return tuple(plan.count(stage) / len(plan) for stage in range(len(stages)))
+        calls = self.stage_calls(process, stages)
+        return tuple(count / sum(calls) for count in calls)
 
-    def passes(self, process: Process, stages: Stages) -> tuple[int, ...]:
-        """Forward passes of the network for an image in each stage: one an evaluation, and two where it is guided."""
-        low, high = self.guidance_interval or (0.0, float("inf"))
-        count = [0] * len(stages)
-        for sigma in evaluations(self.run, self.levels(process).tolist()):
-            count[stages.of(sigma)] += 1 if self.guidance == 1 or not low <= sigma <= high else 2
-        return tuple(count)
+    def guides(self, sigma: float) -> bool:
+        """Whether there is guidance at a noise level, for images that have a class."""
+        low, high = self.guidance_interval or (0.0, math.inf)
+        return self.guidance != 1 and low <= sigma <= high
 
     def draw(
         self,
@@ -134,9 +148,9 @@ class Sampler:
             ConfigError: Seeds or labels that the model cannot take.
             NumericsError: An image is not finite.
         """
-        from multistage_diffusion.sampling.images import collect
+        from multistage_diffusion.sampling.images import Drawing
 
-        return collect(self, denoiser, seeds, labels, batch_size, offload, callback, stop)
+        return Drawing(self, denoiser, offload, callback, stop).samples(seeds, labels, batch_size)
 
     def batches(
         self,
@@ -155,9 +169,9 @@ class Sampler:
             An iterator over seeds and images (float32, on the CPU), in the order of the seeds. Wrong arguments raise
             at the call, not at the first batch.
         """
-        from multistage_diffusion.sampling.images import batches
+        from multistage_diffusion.sampling.images import Drawing
 
-        return batches(self, denoiser, seeds, labels, batch_size, offload, callback, stop)
+        return Drawing(self, denoiser, offload, callback, stop).batches(seeds, labels, batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +199,7 @@ class SamplerOptions:
         Raises:
             ConfigError: As `Sampler` raises it.
         """
-        names = ("solver", "steps", "spacing", "churn", "eta", "guidance", "guidance_interval")
+        names = [item.name for item in fields(SamplerOptions)]
         changes: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if changes.get("solver", sampler.solver) != sampler.solver:
             changes = {"spacing": None, "churn": 0.0, "eta": 0.0} | changes

@@ -24,7 +24,7 @@ class Solver:
 
     Attributes:
         name: Its name in `SOLVERS`.
-        run: The function (denoise, x, sigmas, *, noise, callback) -> x.
+        solve: The function (denoise, x, sigmas, *, noise, callback) -> x.
         order: Its order of convergence (of a stochastic one: without its noise).
         default_spacing: The spacing of noise levels that suits it.
         stochastic: Whether it adds noise in its steps.
@@ -32,7 +32,7 @@ class Solver:
     """
 
     name: str
-    run: SolverFunction
+    solve: SolverFunction
     order: int
     default_spacing: Spacing
     stochastic: bool = False
@@ -40,7 +40,7 @@ class Solver:
 
     def nfe(self, steps: int) -> int:
         """Network evaluations for a number of steps, on a schedule that ends in 0."""
-        return len(evaluations(self.run, range(steps, -1, -1)))
+        return len(evaluations(self.solve, range(steps, -1, -1)))
 
 
 SOLVERS: dict[str, Solver] = {
@@ -65,13 +65,13 @@ else:  # files and command lines read the names, which stand here once
     SolverLike = Literal[tuple(SOLVERS)] | str | Callable[..., Any]
 
 
-def evaluations(run: SolverFunction, sigmas: Schedule) -> tuple[float, ...]:
+def evaluations(solve: SolverFunction, sigmas: Schedule) -> tuple[float, ...]:
     """The noise level of every network evaluation, in order, known before sampling.
 
     Found by running the solver itself on a scalar, so that it cannot disagree with the solver.
 
     Args:
-        run: The solver's function.
+        solve: The solver's function.
         sigmas: The schedule.
 
     Raises:
@@ -86,5 +86,5 @@ def evaluations(run: SolverFunction, sigmas: Schedule) -> tuple[float, ...]:
         return x
 
     zero = torch.zeros(())
-    run(record, zero, sigmas, noise=lambda step: zero)
+    solve(record, zero, sigmas, noise=lambda step: zero)
     return tuple(visited)

@@ -116,15 +116,15 @@ def sampling(lab: Lab, variants: Variants) -> list[dict[str, Any]]:
                 lab.cells.distance(one, lab.extractor, chosen, lab.budget.samples_on_the_way) for one in cells
             ]
             denoiser = lab.cells.denoiser(cells[0])
-            plan = chosen.plan(denoiser.process, denoiser.stages)
+            calls = chosen.stage_calls(denoiser.process, denoiser.stages)
             cost = cells[0].cost(lab.data.shape)
             rows.append(
                 {
                     "label": label,
                     "solver": solver,
                     "steps": chosen.steps,
-                    "nfe": len(plan),
-                    "mflops_per_sample": cost.flops([plan.count(k) for k in range(len(cost.stages))]) / 1e6,
+                    "nfe": sum(calls),
+                    "mflops_per_sample": cost.flops(calls) / 1e6,
                     "fd": estimate([item["fd"] for item in measured_fd]).document(),
                 }
             )

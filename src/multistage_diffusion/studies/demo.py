@@ -22,6 +22,7 @@ from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.extractor import FeatureExtractor
+from multistage_diffusion.records import check_seed
 from multistage_diffusion.runs import load_run
 from multistage_diffusion.sampling import Trace, consecutive_seeds
 from multistage_diffusion.stages import Stages
@@ -59,7 +60,7 @@ class DemoOptions:
         check(self.points >= 1, "points", "at least 1", self.points)
         check(self.samples >= 2, "samples", "at least 2", self.samples)
         check(self.shown >= 1, "shown", "at least 1", self.shown)
-        check(0 <= self.seed < 2**62, "seed", "in [0, 2^62)", self.seed)
+        check_seed(self.seed, 1_000 + FINAL_SETS * self.samples + self.shown)
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,9 @@ def _train_and_measure(
         write_json(run / RESULTS, {"points": [asdict(point) for point in points]})
         say(f"{run.name}: {point.tflops:.2f} TFLOPs, FD {point.fd:.2f}, held-out loss {point.loss:.4f}")
     loaded = load_run(run, device=device)
-    trace = Trace(options.shown)
-    samples = config.sampling.draw(loaded.denoiser, consecutive_seeds(options.seed, options.shown), callback=trace)
+    seeds, trace, classes = consecutive_seeds(options.seed, options.shown), Trace(options.shown), config.model.classes
+    labels = torch.arange(options.shown) % classes if classes else None
+    samples = config.sampling.draw(loaded.denoiser, seeds, labels=labels, callback=trace)
     return ModelResult(
         run=run,
         config=config,

@@ -105,7 +105,7 @@ def spliced(
 
         with torch.inference_mode():
             x = rng.normal(0, "prior", seeds, shape) * sigmas[0]
-            images = sampler.run(denoise, x, sigmas, noise=noise)
+            images = sampler.solve(denoise, x, sigmas, noise=noise)
         yield to_uint8(images.float().cpu()).float() / 127.5 - 1
 
 

@@ -97,7 +97,7 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
     """
     first, model = cells[0], cells[0].config.model
     cost, denoiser = first.cost(lab.data.shape), lab.cells.denoiser(first)
-    plan = first.config.sampling.plan(denoiser.process, denoiser.stages)
+    calls = first.config.sampling.stage_calls(denoiser.process, denoiser.stages, labels=denoiser.classes > 0)
     spent = [lab.cells.spent(one) for one in cells]
     return {
         "architecture": model.architecture,
@@ -107,7 +107,7 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
         "shares": list(first.shares),
         "parameters": cost.parameters,
         "mflops": cost.flops(first.shares) / 1e6,
-        "mflops_per_sample": cost.flops([plan.count(k) for k in range(len(cost.stages))]) / 1e6,
+        "mflops_per_sample": cost.flops(calls) / 1e6,
         "training_tflops": estimate([item["tflops"] for item in spent]).mean,
         "steps": spent[0]["steps"],
     }

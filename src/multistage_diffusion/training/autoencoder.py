@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from multistage_diffusion import rng
-from multistage_diffusion.config import check
 from multistage_diffusion.data.autoencoder import Autoencoder, load_autoencoder
 from multistage_diffusion.data.images import Images
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.files import whole_directory
+from multistage_diffusion.records import check, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class AutoencoderConfig:
               self.widths)  # fmt: skip
         check(self.latent_channels >= 1, "latent-channels", "at least 1", self.latent_channels)
         check(self.kl_weight >= 0, "kl-weight", "at least 0", self.kl_weight)
+        check_seed(self.seed)
 
 
 def train_autoencoder(

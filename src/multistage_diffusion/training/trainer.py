@@ -183,7 +183,7 @@ class Trainer:
         with self.processes.all_or_none():
             average = self._copy().to(self.device)
         self.ema.copy_to(average.network)
-        average.sampler = self.denoiser.sampler
+        average.sampler, average.label_optional = self.denoiser.sampler, self.training.label_dropout > 0
         return average.eval()
 
     def _copy(self) -> Denoiser:
