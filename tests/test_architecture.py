@@ -17,7 +17,7 @@ ORDER = [
     ("process_group",),
     ("noise",),
     ("stages",),
-    ("conditioning", "weights"),
+    ("classes", "conditioning", "weights"),
     ("sampling",),
     ("multidecoder",),
     ("backbones",),

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from multistage_diffusion.backbones import Backbone, CustomNetwork
+from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
@@ -52,6 +53,7 @@ class Denoiser(nn.Module):
         sampler: How images are drawn by default, as its run was configured; saved with the weights.
         label_optional: Whether a conditional model draws images without a class: not where training hid no labels.
             Saved with the weights.
+        trained_classes: The classes that it was trained on, where that is known; saved with the weights.
     """
 
     _home: Tensor
@@ -59,6 +61,7 @@ class Denoiser(nn.Module):
     precision: Precision
     sampler: Sampler | None
     label_optional: bool
+    trained_classes: TrainedClasses | None
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class Denoiser(nn.Module):
         self.process = process_by_kind(process) if isinstance(process, str) else process
         self.network, self.stages, self.shape, self.classes = network, stages, shape, classes
         self.backbone, self.precision = _describe(network, classes), "fp32"
-        self.sampler, self.label_optional = None, True
+        self.sampler, self.label_optional, self.trained_classes = None, True, None
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @classmethod
@@ -206,6 +209,8 @@ class Denoiser(nn.Module):
             document["sampling"] = to_dict(self.sampler)
         if not self.label_optional:
             document["label_optional"] = False
+        if self.trained_classes is not None:
+            document["classes"] = self.trained_classes.document()
         with whole_directory(Path(directory)) as temporary:
             (temporary / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
             state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
@@ -248,6 +253,8 @@ class Denoiser(nn.Module):
             if "sampling" in document:
                 denoiser.sampler = from_dict(Sampler, document["sampling"], where, "sampling")
             denoiser.label_optional = document.get("label_optional") is not False
+            if "classes" in document:
+                denoiser.trained_classes = TrainedClasses.parse(document["classes"], where)
         except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
         load_weights(denoiser.network, folder / WEIGHTS)

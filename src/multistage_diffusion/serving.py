@@ -57,7 +57,7 @@ class Request(SamplerOptions):
 
     num: int = 16
     seed: int = 0
-    label: int | None = None
+    label: int | str | None = None
 
     def __post_init__(self) -> None:
         check(1 <= self.num <= MAX_IMAGES, "num", f"in 1..{MAX_IMAGES}", self.num)

@@ -39,8 +39,9 @@ class Options(SamplerOptions, Compute):
     """Number of images."""
     seed: int = 0
     """Seed of the first image; the others follow. A seed is the same image in any batch."""
-    label: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = ()
-    """Class of the images, for a class-conditional run; of several, each is a column of the grid."""
+    label: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Class of the images by name, for a class-conditional run; by number where no class is named in digits. Of several,
+    each is a column of the grid."""
     batch_size: int = 256
     """Images drawn at once; changes no image."""
     precision: Precision = "fp32"
@@ -79,7 +80,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if options.format == "png" and not pictures:
         raise ConfigError(f"--format png needs a run on pictures; {options.run} was trained on fields: use npz")
     sampler = options.apply(loaded.denoiser.sampler or Sampler())
-    labels = list(itertools.islice(itertools.cycle(options.label), options.num)) or None
+    record = loaded.denoiser.trained_classes
+    classes = [word if record is None else record.names[record.number(word)] for word in options.label]
+    labels = list(itertools.islice(itertools.cycle(classes), options.num)) or None
     trace = Trace(TRACED)
     samples = sampler.draw(
         loaded.denoiser,
@@ -97,7 +100,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "ema_length": options.sigma_rel,
         "step": loaded.step,
         "images": options.num,
-        "classes": list(options.label),
+        "classes": classes,
         **to_dict(sampler),
         "precision": options.precision,
         "nfe": samples.nfe,
@@ -106,7 +109,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "seconds": round(samples.seconds, 3),
     }
     images = samples.images if codec is None else codec.decode(samples.images)
-    scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None
+    scale, columns = max(1, 64 // images.shape[2]), len(classes) if len(classes) > 1 else None
     with whole_directory(out) as folder:
         if npz:
             _write_arrays(folder / names[0], to_uint8(images) if pictures else images, samples.seeds, labels)
@@ -130,7 +133,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}
 
 
-def _write_arrays(path: Path, images: Tensor, seeds: Sequence[int], labels: Sequence[int] | None) -> None:
+def _write_arrays(path: Path, images: Tensor, seeds: Sequence[int], labels: Sequence[str] | None) -> None:
     """All images in one file, (N, C, H, W), which the source `npz:PATH` reads; seeds and classes beside them."""
     import numpy as np
 

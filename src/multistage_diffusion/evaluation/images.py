@@ -34,7 +34,8 @@ def generated(
     batch_size: int = 256,
     codec: Codec | None = None,
 ) -> Iterator[Float[Tensor, "batch channels height width"]]:
-    """Images of a model as they would be saved: rounded to 8 bits. A class-conditional model draws all classes alike.
+    """Images of a model as they would be saved: rounded to 8 bits. Of a class-conditional model, all classes that
+    it was trained on alike.
 
     Args:
         denoiser: The model.
@@ -49,7 +50,9 @@ def generated(
     """
     seeds, labels = consecutive_seeds(seed, num), None
     if denoiser.classes:
-        labels = (rng.uniform(0, "class", seeds, 1)[:, 0] * denoiser.classes).long()
+        record = denoiser.trained_classes
+        seen = torch.arange(denoiser.classes) if record is None else torch.tensor(record.seen)
+        labels = seen[(rng.uniform(0, "class", seeds, 1)[:, 0] * len(seen)).long()]
     for _, images in sampler.batches(denoiser, seeds, batch_size=batch_size, labels=labels):
         yield to_uint8(images if codec is None else codec.decode(images)).float() / 127.5 - 1
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.metric import Figures, ModelMetric
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
@@ -88,10 +89,12 @@ def held_out_loss(
         The losses, the same in each process.
 
     Raises:
+        ConfigError: The classes of the images are not those of a conditional model.
         PeerError: Another process failed with its share.
     """
     stages, device = stages or denoiser.stages, denoiser.device
     count = min(len(data), max_images)
+    classes = model_labels(denoiser, data)
     total = count * repeats
     # Draw i is of image i modulo count. Its u is uniform in a cell of its own of total equal cells of [0, 1], dealt out
     # at random, so that the levels icdf(u) are a stratified sample of the training distribution.
@@ -105,7 +108,7 @@ def held_out_loss(
         for rows in order.split(batch_size)[processes.rank :: processes.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])
-            labels = None if data.labels is None or not denoiser.classes else data.labels[rows % count].to(device)
+            labels = None if classes is None else classes[rows % count].to(device)
             counts = torch.bincount(stage[rows], minlength=len(denoiser.stages)).tolist()
             loss = denoising_loss(denoiser, images, noise, sigma[rows].to(device), Conditioning(labels), counts=counts)
             losses[rows] = loss.double().cpu()
@@ -120,6 +123,26 @@ def held_out_loss(
         by_image,
         _bins(sigma, losses),
     )
+
+
+def model_labels(denoiser: Denoiser, data: Examples) -> Int[Tensor, " n"] | None:
+    """Labels of the images as numbers of the model, by the names of the classes; none for an unconditional model.
+
+    Raises:
+        ConfigError: The images have no labels, or classes that the model was not trained on.
+    """
+    if not denoiser.classes:
+        return None
+    if data.labels is None:
+        raise ConfigError(f"the model is conditional, and {data.name} has no labels; choose labelled data")
+    if denoiser.trained_classes is not None:
+        return denoiser.trained_classes.match(data.name, data.classes, data.labels)
+    most = int(data.labels.max())
+    if most >= denoiser.classes:
+        raise ConfigError(
+            f"{data.name} has a class of number {most}, and the model has {denoiser.classes} classes, from 0"
+        )
+    return data.labels
 
 
 @final

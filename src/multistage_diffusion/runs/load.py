@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
@@ -121,6 +122,7 @@ class Run:
         state = checkpoint.state()
         channels, height, width = state["shape"]
         denoiser = build_denoiser(self.config, (channels, height, width), self.stages, network=network)
+        denoiser.trained_classes = TrainedClasses.load(self.path)
         combination = None
         if sigma_rel is None:
             load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from multistage_diffusion import rng
+from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_memory
 from multistage_diffusion.noise import Process
@@ -23,7 +24,7 @@ from multistage_diffusion.sampling.steps import Callback
 from multistage_diffusion.stages import Stages
 
 Seeds = Sequence[int] | Int[Tensor, " num"]
-Labels = int | Sequence[int] | Int[Tensor, " num"]
+Labels = int | str | Sequence[int] | Sequence[str] | Int[Tensor, " num"]
 SeedsAndImages = tuple[Int[Tensor, " batch"], Float[Tensor, "batch channels height width"]]
 
 
@@ -124,7 +125,8 @@ def sample(
         sampler: How to draw; by default as `denoiser.sampler` says, or as `Sampler()`.
         seed: Seed of the first image; the others follow.
         seeds: The seed of each image, in place of `num` and `seed`.
-        labels: Class of all images, or of each; only for a conditional model, where none draws without a class.
+        labels: Class of all images, or of each, by number or by name; only for a conditional model, where none draws
+            without a class.
         batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
         offload: Keep only the decoder in use on the device.
         callback: Sees every step of every batch.
@@ -280,18 +282,41 @@ def _labels(denoiser: SampledDenoiser, labels: Labels | None, num: int) -> Tenso
         return None
     if denoiser.classes == 0:
         raise ConfigError("labels were given, but the model is unconditional (model.classes is 0)")
-    labels = _whole_numbers(labels, "labels")
+    record = getattr(denoiser, "trained_classes", None)  # a module of one's own need not have it
+    labels = _whole_numbers(_without_names(labels, record), "labels")
     labels = labels.expand(num) if labels.ndim == 0 else labels
-    check(len(labels) == num, "labels", f"one class for each of {num} images", f"{len(labels)} classes")
+    check(labels.ndim == 1 and len(labels) == num, "labels", f"one class for each of {num} images", _size(labels))
     low, high = int(labels.min()), int(labels.max())
-    expected = f"between 0 and {denoiser.classes - 1} ({denoiser.classes} for none)"
-    check(low >= 0 and high <= denoiser.classes, "labels", expected, low if low < 0 else high)
+    out = low if low < 0 else high
+    check(low >= 0 and high < denoiser.classes, "labels", f"between 0 and {denoiser.classes - 1}, or none", out)
+    if record is not None:
+        record.require_seen(labels)
     return labels
+
+
+def _without_names(labels: Any, record: TrainedClasses | None) -> Any:
+    """Labels of which some are names of classes, as numbers."""
+    if isinstance(labels, str):
+        if record is None and labels.isdecimal():
+            return int(labels)
+        if record is None:
+            raise ConfigError(f"the model does not record the names of its classes, like {labels}; give a number")
+        return record.number(labels)
+    if isinstance(labels, Sequence):
+        return [_without_names(label, record) if isinstance(label, str) else label for label in labels]
+    return labels
+
+
+def _size(labels: Tensor) -> str:
+    return f"{len(labels)} classes" if labels.ndim == 1 else f"the shape {tuple(labels.shape)}"
 
 
 def _whole_numbers(values: Seeds | Labels, name: str) -> Tensor:
     """The numbers as int64 on the CPU; fractions are refused and not rounded."""
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{name} must be whole numbers, got {str(values)[:60]}") from error
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     check(whole, name, "whole numbers", tensor.dtype)
     return tensor.long().cpu()
@@ -304,7 +329,7 @@ def _check_guidance(guidance: float, denoiser: SampledDenoiser, labels: Tensor |
     if denoiser.classes == 0 or denoiser.label_optional:
         return
     trained = "the model was trained with training.label-dropout 0, so it knows no image without a class"
-    if labels is None or (labels == denoiser.classes).any():
+    if labels is None:
         raise ConfigError(f"{trained}; give labels (--class)")
     if guidance != 1:
         raise ConfigError(f"{trained}, and guidance compares with one; sample with guidance 1")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -11,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion import rng
+from multistage_diffusion.classes import TrainedClasses, shown
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import Feed, make_feed
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
 from multistage_diffusion.stages import Stages
@@ -112,6 +115,36 @@ def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def with_classes(denoiser: Denoiser, data: Examples) -> Examples:
+    """The data with labels as numbers of a conditional model, which from now on knows the names of its classes.
+
+    Args:
+        denoiser: The model; one that was trained before keeps its numbers, and takes data whose classes are among them.
+        data: What it is trained on.
+
+    Raises:
+        ConfigError: The model was trained on other classes.
+    """
+    if not denoiser.classes or data.labels is None or int(data.labels.max()) >= denoiser.classes:
+        return data  # `Batches` refuses what does not fit
+    before = denoiser.trained_classes
+    if before is not None and before.names != data.classes:
+        labels = before.match(data.name, data.classes, data.labels)
+        data = replace(data, labels=labels, classes=before.names)
+    record = TrainedClasses.of(data.classes, data.labels)
+    if before is not None:
+        record = replace(record, images=tuple(map(sum, zip(before.images, record.images, strict=True))))
+    denoiser.trained_classes = record
+    if (unseen := denoiser.classes - len(record.seen)) > 0:
+        empty = [name for name, images in zip(record.names, record.images, strict=True) if images == 0]
+        warnings.warn(
+            f"model.classes is {denoiser.classes}, and {data.name} has training images of {len(record.seen)} classes"
+            f"{f' (none of {shown(empty)})' if empty else ''}: {unseen} are never trained, and cannot be drawn",
+            stacklevel=3,
+        )
+    return data
+
+
 @final
 class Batches:
     """Makes the batch of any step, without state.
@@ -157,8 +190,13 @@ class Batches:
                     f"stage {stage} (sigma {low:g} to {high:g}) never occurs in training under {process.kind}; "
                     f"move stages.edges {stages.edges}"
                 )
-        if classes and (data.labels is None or int(data.labels.max()) >= classes):
-            raise ConfigError(f"model.classes is {classes}, but the labels of {data.name} do not fit in it")
+        if classes and data.labels is None:
+            raise ConfigError(f"model.classes is {classes}, and {data.name} has no labels; leave model.classes out")
+        if classes and data.labels is not None and int(data.labels.max()) >= classes:
+            raise ConfigError(
+                f"model.classes is {classes}, and {data.name} has {len(data.classes)} classes ({shown(data.classes)}); "
+                f"choose model.classes {len(data.classes)}"
+            )
         self.device, self._total = torch.device(device), len(data)
         self._feed = make_feed(data, self.device) if feed is None else feed
         self._labels = data.labels.to(self._feed.device) if classes and data.labels is not None else None

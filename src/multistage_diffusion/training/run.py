@@ -13,6 +13,7 @@ from typing import Any, NoReturn, final
 import torch
 from torch import nn
 
+from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.config import DataConfig, LoggingConfig, RunConfig, StagesConfig
 from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.data.examples import Examples
@@ -34,7 +35,7 @@ from multistage_diffusion.training.guard import StoppedError, lock, signals
 from multistage_diffusion.training.observe import Observer, require_metrics
 from multistage_diffusion.training.report import Report, Window
 from multistage_diffusion.training.snapshots import save_snapshot
-from multistage_diffusion.training.target import check_target
+from multistage_diffusion.training.target import check_target, other_data
 from multistage_diffusion.training.trackers import require_installed
 from multistage_diffusion.training.trainer import StepResult, Trainer
 
@@ -291,6 +292,8 @@ class _Life:
             write_json(self.folder / "config.json", to_dict(self.config))
             self.trainer.denoiser.stages.save(self.folder / "stages.json")
             self.data.save_record(self.folder)
+            if self.trainer.denoiser.trained_classes is not None:
+                self.trainer.denoiser.trained_classes.save(self.folder)
         window = processes.broadcast(None if checkpoint is None else vars(self.window))
         if window is None:
             return
@@ -311,9 +314,7 @@ class _Life:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path}/state.json is of another version: it lacks {error}") from error
         if digest != data.digest:
-            raise ConfigError(
-                f"the images of {data.name} are not those that {folder} was trained on; choose another --out"
-            )
+            raise ConfigError(other_data(folder, data, state.get("shape"), TrainedClasses.load(folder)))
         for change in changes:
             warnings.warn(f"{folder} was trained {change}: equal up to rounding, not to the bit", stacklevel=2)
         if checkpoint.step > self.config.training.steps:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from multistage_diffusion.classes import TrainedClasses, shown
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import is_leftover, read_json
 from multistage_diffusion.records import flat, from_dict, to_dict
@@ -52,3 +55,17 @@ def check_target(folder: Path, config: RunConfig) -> None:
                 f"{folder} holds another run: {key.replace('_', '-')} is {before.get(key)} there and {now.get(key)} "
                 "here; choose another --out, or repeat its options"
             )
+
+
+def other_data(folder: Path, data: Examples, shape: Any, before: TrainedClasses | None) -> str:
+    """Why a run is not continued on these data."""
+    mend = "repeat the options of that run, or choose another --out"
+    if shape != list(data.shape):
+        return f"{folder} was trained on images of {shape}, and those of {data.name} are {list(data.shape)}; {mend}"
+    if before is not None and before.names != data.classes:
+        there, here = shown(before.names), shown(data.classes)
+        return f"{folder} was trained on the classes {there}, and {data.name} has {here}; {mend}"
+    return (
+        f"the images or labels of {data.name} are not those that {folder} was trained on: some were changed, added or "
+        "removed; choose another --out"
+    )

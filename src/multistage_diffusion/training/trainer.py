@@ -25,7 +25,7 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.training.batches import Batch, Batches
+from multistage_diffusion.training.batches import Batch, Batches, with_classes
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
@@ -110,7 +110,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.device = denoiser.device if device is None else torch.device(device)
-        data = as_data(data)
+        data = with_classes(denoiser, as_data(data))
         self.data, self.training, self.engine, self.processes = data, training, engine, processes
         self.flip, self.augment_probability, self.callbacks = flip, augment_probability, callbacks
         micro_batches = processes.size * engine.gradient_accumulation
@@ -184,6 +184,7 @@ class Trainer:
             average = self._copy().to(self.device)
         self.ema.copy_to(average.network)
         average.sampler, average.label_optional = self.denoiser.sampler, self.training.label_dropout > 0
+        average.trained_classes = self.denoiser.trained_classes
         return average.eval()
 
     def _copy(self) -> Denoiser:
