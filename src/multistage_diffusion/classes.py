@@ -121,10 +121,10 @@ class TrainedClasses:
             for number, name in enumerate(names):
                 table[number] = self.names.index(name) if name in self.names else -1
             numbers = table[labels]
-        used = [names[k] for k in labels[numbers < 0].unique().tolist()]
-        if used:
+        if bool((numbers < 0).any()):
+            strange = [str(names[k]) for k in labels[numbers < 0].unique().tolist()]
             raise ConfigError(
-                f"{source} has images of {shown(used)}, and the model was trained on {shown(self.names)}; choose data "
+                f"{source} has images of {shown(strange)}, and the model was trained on {shown(self.names)}; choose data "
                 "whose classes have the same names"
             )
         self.require_seen(numbers)

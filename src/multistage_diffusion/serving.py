@@ -94,8 +94,10 @@ class Server(ThreadingHTTPServer):
     ) -> None:  # fmt: skip
         self.denoiser, self.codec, self.sampler, self.token = denoiser, codec, sampler, token
         self.page = files("multistage_diffusion").joinpath("serving.html").read_bytes()
+        record = denoiser.trained_classes
         self.about = json.dumps({
-            "name": name, "classes": denoiser.classes, "edges": denoiser.stages.edges, "colours": STAGE_COLOURS,
+            "name": name, "classes": denoiser.classes, "names": record.names if record else (),
+            "edges": denoiser.stages.edges, "colours": STAGE_COLOURS,
             "solvers": list(SOLVERS), "defaults": to_dict(sampler), "most": [MAX_IMAGES, MAX_STEPS],
         }).encode()  # fmt: skip
         self.closing, self.drawing = threading.Event(), threading.Lock()

@@ -45,6 +45,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "process": to_dict(denoiser.process),
         "edges": list(denoiser.stages.edges),
         "shape": list(denoiser.shape),
+        "classes": None if denoiser.trained_classes is None else denoiser.trained_classes.document(),
         "weights": options.weights,
         "ema_length": options.sigma_rel,
         "step": loaded.step,

@@ -20,6 +20,8 @@ from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from multistage_diffusion.classes import TrainedClasses
+
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace
 
@@ -40,8 +42,8 @@ class Options(SamplerOptions, Compute):
     seed: int = 0
     """Seed of the first image; the others follow. A seed is the same image in any batch."""
     label: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Class of the images by name, for a class-conditional run; by number where no class is named in digits. Of several,
-    each is a column of the grid."""
+    """Class of the images by name, for a class-conditional run, or by number where no class is named in digits; of
+    several, each is a column of the grid."""
     batch_size: int = 256
     """Images drawn at once; changes no image."""
     precision: Precision = "fp32"
@@ -80,10 +82,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if options.format == "png" and not pictures:
         raise ConfigError(f"--format png needs a run on pictures; {options.run} was trained on fields: use npz")
     sampler = options.apply(loaded.denoiser.sampler or Sampler())
-    record = loaded.denoiser.trained_classes
-    classes = [word if record is None else record.names[record.number(word)] for word in options.label]
+    classes, trace = _names(options.label, loaded.denoiser.trained_classes), Trace(TRACED)
     labels = list(itertools.islice(itertools.cycle(classes), options.num)) or None
-    trace = Trace(TRACED)
     samples = sampler.draw(
         loaded.denoiser,
         consecutive_seeds(options.seed, options.num),
@@ -122,15 +122,20 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         if options.denoise_trace:
             frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
             estimates = trace.denoised if codec is None else [codec.preview(item) for item in trace.denoised]
-            frames_of_all = frames * len(estimates[0])
-            strip = grid(stack(estimates), columns=len(frames), scale=scale, gap=3, frames=frames_of_all)
-            (folder / "trace.png").write_bytes(png(strip))
+            framed = frames * len(estimates[0])
+            strip = png(grid(stack(estimates), columns=len(frames), scale=scale, gap=3, frames=framed))
+            (folder / "trace.png").write_bytes(strip)
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
     console.print(
         f"wrote {options.num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network each "
         f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
     )
     return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}
+
+
+def _names(words: Sequence[str], record: TrainedClasses | None) -> list[str]:
+    """The classes by name, where the model knows it."""
+    return [word if record is None else record.names[record.number(word)] for word in words]
 
 
 def _write_arrays(path: Path, images: Tensor, seeds: Sequence[int], labels: Sequence[str] | None) -> None:

@@ -1,6 +1,6 @@
 """From seeds to images to figures: what a model is worth."""
 
-from multistage_diffusion.evaluation.images import distances, generated
+from multistage_diffusion.evaluation.images import distances, drawable_classes, generated
 from multistage_diffusion.evaluation.report import Evaluation, evaluate, evaluate_images
 from multistage_diffusion.metrics.held_out import HeldOutLoss, SigmaBin, held_out_loss
 from multistage_diffusion.metrics.metric import FeatureMetric, ModelMetric
@@ -14,6 +14,7 @@ __all__ = [
     "ModelMetric",
     "SigmaBin",
     "distances",
+    "drawable_classes",
     "evaluate",
     "evaluate_images",
     "generated",

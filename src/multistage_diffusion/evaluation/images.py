@@ -34,8 +34,9 @@ def generated(
     batch_size: int = 256,
     codec: Codec | None = None,
 ) -> Iterator[Float[Tensor, "batch channels height width"]]:
-    """Images of a model as they would be saved: rounded to 8 bits. Of a class-conditional model, all classes that
-    it was trained on alike.
+    """Images of a model as they would be saved: rounded to 8 bits.
+
+    Of a class-conditional model, all classes that it was trained on alike.
 
     Args:
         denoiser: The model.
@@ -49,12 +50,16 @@ def generated(
         Batches in [-1, 1].
     """
     seeds, labels = consecutive_seeds(seed, num), None
-    if denoiser.classes:
-        record = denoiser.trained_classes
-        seen = torch.arange(denoiser.classes) if record is None else torch.tensor(record.seen)
-        labels = seen[(rng.uniform(0, "class", seeds, 1)[:, 0] * len(seen)).long()]
+    if classes := drawable_classes(denoiser):
+        labels = torch.tensor(classes)[(rng.uniform(0, "class", seeds, 1)[:, 0] * len(classes)).long()]
     for _, images in sampler.batches(denoiser, seeds, batch_size=batch_size, labels=labels):
         yield to_uint8(images if codec is None else codec.decode(images)).float() / 127.5 - 1
+
+
+def drawable_classes(denoiser: Denoiser) -> Sequence[int]:
+    """Numbers of the classes that a model was trained on, all where that is not known; none if unconditional."""
+    record = denoiser.trained_classes
+    return range(denoiser.classes) if record is None else record.seen
 
 
 def distances(

@@ -92,7 +92,9 @@ def _front(facts: Facts) -> str:
 def _about(denoiser: Denoiser, facts: Facts) -> str:
     config, (channels, height, width) = denoiser.backbone, denoiser.shape
     latent = facts.data is not None and facts.data.autoencoder is not None
-    classes = f" of {config.classes} classes" if config.classes else ""
+    record = denoiser.trained_classes
+    names = "" if record is None else f" ({', '.join(f'{k} {name}' for k, name in enumerate(record.names))})"
+    classes = f" of {config.classes} classes{names}" if config.classes else ""
     source = facts.data.source if facts.data is not None and ":" not in facts.data.source else None
     return (
         f"A {config.architecture} diffusion model{classes} with the process `{denoiser.process.kind}`, "

@@ -178,8 +178,8 @@ class MultistagePipeline(DiffusionPipeline):
                 raise ConfigError(f"guidance_scale {guidance} needs class_labels")
             return None
         labels = torch.as_tensor(classes, device=self._execution_device)
-        if not count or not 0 <= int(labels.min()) <= int(labels.max()) <= count:
-            raise ConfigError(f"the network has {count} classes, numbered from 0; got class_labels {classes}")
+        if not count or not 0 <= int(labels.min()) <= int(labels.max()) < count:
+            raise ConfigError(f"the network has {count} classes, numbered from 0; got class_labels {classes}; leave them out for no class")
         return labels.expand(batch_size)
 
     def _output(self, x: Tensor, time: Tensor, labels: Tensor | None, guidance: float) -> Tensor:

@@ -125,7 +125,7 @@ def sample(
         sampler: How to draw; by default as `denoiser.sampler` says, or as `Sampler()`.
         seed: Seed of the first image; the others follow.
         seeds: The seed of each image, in place of `num` and `seed`.
-        labels: Class of all images, or of each, by number or by name; only for a conditional model, where none draws
+        labels: Class of all images, or of each, by number or name; only for a conditional model, where none draws
             without a class.
         batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
         offload: Keep only the decoder in use on the device.

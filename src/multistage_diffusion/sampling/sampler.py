@@ -135,7 +135,7 @@ class Sampler:
         Args:
             denoiser: The model; used in evaluation mode and left as it was.
             seeds: The seed of each image, in [0, 2^63).
-            labels: Class of all images, or of each, by number or by name; only for a conditional model, where none draws
+            labels: Class of all images, or of each, by number or name; only for a conditional model, where none draws
             without a class.
             batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
             offload: Keep only the decoder in use on the device.

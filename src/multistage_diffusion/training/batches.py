@@ -129,8 +129,8 @@ def with_classes(denoiser: Denoiser, data: Examples) -> Examples:
         return data  # `Batches` refuses what does not fit
     before = denoiser.trained_classes
     if before is not None and before.names != data.classes:
-        labels = before.match(data.name, data.classes, data.labels)
-        data = replace(data, labels=labels, classes=before.names)
+        data = replace(data, labels=before.match(data.name, data.classes, data.labels), classes=before.names)
+    assert data.labels is not None
     record = TrainedClasses.of(data.classes, data.labels)
     if before is not None:
         record = replace(record, images=tuple(map(sum, zip(before.images, record.images, strict=True))))

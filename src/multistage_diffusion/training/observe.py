@@ -18,7 +18,7 @@ from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.pictures import grid, png
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError, PeerError, is_out_of_memory
-from multistage_diffusion.evaluation import evaluate
+from multistage_diffusion.evaluation import drawable_classes, evaluate
 from multistage_diffusion.files import write_atomic
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
@@ -119,8 +119,9 @@ class Observer:
         return signal
 
     def _draw(self, denoiser: Denoiser, path: Path) -> None:
-        logging, classes = self._config.logging, denoiser.classes
-        labels = torch.arange(logging.grid_images) % classes if classes else None
+        logging, labels = self._config.logging, None
+        if classes := drawable_classes(denoiser):
+            labels = torch.tensor(classes)[torch.arange(logging.grid_images) % len(classes)]
         images = self._config.sampling.draw(
             denoiser, range(logging.grid_images), labels=labels, batch_size=logging.sample_batch
         ).images
