@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from multistage_diffusion.backbones import Architecture, Backbone, UNet
 from multistage_diffusion.config import DataConfig, RunConfig, Sampler, StagesConfig, TrainingConfig
@@ -98,16 +99,24 @@ def fashion_mnist_latent() -> RunConfig:
 def vp_cifar10() -> RunConfig:
     """The paper's multistage DPM-Solver on CIFAR-10 (Zhang et al. 2024): Adam 2e-4, batch 128, 250,000 steps.
 
-    DDPM++ blocks, 8 a resolution (unified: 106.6 M parameters, 18.55 GMACs). The published unified network is this one.
-    The published multistage one resamples with FIR filters and feeds the input to each resolution (`--model.filter fir
-    --model.input-pyramid`); here both architectures have the same blocks, so that they compare.
+    8 blocks a resolution, resampled with FIR filters, and the input fed to each resolution (NCSN++-like: an encoder of
+    43.5 M parameters, decoders of 126.0, 64.0 and 3.7 M). The published unified and separate networks are DDPM++: box
+    filters, no input pyramid, 32 groups (106.6 M, 18.55 GMACs), and so is this recipe with those architectures.
     """
     return RunConfig(
         data=DataConfig(source="cifar10", flip=True),
         process=VP(),
         # Edges t = 0.442 and 0.631 of VP time (Zhang et al. 2024, Table 4), in sigma.
         stages=StagesConfig(edges=(2.5102672, 7.4141232)),
-        model=UNet(width=128, decoder_widths=(192, 128, 16), multipliers=(1, 2, 2, 2), blocks=8, attention=(16,)),
+        model=UNet(
+            width=128,
+            decoder_widths=(192, 128, 16),
+            multipliers=(1, 2, 2, 2),
+            blocks=8,
+            attention=(16,),
+            filter="fir",
+            input_pyramid="ncsnpp",
+        ),
         training=TrainingConfig(
             steps=250_000,
             batch_size=128,
@@ -140,6 +149,7 @@ def edm_cifar10() -> RunConfig:
             middle="decoder",
             dropout=0.13,
             augment_labels=9,
+            initialisation="edm",
         ),
         training=TrainingConfig(
             steps=200_000_000 // 512,
@@ -173,8 +183,9 @@ def ldm_celebahq() -> RunConfig:
             source="folder:data/celebahq", resolution=256, flip=True, autoencoder="CompVis/ldm-celebahq-256/vqvae"
         ),
         process=LDM(),
-        # Steps 442 and 631 of 1000 (Zhang et al. 2024), in sigma on this process's own schedule.
-        stages=StagesConfig(edges=(2.1531271, 5.3151631)),
+        # Steps 442 and 631 of 1000 (Zhang et al. 2024) begin a stage; so the edges lie 0.003 of a step below them, in
+        # sigma on this process's own schedule.
+        stages=StagesConfig(edges=(2.1531, 5.3151)),
         model=replace(
             _latent_network(multipliers=(1, 2, 3, 4), attention=(32, 16, 8)),
             width=224,
@@ -213,12 +224,35 @@ _SHAPES: dict[str, tuple[Callable[[], RunConfig], tuple[int, int, int]]] = {
 }
 RECIPES: dict[str, Callable[[], RunConfig]] = {name: make for name, (make, _) in _SHAPES.items()}
 
+# What the published unified network has, and with it each separate one, where the multistage one has something else.
+_DDPMPP: dict[str, Any] = {"filter": "box", "input_pyramid": "none", "groups": 32}
+_UNIFIED: dict[str, dict[str, Any]] = {
+    "vp-cifar10": _DDPMPP,
+    "edm-cifar10": {"groups": 32},
+    "edm-celeba": {"groups": 32},
+}
 
-def recipe(name: str) -> RunConfig:
-    """The whole configuration of a recipe, one of `RECIPES`; a `ConfigError` if there is none of that name."""
+
+def recipe(name: str, architecture: Architecture | None = None) -> RunConfig:
+    """The whole configuration of a recipe.
+
+    Args:
+        name: One of `RECIPES`.
+        architecture: In place of the recipe's, with the network that was published for it.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: No such recipe.
+    """
     if name not in RECIPES:
         raise ConfigError(f"no recipe {name}{suggest(name, RECIPES)}")
-    return RECIPES[name]()
+    config = RECIPES[name]()
+    if architecture is None:
+        return config
+    changes = {} if architecture == "multistage" else _UNIFIED.get(name, {})
+    return replace(config, model=replace(config.model, architecture=architecture, **changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,20 +277,18 @@ def preset(name: str, architecture: Architecture | None = None) -> Preset:
 
     Args:
         name: One of `RECIPES`.
-        architecture: Replaces the recipe's architecture.
+        architecture: In place of the recipe's.
 
     Returns:
-        The preset. The architecture changes nothing else; the published unified VP and EDM networks have 32 groups in
-        their group norms instead of 16 (`--model.groups 32`), which changes neither parameters nor FLOPs.
+        The preset: of each architecture, the network that was published for it.
 
     Raises:
         ConfigError: No such preset.
     """
     if name not in RECIPES:
         raise ConfigError(f"no preset {name}{suggest(name, RECIPES)}")
-    config, shape = recipe(name), _SHAPES[name][1]
-    model = config.model if architecture is None else replace(config.model, architecture=architecture)
-    return Preset(model=model, process=config.process, shape=shape, edges=config.stages.edges)
+    config, shape = recipe(name, architecture), _SHAPES[name][1]
+    return Preset(model=config.model, process=config.process, shape=shape, edges=config.stages.edges)
 
 
 def _edm(base: RunConfig, *, sigma_data: float) -> RunConfig:

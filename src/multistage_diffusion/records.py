@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from numbers import Integral
 from typing import Any, ClassVar, TypeVar
@@ -27,6 +28,9 @@ RENAMED: dict[str, str] = {
     "engine.accumulation": "engine.gradient_accumulation",
     "engine.checkpointing": "engine.activation_checkpointing",
 }
+
+# Options that once were flags, with what they meant.
+_FLAGS = {"--model.input-pyramid": "halved"}
 
 MAX_SEED = 2**63 - 1  # seeds are int64
 _LARGEST = 1e30  # fits float32, and no sensible value comes near it
@@ -237,6 +241,16 @@ def new_word(word: str) -> str:
     option = f"--{new.replace('_', '-')}"
     _warn(f"{name} is now called {option}; the old name works for one more version")
     return f"{option}{equals}{value}"
+
+
+def new_words(words: Sequence[str]) -> list[str]:
+    """The words of a command line with options under their new names; flags that now take a value get one."""
+    result = list(map(new_word, words))
+    for index, (word, following) in enumerate(itertools.zip_longest(words, words[1:], fillvalue="--")):
+        if word in _FLAGS and following.startswith("--"):
+            result[index] = f"{word}={_FLAGS[word]}"
+            _warn(f"{word} now takes a value; without one it means {_FLAGS[word]}, for one more version")
+    return result
 
 
 def old_names(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:

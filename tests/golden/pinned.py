@@ -7,11 +7,14 @@ import io
 import json
 import math
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from multistage_diffusion.cli import dispatch
+from multistage_diffusion.cli.profile import count
+from multistage_diffusion.recipes import preset, recipe
 
 HERE = Path(__file__).parent
 OLD = HERE / "v0.1"
@@ -92,6 +95,23 @@ CLUSTERS = {
     "vp-timestep": ["digits", "--process", "vp", "--method", "timestep"],
 }
 CLUSTER_KEYS = ("edges", "edges_t", "intervals", "shares", "images")
+
+
+# What later versions changed in the presets: the networks published for each architecture, edges to the step, samplers.
+OLD_PRESETS = {
+    "vp-cifar10": {"model": {"filter": "box", "input_pyramid": "none", "groups": 16}},
+    "ldm-celebahq": {"edges": (2.1531271, 5.3151631)},
+}
+
+
+def profile(name: str, architecture: str) -> dict:
+    """Parameters and FLOPs of a preset as version 0.1 had it."""
+    if name not in OLD_PRESETS:
+        return msd("profile", name, "--architecture", architecture)
+    changes, now, sampling = OLD_PRESETS[name], preset(name, architecture), recipe(name).sampling
+    model = replace(now.model, **changes.get("model", {}))
+    old = replace(now, model=model, edges=changes.get("edges", now.edges))
+    return json.loads(json.dumps(count(name, old, replace(sampling, **changes.get("sampling", {})))))
 
 
 def config(run: str) -> dict:

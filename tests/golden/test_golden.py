@@ -50,8 +50,7 @@ def test_the_held_out_loss(run):
 @pytest.mark.parametrize("architecture", slow_but(("multistage",), pinned.ARCHITECTURES))
 @pytest.mark.parametrize("preset", slow_but(pinned.SMALL_PRESETS, (*pinned.SMALL_PRESETS, *pinned.LARGE_PRESETS)))
 def test_the_cost_of_a_preset(preset, architecture):
-    found = pinned.msd("profile", preset, "--architecture", architecture)
-    pinned.near(found, PROFILES[f"{preset}-{architecture}"], rel=1e-12)
+    pinned.near(pinned.profile(preset, architecture), PROFILES[f"{preset}-{architecture}"], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", pinned.CLUSTERS)

@@ -1,12 +1,16 @@
 """Layers against what they stand for."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny
+from multistage_diffusion.backbones import UNet
 from multistage_diffusion.backbones.layers import Attention, NoiseEmbedding, Resample, ResidualBlock, group_norm
+from multistage_diffusion.records import from_dict, new_words, to_dict
 
 
 @pytest.mark.parametrize("kind", ["box", "fir"])
@@ -31,6 +35,34 @@ def test_fir_up_is_the_transpose_of_down_times_4():
     x, y = torch.randn(1, 2, 8, 8, generator=generator), torch.randn(1, 2, 4, 4, generator=generator)
     down, up = Resample("down", "fir"), Resample("up", "fir")
     torch.testing.assert_close((down(x) * y).sum() * 4, (x * up(y)).sum())
+
+
+@pytest.mark.parametrize(("kind", "taps"), [("box", [1.0, 1.0]), ("fir", [1.0, 3.0, 3.0, 1.0])])
+def test_the_input_pyramid_is_one_strided_convolution_with_the_filtered_kernel(kind, taps):
+    """Filtering and convolving are linear: their kernels convolve to one, which moves by 2 pixels."""
+    unet = UNet(width=4, multipliers=(1, 1), blocks=1, attention=(), filter=kind, input_pyramid="ncsnpp")
+    step = tiny.randomise(unet.encoder((3, 8, 8)).pyramid[0]).double()
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    filter_ = torch.outer(*2 * [torch.tensor(taps, dtype=torch.float64) / sum(taps)])
+    size = 2 + len(taps)
+    kernel = torch.zeros(4, 3, size, size, dtype=torch.float64)
+    for row, column in itertools.product(range(3), repeat=2):
+        weight = step[1].weight[:, :, row, column, None, None].detach()
+        kernel[:, :, row : row + len(taps), column : column + len(taps)] += weight * filter_.flip(0, 1)
+    expected = F.conv2d(x, kernel, step[1].bias, stride=2, padding=len(taps) // 2)
+    torch.testing.assert_close(step(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_old_files_keep_the_input_pyramid_that_they_were_trained_with():
+    old = from_dict(UNet, {"input_pyramid": True, "filter": "fir"})
+    assert old == UNet(input_pyramid="halved", filter="fir") == UNet(input_pyramid=True, filter="fir")
+    assert to_dict(old)["input_pyramid"] == "halved" and UNet(input_pyramid=False) == UNet()
+    with pytest.warns(FutureWarning, match="--model.input-pyramid now takes a value; without one it means halved"):
+        assert new_words(["--model.input-pyramid", "--seed", "1"]) == ["--model.input-pyramid=halved", "--seed", "1"]
+    assert new_words(words := ["--model.input-pyramid", "ncsnpp"]) == words
+    x = torch.randn(2, 3, 8, 8)
+    step = old.encoder((3, 8, 8)).pyramid[0]
+    torch.testing.assert_close(step(x), step[1](Resample("down", "fir")(x)))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

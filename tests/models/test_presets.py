@@ -1,5 +1,6 @@
 """The presets against the table of the paper's networks (measured on the published code), stage by stage."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -38,19 +39,75 @@ def test_the_unified_networks_are_those_of_the_paper(name):
         assert found.paper_gflops((1,)) == pytest.approx(paper, rel=CLOSE)
 
 
+# Multistage: encoder and decoders (counted on the published code), GMACs of a stage.
+MULTISTAGE = {
+    "vp-cifar10": (43_482_624, (125_995_843, 64_038_787, 3_652_083), (30.97, 18.58, 7.15)),
+    "edm-cifar10": (19_632_768, (68_284_547, 36_101_123, 4_774_947), (35.75, 21.19, 7.725)),
+    "ldm-celebahq": (107_911_776, (208_055_363, 128_777_923, 67_678_531), (120.44, 84.15, 56.64)),
+}
+
+
 @pytest.mark.slow
-def test_the_ncsnpp_variant_is_the_published_one():
-    found = preset("vp-cifar10", "unified")
-    variant = network_cost(replace(found.model, filter="fir", input_pyramid=True), found.shape)
-    assert variant.parameters == pytest.approx(107.52e6, rel=CLOSE)
-    assert variant.flops((1,)) / 2e9 == pytest.approx(18.581, rel=CLOSE)
+@pytest.mark.parametrize("name", MULTISTAGE)
+def test_the_multistage_networks_are_the_published_ones(name):
+    encoder, decoders, gmacs = MULTISTAGE[name]
+    counted = cost(name, "multistage")
+    assert (counted.encoder, counted.decoders) == (encoder, decoders)
+    assert [stage.gmacs for stage in counted.stages] == pytest.approx(gmacs, rel=CLOSE)
+
+
+@pytest.mark.slow
+def test_the_ncsnpp_like_network_in_one_stage():
+    base = preset("vp-cifar10")
+    counted = network_cost(base.model.unified(), base.shape)
+    assert counted.parameters == 107_521_411
+    assert counted.stages[0].gmacs == pytest.approx(18.581, rel=CLOSE)
+
+
+def test_the_released_latent_decoders_lost_their_attention_but_for_the_first():
+    base = preset("ldm-celebahq")
+    model = replace(base.model, decoder_attention="first-stage")
+    with torch.device("meta"):
+        network = model.network(base.shape)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 493_841_449
+    assert [attentions(decoder) for decoder in network.decoders] == [9, 0, 0]
+
+
+def test_steps_442_and_631_begin_a_stage_in_any_precision():
+    base = preset("ldm-celebahq")
+    steps = torch.tensor([441.0, 442.0, 630.0, 631.0], dtype=torch.float64)
+    sigma, stages = base.process.sigma(steps), Stages(base.edges)
+    for levels in (sigma, sigma.float()):
+        assert stages.of(levels).tolist() == [0, 1, 1, 2]
+    assert stages.shares(base.process) == pytest.approx((0.442, 0.189, 0.369), abs=1e-12)
+
+
+def test_the_initialisation_of_edm():
+    base = preset("edm-cifar10", "unified")
+    model = replace(base.model, width=64, blocks=1, classes=5)
+    state = model.network((3, 16, 16)).state_dict()
+    for name, tensor in state.items():  # a uniform variable on (-a, a) has variance a^2/3
+        if not name.endswith("weight") or tensor.ndim < 2:
+            continue
+        size = tensor[0, 0].numel()
+        deviation = math.sqrt(2 / (size * sum(tensor.shape[:2])))
+        if ".qkv." in name:
+            deviation *= math.sqrt(0.2)
+        elif any(last in name for last in ("conv1", "attention.out", "head")):
+            deviation *= 1e-5
+        elif ".label." in name:
+            deviation = math.sqrt(2 * 5 / (5 + 64))
+            assert not tensor[5].any()
+            tensor = tensor[:5]
+        assert tensor.std().item() == pytest.approx(deviation, rel=0.12), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["multistage", "separate"])
 @pytest.mark.parametrize("name", PAPER)
 def test_stages_cost_what_their_widths_say(name, architecture):
-    unified, found = cost(name, "unified"), cost(name, architecture)
+    base, found = preset(name, architecture), cost(name, architecture)
+    unified = network_cost(base.model.unified(), base.shape)
     encoders = 1 if architecture == "multistage" else 3
     assert found.encoder == encoders * unified.encoder
     assert found.parameters == found.encoder + sum(found.decoders)
@@ -68,7 +125,7 @@ def shapes(module):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_decoder_as_wide_as_the_encoder_has_the_unified_decoders_parameters(name):
-    found, alone = preset(name), preset(name, "unified")
+    found, alone = preset(name, "separate"), preset(name, "unified")
     with torch.device("meta"):
         staged = replace(found.model, decoder_widths=(found.model.width, 8)).network(found.shape)
         unified = alone.model.network(alone.shape)

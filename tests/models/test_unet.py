@@ -15,7 +15,7 @@ from multistage_diffusion.recipes import RECIPES, preset
 VARIANTS = {
     "block": tiny.MODEL,
     "edm": replace(tiny.MODEL, middle="decoder", decoder_attention="all"),
-    "pyramid": replace(tiny.MODEL, filter="fir", input_pyramid=True),
+    "pyramid": replace(tiny.MODEL, filter="fir", input_pyramid="ncsnpp"),
     "conv": replace(tiny.MODEL, resampling="conv", head_channels=4, skip_scale=1.0, decoder_attention="all"),
 }
 ORDERS = [[2, 0, 1, 0, 2], [1, 1, 1, 1, 1]]

@@ -194,7 +194,7 @@ def test_the_network_takes_one_timestep_or_one_an_image():
     [
         ({"resampling": "block"}, "resamples inside residual blocks"),
         ({"skip_scale": 0.7}, "scales its skips"),
-        ({"decoder_attention": "last"}, "only the last block of a decoder's level attends"),
+        ({"decoder_attention": "last"}, "not each block of its decoders attends"),
         ({"classes": 3}, "has 3 classes"),
         ({"groups": 4}, "not one number"),
         ({"head_channels": 32}, "attention heads are wider than"),

@@ -127,6 +127,31 @@ class Resample(nn.Module):
 
 
 @final
+class Blur(nn.Module):
+    """The filter of `Resample` at full resolution, one pixel larger all around for a 3x3 convolution without padding.
+
+    With a convolution of stride 2 behind it, it is the input pyramid of Song et al. 2021 (score SDE).
+    """
+
+    kernel: Tensor
+
+    def __init__(self, kind: Filter) -> None:
+        super().__init__()
+        taps = _taps(kind)
+        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
+
+    def forward(self, x: FeatureMaps) -> Float[Tensor, "batch channels height2 width2"]:
+        """Filter each channel by itself; zeros lie around the images, and both sides grow by 1."""
+        size = len(self.kernel)
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, size, size)
+        return F.conv2d(x, kernel, padding=size // 2, groups=x.shape[1])
+
+
+def _taps(kind: Filter) -> Tensor:
+    return torch.tensor([1.0, 1.0] if kind == "box" else [1.0, 3.0, 3.0, 1.0])
+
+
+@final
 class Dropout(nn.Module):
     """Dropout whose mask belongs to the image: a pure function of the image's dropout seed, the layer and the entry.
 

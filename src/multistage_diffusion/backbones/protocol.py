@@ -70,6 +70,10 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
         """The network with one stage, whose decoder has the encoder's capacity."""
         return replace(self.with_capacities((self.capacity,)), architecture="unified")
 
+    def of_stage(self, stage: int) -> Backbone:
+        """The record that makes a stage's decoder, where decoders differ in more than capacity."""
+        return self
+
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Refuse images (C, H, W) that the network cannot take, with a `ConfigError`."""
 
@@ -104,7 +108,9 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
         encoders = nn.ModuleList(
             self.encoder(shape) for _ in range(len(capacities) if self.architecture == "separate" else 1)
         )
-        decoders = nn.ModuleList(self.decoder(capacity, encoders[0], shape) for capacity in capacities)
+        decoders = nn.ModuleList(
+            self.of_stage(stage).decoder(capacity, encoders[0], shape) for stage, capacity in enumerate(capacities)
+        )
         network = MultiDecoder(encoders, decoders)
         number_dropouts(network)
         return network

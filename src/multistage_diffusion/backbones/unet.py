@@ -12,8 +12,10 @@ from multistage_diffusion.records import check
 
 if TYPE_CHECKING:
     from torch.nn import Module
+
+    from multistage_diffusion.multidecoder import MultiDecoder
 else:
-    Module = Any
+    Module = MultiDecoder = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,9 @@ class UNet(Backbone):
     """Residual blocks a resolution in the encoder; the decoders have one more."""
     attention: tuple[int, ...] = (16,)
     """Resolutions in pixels at which there is self-attention."""
-    decoder_attention: Literal["last", "all"] = "last"
-    """Attention after the last block of a decoder's resolution, or after each."""
+    decoder_attention: Literal["last", "all", "first-stage", "none"] = "last"
+    """Attention after the last block of a decoder's resolution, or after each; first-stage: after each in the decoder
+    of stage 0 alone, as in the released latent diffusion; none: in the middle blocks at most."""
     head_channels: int | None = None
     """Channels of an attention head; by default one head."""
     middle: Literal["encoder", "decoder"] = "encoder"
@@ -43,8 +46,9 @@ class UNet(Backbone):
     right and below only (DDPM)."""
     filter: Literal["box", "fir"] = "box"
     """Resampling filter inside residual blocks: average and nearest, or FIR 1, 3, 3, 1."""
-    input_pyramid: bool = False
-    """Feed the downsampled input to each resolution of the encoder (NCSN++)."""
+    input_pyramid: Literal["none", "ncsnpp", "halved"] | bool = "none"
+    """Feed the downsampled input to each resolution of the encoder. ncsnpp: filter, then a strided 3x3 convolution, as
+    published; halved (or true, as in files of version 0.1): a strided filter, then the convolution."""
     skip_scale: float = math.sqrt(0.5)
     """Scale of a residual block's output."""
     groups: int = 16
@@ -53,6 +57,9 @@ class UNet(Backbone):
     """Epsilon of a group norm."""
     dropout: float = 0.1
     """Dropout in residual blocks."""
+    initialisation: Literal["zero", "edm"] = "zero"
+    """Layers that end a residual branch start at zero; edm: at 1e-5 of the others' weights, and attention's queries,
+    keys and values at sqrt 0.2 of them (Karras et al. 2022)."""
     frequency_shift: Literal[0, 1] = 1
     """1: sinusoids of the noise level from frequency 1 to 1/10000 (DDPM); 0: the last left out (latent diffusion)."""
 
@@ -61,6 +68,8 @@ class UNet(Backbone):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.input_pyramid, bool):  # as version 0.1 wrote it
+            object.__setattr__(self, "input_pyramid", "halved" if self.input_pyramid else "none")
         widths = (self.width, *self.decoder_widths)
         valid = all(4 <= width <= 8192 and width % 4 == 0 for width in widths)
         check(valid, "model.width and model.decoder-widths", "multiples of 4 up to 8192", widths)
@@ -108,6 +117,21 @@ class UNet(Backbone):
                 f"images of {shape[1]}x{shape[2]} pixels cannot be halved {len(self.multipliers) - 1} times as "
                 f"model.multipliers {self.multipliers} ask; set data.resolution to a multiple of {factor}"
             )
+
+    def of_stage(self, stage: int) -> UNet:
+        """Attention in one decoder only, if so."""
+        if self.decoder_attention != "first-stage":
+            return self
+        return replace(self, decoder_attention="none" if stage else "all")
+
+    def network(self, shape: tuple[int, int, int]) -> MultiDecoder:
+        """The whole network, freshly initialised from torch's generator."""
+        network = super().network(shape)
+        if self.initialisation == "edm":
+            from multistage_diffusion.backbones.unet_parts import initialise_as_edm
+
+            initialise_as_edm(network)
+        return network
 
     def encoder(self, shape: tuple[int, int, int]) -> Module:
         """The downward half, at the base width."""

@@ -5,6 +5,7 @@ Source: blocks of Song et al. 2021 (DDPM++, NCSN++) and Rombach et al. 2022.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, final
 
@@ -14,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from multistage_diffusion.backbones.layers import (
+    Attention,
+    Blur,
     ConvResample,
     FeatureMaps,
     NoiseEmbedding,
@@ -75,9 +78,11 @@ class UNetEncoder(nn.Module):
                 self.downs.append(block(channels, channels, resample="down"))
             else:
                 self.downs.append(ConvResample(channels, "down", pad_after=unet.resampling == "conv-after"))
-            if unet.input_pyramid:
-                step = initialise(nn.Conv2d(pyramid, channels, 3, padding=1))
-                self.pyramid.append(nn.Sequential(Resample("down", unet.filter), step))
+            if unet.input_pyramid != "none":
+                first = unet.input_pyramid == "ncsnpp"  # the filter sees all pixels, and the convolution halves
+                filter_input = Blur(unet.filter) if first else Resample("down", unet.filter)
+                halve = nn.Conv2d(pyramid, channels, 3, stride=2 if first else 1, padding=0 if first else 1)
+                self.pyramid.append(nn.Sequential(filter_input, initialise(halve)))
                 pyramid = channels
         self.channels = channels
         self.middle = _middle(block, channels) if unet.middle == "encoder" else nn.ModuleList()
@@ -122,7 +127,7 @@ class UNetDecoder(nn.Module):
     def __init__(self, width: int, encoder: UNetEncoder, unet: UNet, shape: tuple[int, int, int]) -> None:
         super().__init__()
         block = _blocks(unet)
-        channels, skips = encoder.channels, list(encoder.skip_channels)
+        channels, skips, every = encoder.channels, list(encoder.skip_channels), unet.decoder_attention == "all"
         self.middle = _middle(block, channels) if unet.middle == "decoder" else nn.ModuleList()
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for depth in reversed(range(len(unet.multipliers))):
@@ -130,7 +135,7 @@ class UNetDecoder(nn.Module):
             attends = shape[1] >> depth in unet.attention
             blocks = nn.ModuleList()
             for index in range(unet.blocks + 1):
-                attention = attends and (unet.decoder_attention == "all" or index == unet.blocks)
+                attention = attends and (every or (unet.decoder_attention == "last" and index == unet.blocks))
                 blocks.append(block(channels + skips.pop(), outputs, attention=attention))
                 channels = outputs
             self.levels.append(blocks)
@@ -182,3 +187,22 @@ def _blocks(unet: UNet) -> Callable[..., ResidualBlock]:
 def _middle(block: Callable[..., ResidualBlock], channels: int) -> nn.ModuleList:
     """The two blocks at the lowest resolution, the first one with attention."""
     return nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])
+
+
+@torch.no_grad()
+def initialise_as_edm(network: nn.Module) -> None:
+    """EDM's weights at the start, in place: Xavier-uniform ones, by sqrt 0.2 or 1e-5 (Karras et al. 2022, App. F.1)."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.qkv.weight *= math.sqrt(0.2)
+            initialise(module.out).weight *= 1e-5
+        elif isinstance(module, ResidualBlock):
+            initialise(module.conv1).weight *= 1e-5
+        elif isinstance(module, UNetDecoder):
+            initialise(module.head).weight *= 1e-5
+        elif isinstance(module, NoiseEmbedding) and module.label is not None:
+            # A linear layer of one-hot labels, scaled to unit variance; its bias, and so no label, is zero.
+            label = module.label.weight
+            classes = module.label.num_embeddings - 1
+            label.uniform_(-1, 1).mul_(math.sqrt(6 * classes / (classes + module.width)))
+            label[classes] = 0

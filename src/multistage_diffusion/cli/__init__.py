@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from multistage_diffusion.cli.streams import standard_streams
 from multistage_diffusion.errors import ConfigError, PeerError, UserError, is_out_of_memory, suggest
-from multistage_diffusion.records import new_word
+from multistage_diffusion.records import new_words
 
 COMMANDS = {
     "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
@@ -166,7 +166,7 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
     """
     import tyro
 
-    arguments = list(map(new_word, arguments))
+    arguments = new_words(arguments)
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     extra: dict[str, Any] = {"registry": _named_values()} | ({} if default is None else {"default": default})
     out, err = io.StringIO(), io.StringIO()

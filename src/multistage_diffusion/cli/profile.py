@@ -46,7 +46,22 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         The command's document.
     """
     target, sampling = _target(options.target, options.architecture)
+    document = count(options.target, target, sampling)
+    _show(document, options, console)
+    return document
 
+
+def count(name: str, target: Preset, sampling: Sampler) -> dict[str, Any]:
+    """The document: parameters and FLOPs of a network, and its stages' shares.
+
+    Args:
+        name: What messages call it.
+        target: The network with its process and edges.
+        sampling: Whose calls weigh the stages.
+
+    Raises:
+        ConfigError: The network has not a decoder for each stage.
+    """
     from multistage_diffusion.clustering.levels import time_shares
     from multistage_diffusion.metrics.cost import network_cost
     from multistage_diffusion.stages import Stages
@@ -54,7 +69,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     unified = target.model.architecture == "unified"
     if not unified and len(target.model.capacities) != len(target.edges) + 1:
         raise ConfigError(
-            f"{options.target} has {len(target.model.capacities)} model.{target.model.capacity_option} for "
+            f"{name} has {len(target.model.capacities)} model.{target.model.capacity_option} for "
             f"{len(target.edges) + 1} stages; profile it with --architecture unified"
         )
     cost = network_cost(target.model, target.shape)
@@ -77,8 +92,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         }
         for index, stage in enumerate(cost.stages)
     ]
-    document = {
-        "target": options.target,
+    return {
+        "target": name,
         "architecture": target.model.architecture,
         "process": to_dict(target.process),
         "shape": list(target.shape),
@@ -89,14 +104,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "weighted_gflops": {name: cost.flops(values) / 1e9 for name, values in shares.items()},
         "weighted_paper_gflops": {name: cost.paper_gflops(values) for name, values in shares.items()},
     }
-    _show(document, options, console)
-    return document
 
 
 def _target(name: str, architecture: Architecture | None) -> tuple[Preset, Sampler]:
     """A preset with its recipe's sampler, or the network of a run with the run's own."""
     if not (Path(name) / "config.json").is_file():
-        return preset(name, architecture), recipe(name).sampling
+        return preset(name, architecture), recipe(name, architecture).sampling
     sampling, document = Sampler(), read_json(Path(name) / "config.json")
     if isinstance(document, dict) and "format" in document:
         from multistage_diffusion.denoiser import Denoiser

@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli import parse as parse_words
 from multistage_diffusion.cli.common import Compute, prepare
-from multistage_diffusion.config import RunConfig, check, from_dict, to_dict
+from multistage_diffusion.config import Architecture, RunConfig, check, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.noise import process_by_kind
@@ -64,8 +64,8 @@ def parse(arguments: Sequence[str]) -> Options:
         if not wants_help:
             raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}")
         arguments = ["digits", *arguments]
-    base = recipe(arguments[0])
     values = dict(_values(arguments))
+    base = recipe(arguments[0], _architecture(values))
     if "--config" in values:
         base = _merge(base, values["--config"])
     if "--process.kind" in values and not base.process.is_kind({"kind": values["--process.kind"]}):
@@ -191,8 +191,20 @@ def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options that change the defaults of others, with their values."""
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
-        if name in ("--config", "--process.kind", "--stages") and (equals or following is not None):
+        if name in ("--config", "--model.architecture", "--process.kind", "--stages") and (
+            equals or following is not None
+        ):
             yield name, value if equals else following
+
+
+def _architecture(values: dict[str, str]) -> Architecture | None:
+    """The architecture that options or their file ask for, as a recipe has the published network of each."""
+    name: Any = values.get("--model.architecture")
+    if name is None and "--config" in values:
+        document = read_json(Path(values["--config"]))
+        model = document.get("model") if isinstance(document, dict) else None
+        name = model.get("architecture") if isinstance(model, dict) else None
+    return name if name in get_args(Architecture) else None  # a wrong one is refused where options are read
 
 
 def _with_stages(base: RunConfig, file: str) -> RunConfig:

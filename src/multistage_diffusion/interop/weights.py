@@ -130,10 +130,10 @@ def misfit(denoiser: Denoiser) -> str | None:
         f"it has {config.classes} classes": config.classes > 0,
         "it takes augmentation labels": config.augment_labels > 0,
         "it resamples inside residual blocks (model.resampling block)": config.resampling == "block",
-        "it has an input pyramid": config.input_pyramid,
+        "it has an input pyramid": config.input_pyramid != "none",
         f"it scales its skips by {config.skip_scale:.3g}": config.skip_scale != 1,
-        "only the last block of a decoder's level attends (model.decoder-attention last)": config.attention
-        and config.decoder_attention == "last",
+        f"not each block of its decoders attends (model.decoder-attention {config.decoder_attention})": config.attention
+        and config.decoder_attention != "all",
         f"its group norms have {sorted(groups)} groups, not one number": len(groups) > 1,
         f"its attention heads are wider than {min(widths)} channels": config.head_channels is not None
         and config.head_channels > min(*widths, widest),
