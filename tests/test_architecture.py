@@ -166,7 +166,16 @@ def test_nothing_is_asked_for_its_class_name():
 
 def test_only_backbones_know_their_parts():
     """Nobody asks for the class of an encoder or a decoder, or names one: any modules may stand there."""
-    parts = {"UNetEncoder", "UNetDecoder", "UNetFeatures", "ResidualBlock", "MultiDecoderUNet"}
+    parts = {
+        "UNetEncoder",
+        "UNetDecoder",
+        "UNetFeatures",
+        "ResidualBlock",
+        "MultiDecoderUNet",
+        "Trunk",
+        "TrunkFeatures",
+        "Head",
+    }
     wrong = [
         f"{module}:{node.lineno}"
         for module, tree in trees()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from multistage_diffusion.backbones import Architecture, Backbone, UNet
+from multistage_diffusion.backbones import Architecture, Backbone, Transformer, UNet
 from multistage_diffusion.config import DataConfig, RunConfig, Sampler, StagesConfig, TrainingConfig
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise import EDM, LDM, VP, Flow, Process
@@ -206,6 +207,73 @@ def ldm_celebahq() -> RunConfig:
     )
 
 
+def digits_dit() -> RunConfig:
+    """8x8 digits, a staged transformer of 0.5 M parameters on 16 patches."""
+    model = Transformer(
+        width=64, depth=6, trunk=4, decoder_widths=(64, 64, 32), decoder_blocks=(3, 2, 1), head_channels=16
+    )
+    return replace(digits(), model=model)
+
+
+def fashion_mnist_dit() -> RunConfig:
+    """Fashion-MNIST, a staged transformer of 2 M parameters on 49 patches."""
+    model = Transformer(
+        width=128,
+        depth=6,
+        trunk=4,
+        patch=4,
+        decoder_widths=(128, 128, 64),
+        decoder_blocks=(3, 2, 1),
+        head_channels=32,
+    )
+    return replace(fashion_mnist(), model=model)
+
+
+# Width, depth and channels of an attention head of DiT's sizes (Peebles and Xie 2023, Table 1); blocks of the trunk;
+# width and blocks of the heads, so that the mean over the stages costs what the undivided network costs.
+_DIT = {
+    "s": (384, 12, 64, 8, (384, 384, 256), (7, 4, 1)),
+    "b": (768, 12, 64, 8, (768, 768, 448), (7, 4, 1)),
+    "l": (1024, 24, 64, 16, (1024, 1024, 512), (14, 8, 3)),
+    "xl": (1152, 28, 72, 18, (1152, 1152, 504), (18, 10, 2)),
+}
+
+
+def dit(size: str, patch: int) -> RunConfig:
+    """DiT in stages on ImageNet at 256x256 (Peebles and Xie 2023): AdamW 1e-4, batch 256, EMA 0.9999, 400,000 steps.
+
+    The network is for 4x32x32 latents and 1000 classes. The process is ADM's: 1000 steps, betas from 1e-4 to 0.02.
+    """
+    width, depth, head_channels, trunk, widths, blocks = _DIT[size]
+    return RunConfig(
+        data=DataConfig(
+            source="folder:data/imagenet", resolution=256, flip=True, autoencoder="stabilityai/sd-vae-ft-ema"
+        ),
+        process=LDM(beta_first=1e-4, beta_last=0.02, betas="linear"),
+        # Steps 442 and 631 of 1000 (Zhang et al. 2024), in sigma on this process's own schedule.
+        stages=StagesConfig(edges=(2.5218166, 7.4943283)),
+        model=Transformer(
+            width=width,
+            depth=depth,
+            trunk=trunk,
+            patch=patch,
+            decoder_widths=widths,
+            decoder_blocks=blocks,
+            head_channels=head_channels,
+            classes=1000,
+        ),
+        training=TrainingConfig(
+            steps=400_000,
+            batch_size=256,
+            learning_rate=1e-4,
+            clip_norm=None,
+            ema_half_life=half_life(0.9999, 256),
+            ema_ramp_up=None,
+        ),
+        sampling=LDM_SAMPLING,
+    )
+
+
 # Every recipe, with the shape (C, H, W) of what its network denoises.
 _SHAPES: dict[str, tuple[Callable[[], RunConfig], tuple[int, int, int]]] = {
     "digits": (digits, (1, 8, 8)),
@@ -221,6 +289,9 @@ _SHAPES: dict[str, tuple[Callable[[], RunConfig], tuple[int, int, int]]] = {
     "edm-cifar10": (edm_cifar10, (3, 32, 32)),
     "edm-celeba": (edm_celeba, (3, 32, 32)),
     "ldm-celebahq": (ldm_celebahq, (3, 64, 64)),
+    "digits-dit": (digits_dit, (1, 8, 8)),
+    "fashion-mnist-dit": (fashion_mnist_dit, (1, 28, 28)),
+    **{f"dit-{size}-{patch}": (partial(dit, size, patch), (4, 32, 32)) for size in _DIT for patch in (2, 4)},
 }
 RECIPES: dict[str, Callable[[], RunConfig]] = {name: make for name, (make, _) in _SHAPES.items()}
 

@@ -5,8 +5,9 @@ user's own needs its class alone.
 """
 
 from multistage_diffusion.backbones.protocol import Architecture, Backbone, CustomNetwork
+from multistage_diffusion.backbones.transformer import Transformer
 from multistage_diffusion.backbones.unet import UNet
 
-BACKBONES: tuple[type[Backbone], ...] = (UNet,)
+BACKBONES: tuple[type[Backbone], ...] = (UNet, Transformer)
 
-__all__ = ["BACKBONES", "Architecture", "Backbone", "CustomNetwork", "UNet"]
+__all__ = ["BACKBONES", "Architecture", "Backbone", "CustomNetwork", "Transformer", "UNet"]

@@ -1,4 +1,4 @@
-"""Building blocks of the U-Net: noise embedding, resampling, attention, residual block."""
+"""Building blocks: noise embedding, resampling, attention, residual block."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
 from multistage_diffusion.errors import ConfigError
 
 FeatureMaps = Float[Tensor, "batch channels height width"]
+Tokens = Float[Tensor, "batch tokens width"]
 Direction = Literal["down", "up"]
 Filter = Literal["box", "fir"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
@@ -54,10 +55,32 @@ def initialise(layer: _Layer, *, zero: bool = False) -> _Layer:
     return layer
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Without autocast: rounding the noise embedding to half precision is like a wrong noise level."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda", "mps", "xpu") else contextlib.nullcontext()
+
+
+def sinusoids(c_noise: Float[Tensor, " batch"], channels: int, shift: int) -> Float[Tensor, "batch channels"]:
+    """Cosines, then sines, of a noise level at geometric frequencies from 1 to 1/10000; with `shift` 0, just above."""
+    half = channels // 2
+    ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / max(half - shift, 1)
+    angle = c_noise.float()[:, None] * torch.exp(-math.log(10_000) * ramp)
+    return torch.cat((angle.cos(), angle.sin()), dim=1)
+
+
+def positions(height: int, width: int, channels: int) -> Float[Tensor, "tokens channels"]:
+    """Sines, then cosines, of each patch's column, and then of its row, at frequencies from 1 to just above 1/10000."""
+    rates = 10_000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    angles = (torch.arange(size, dtype=torch.float64)[:, None] * rates for size in (width, height))
+    columns, rows = (torch.cat((angle.sin(), angle.cos()), dim=1) for angle in angles)
+    return torch.cat((columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)), dim=1).float()
+
+
+def modulated(x: Tokens, shift: Tensor, scale: Tensor, rms: bool, eps: float = 1e-6) -> Tokens:
+    """norm(x) (1 + scale) + shift, with RMSNorm or layer norm without weights (Peebles and Xie 2023)."""
+    normed = F.rms_norm(x, x.shape[2:], eps=eps) if rms else F.layer_norm(x, x.shape[2:], eps=eps)
+    return torch.addcmul(shift, normed.to(shift.dtype), 1 + scale)
 
 
 @final
@@ -84,11 +107,8 @@ class NoiseEmbedding(nn.Module):
         self, c_noise: Float[Tensor, " batch"], conditioning: Conditioning = NO_CONDITIONING
     ) -> Float[Tensor, "batch embedding"]:
         """Embed a noise level, a class (absent: none) and an augmentation (absent: the same as zeros)."""
-        half = self.width // 2
-        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / max(half - self.shift, 1)
-        angle = c_noise.float()[:, None] * torch.exp(-math.log(10_000) * ramp)
-        wave = torch.cat((angle.cos(), angle.sin()), dim=1).to(self.first.weight.dtype)
-        with _without_autocast(wave):
+        wave = sinusoids(c_noise, self.width, self.shift).to(self.first.weight.dtype)
+        with without_autocast(wave):
             return self._embed(wave, conditioning.labels, conditioning.augment)
 
     def _embed(self, wave: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
@@ -237,6 +257,34 @@ class Attention(nn.Module):
 
 
 @final
+class TokenAttention(nn.Module):
+    """Self-attention over tokens.
+
+    Args:
+        width: Channels of a token.
+        head_channels: Channels of a head, a divisor of `width`.
+        qk_norm: Whether RMSNorm comes before the products of queries and keys.
+    """
+
+    is_attention = True
+
+    def __init__(self, width: int, *, head_channels: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.channels = head_channels
+        self.qkv, self.out = initialise(nn.Linear(width, 3 * width)), initialise(nn.Linear(width, width))
+        self.scales = nn.Parameter(torch.ones(2, head_channels)) if qk_norm else None  # of queries and keys
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Attend; the shape stays."""
+        query, key, value = self.qkv(x).unflatten(2, (3, -1, self.channels)).permute(2, 0, 3, 1, 4)
+        if self.scales is not None:
+            first, second = self.scales.to(value.dtype)
+            query = F.rms_norm(query, (self.channels,), first, 1e-6)
+            key = F.rms_norm(key, (self.channels,), second, 1e-6)
+        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+@final
 class ResidualBlock(nn.Module):
     """Norm, SiLU, (resample,) convolution, noise embedding, norm, SiLU, dropout, convolution; then perhaps attention.
 
@@ -293,7 +341,7 @@ class ResidualBlock(nn.Module):
         h = F.silu(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        with _without_autocast(embedding):
+        with without_autocast(embedding):
             shift = self.affine(embedding)
         h = self.conv0(h) + shift.to(h.dtype)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h)), seed))

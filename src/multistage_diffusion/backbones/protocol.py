@@ -74,6 +74,19 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
         """The record that makes a stage's decoder, where decoders differ in more than capacity."""
         return self
 
+    def of_kind(self, kind: str, stages: int) -> Backbone:
+        """The default network of a family for as many stages, of the same architecture, classes and augmentation.
+
+        Raises:
+            ConfigError: No such family, or one that no name builds.
+        """
+        if self.is_kind({self._tag: kind}):
+            return self
+        model = Backbone.by_kind(kind)()
+        check(model.builds, "model.backbone", "a family that a configuration can build", kind)
+        same = {name: getattr(self, name) for name in ("architecture", "classes", "augment_labels")}
+        return replace(model.with_capacities((model.capacity,) * stages), **same)
+
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Refuse images (C, H, W) that the network cannot take, with a `ConfigError`."""
 

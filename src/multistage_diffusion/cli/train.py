@@ -70,6 +70,8 @@ def parse(arguments: Sequence[str]) -> Options:
         base = _merge(base, values["--config"])
     if "--process.kind" in values and not base.process.is_kind({"kind": values["--process.kind"]}):
         base = replace(base, process=process_by_kind(values["--process.kind"]))
+    if "--model.backbone" in values:
+        base = replace(base, model=base.model.of_kind(values["--model.backbone"], len(base.stages.edges) + 1))
     if "--stages" in values:
         base = _with_stages(base, values["--stages"])
     return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
@@ -191,7 +193,7 @@ def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options that change the defaults of others, with their values."""
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
-        if name in ("--config", "--model.architecture", "--process.kind", "--stages") and (
+        if name in ("--config", "--model.architecture", "--model.backbone", "--process.kind", "--stages") and (
             equals or following is not None
         ):
             yield name, value if equals else following
@@ -216,9 +218,11 @@ def _with_stages(base: RunConfig, file: str) -> RunConfig:
     if widths is None:
         same = len(base.model.capacities) == len(edges) + 1
         widths = list(base.model.capacities) if same else [base.model.capacity] * (len(edges) + 1)
+    if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
+        raise ConfigError(f'{file}: "decoder_widths" must be a list of positive whole numbers, got {widths}')
+    model = replace(base.model.with_capacities(tuple(widths)), architecture=base.model.architecture)
     changed = to_dict(base)
-    changed["stages"]["edges"] = edges
-    changed["model"][base.model.capacity_option.replace("-", "_")] = widths
+    changed["stages"]["edges"], changed["model"] = edges, to_dict(model)
     return from_dict(RunConfig, changed, file)
 
 
