@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from multistage_diffusion.backbones import Backbone, UNet
+    from multistage_diffusion.backbones import Backbone, Transformer, UNet
     from multistage_diffusion.clustering import ClusterOptions, OptimalDenoiser, cluster
     from multistage_diffusion.conditioning import Conditioning
     from multistage_diffusion.config import EngineConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
@@ -44,6 +44,7 @@ _HOMES = {
     **dict.fromkeys(("cluster", "ClusterOptions", "OptimalDenoiser"), "clustering"),
     # networks
     "Backbone": "backbones",
+    "Transformer": "backbones",
     "UNet": "backbones",
     "ModelConfig": "config",
     "MultiDecoder": "multidecoder",
@@ -102,6 +103,7 @@ __all__ = [
     "Stages",
     "Trainer",
     "TrainingConfig",
+    "Transformer",
     "UNet",
     "as_data",
     "build_denoiser",
