@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.data.user import as_data
     from multistage_diffusion.denoiser import Denoiser
     from multistage_diffusion.evaluation import evaluate
+    from multistage_diffusion.interop.stage_module import StagedModule, load_staged, stage_module
     from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
     from multistage_diffusion.multidecoder import MultiDecoder
     from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, Process
@@ -52,6 +53,7 @@ _HOMES = {
     "Denoiser": "denoiser",
     "network_cost": "metrics.cost",
     "denoiser_cost": "metrics.cost",
+    **dict.fromkeys(("stage_module", "load_staged", "StagedModule"), "interop.stage_module"),
     # data
     "Images": "data",
     "load_data": "data",
@@ -100,6 +102,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "Sampler",
+    "StagedModule",
     "Stages",
     "Trainer",
     "TrainingConfig",
@@ -114,10 +117,12 @@ __all__ = [
     "fit",
     "load_data",
     "load_run",
+    "load_staged",
     "network_cost",
     "preset",
     "recipe",
     "sample",
+    "stage_module",
     "train",
 ]
 

@@ -10,7 +10,7 @@ Source: Zhang et al. 2024, Sec. 4.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, final
 
@@ -162,12 +162,13 @@ class MultiDecoder(nn.Module):
                     module.to(device if stage is None or index == stage else "cpu")
 
 
-def split(record: Any, counts: Sequence[int]) -> list[Any]:
+def split(record: Any, counts: Sequence[int], *, strict: bool = True) -> list[Any]:
     """Cut a record of batch-first tensors into consecutive images.
 
     Args:
         record: A tensor, none, or a tuple, named tuple, list, dictionary or dataclass of such records.
         counts: How many images each piece has; together all.
+        strict: Refuse what is neither; else all but tensors of that many images goes whole into each piece.
 
     Returns:
         A record of views for each piece. `torch.split` makes them, so that their gradients are put together once.
@@ -175,30 +176,56 @@ def split(record: Any, counts: Sequence[int]) -> list[Any]:
     Raises:
         TypeError: The record holds something else.
     """
-    if max(counts) == sum(counts):
+    images, sizes = sum(counts), list(counts)
+    if max(counts) == images:
         return [record] * len(counts)
-    if record is None:
-        return [None] * len(counts)
-    if isinstance(record, Tensor):
-        return list(record.split(list(counts)))
-    if isinstance(record, (tuple, list)):
-        columns = [split(value, counts) for value in record]
-        rows = [[column[piece] for column in columns] for piece in range(len(counts))]
-        if isinstance(record, list):
-            return rows
-        named = hasattr(record, "_fields")
-        return [type(record)(*row) if named else tuple(row) for row in rows]
+
+    def cut(leaf: Any) -> Sequence[Any]:
+        if isinstance(leaf, Tensor) and (strict or is_batch(leaf, images)):
+            return leaf.split(sizes)
+        if strict and leaf is not None:
+            raise TypeError(
+                f"an encoder must give tensors, or tuples, lists, dictionaries or dataclasses of them, not {leaf!r}"
+            )
+        return [leaf] * len(sizes)
+
+    columns = zip(*map(cut, leaves(record)), strict=True)
+    return [map_leaves(record, lambda leaf, column=column: next(column)) for column in map(iter, columns)]
+
+
+def is_batch(leaf: Any, images: int) -> bool:
+    """Whether something is a tensor with so many images along its first dimension."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == images
+
+
+def leaves(record: Any) -> list[Any]:
+    """The leaves of a record, in the order of `map_leaves`."""
+    listed: list[Any] = []
+    map_leaves(record, lambda leaf: listed.append(leaf) or leaf)
+    return listed
+
+
+def map_leaves(record: Any, function: Callable[[Any], Any]) -> Any:
+    """The same record with a function of each leaf in its place, in a fixed order.
+
+    Args:
+        record: A leaf, or a tuple, named tuple, list, dictionary or dataclass of such records.
+        function: Called with each leaf.
+
+    Returns:
+        A new record; dictionaries become plain ones.
+    """
+    if is_dataclass(record) and not isinstance(record, type):  # before mappings: some libraries' outputs are both
+        names = [field.name for field in fields(record) if field.init]
+        return replace(record, **{name: map_leaves(getattr(record, name), function) for name in names})
     if isinstance(record, Mapping):
-        pieces = {name: split(value, counts) for name, value in record.items()}
-        return [{name: values[piece] for name, values in pieces.items()} for piece in range(len(counts))]
-    if is_dataclass(record) and not isinstance(record, type):
-        pieces = {field.name: split(getattr(record, field.name), counts) for field in fields(record) if field.init}
-        return [
-            replace(record, **{name: values[piece] for name, values in pieces.items()}) for piece in range(len(counts))
-        ]
-    raise TypeError(
-        f"an encoder must give tensors, or tuples, lists, dictionaries or dataclasses of them, not {record!r}"
-    )
+        return {name: map_leaves(value, function) for name, value in record.items()}
+    if isinstance(record, (tuple, list)):
+        values = [map_leaves(value, function) for value in record]
+        if isinstance(record, list):
+            return values
+        return type(record)(*values) if hasattr(record, "_fields") else tuple(values)
+    return function(record)
 
 
 def _list(modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
