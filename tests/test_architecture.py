@@ -22,6 +22,7 @@ ORDER = [
     ("multidecoder",),
     ("backbones",),
     ("denoiser",),
+    ("inherit",),
     ("loss",),
     ("config",),
     ("analytic",),

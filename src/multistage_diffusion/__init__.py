@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from multistage_diffusion.data.user import as_data
     from multistage_diffusion.denoiser import Denoiser
     from multistage_diffusion.evaluation import evaluate
+    from multistage_diffusion.inherit import branch
+    from multistage_diffusion.interop.initial import load_initial
     from multistage_diffusion.interop.stage_module import StagedModule, load_staged, stage_module
     from multistage_diffusion.metrics.cost import denoiser_cost, network_cost
     from multistage_diffusion.multidecoder import MultiDecoder
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.sampling import Sampler, sample
     from multistage_diffusion.stages import Stages
     from multistage_diffusion.training.callbacks import Callback, LogRecord
+    from multistage_diffusion.training.initial import Initial
     from multistage_diffusion.training.run import build_trainer, fit, train
     from multistage_diffusion.training.trainer import Trainer
 
@@ -53,6 +56,7 @@ _HOMES = {
     "Denoiser": "denoiser",
     "network_cost": "metrics.cost",
     "denoiser_cost": "metrics.cost",
+    "branch": "inherit",
     **dict.fromkeys(("stage_module", "load_staged", "StagedModule"), "interop.stage_module"),
     # data
     "Images": "data",
@@ -67,6 +71,8 @@ _HOMES = {
     "train": "training.run",
     "fit": "training.run",
     "build_trainer": "training.run",
+    "Initial": "training.initial",
+    "load_initial": "interop.initial",
     "Callback": "training.callbacks",
     "LogRecord": "training.callbacks",
     "build_denoiser": "runs",
@@ -93,6 +99,7 @@ __all__ = [
     "EngineConfig",
     "Flow",
     "Images",
+    "Initial",
     "LogRecord",
     "LoggingConfig",
     "ModelConfig",
@@ -109,6 +116,7 @@ __all__ = [
     "Transformer",
     "UNet",
     "as_data",
+    "branch",
     "build_denoiser",
     "build_trainer",
     "cluster",
@@ -116,6 +124,7 @@ __all__ = [
     "evaluate",
     "fit",
     "load_data",
+    "load_initial",
     "load_run",
     "load_staged",
     "network_cost",

@@ -124,8 +124,8 @@ class TrainedClasses:
         if bool((numbers < 0).any()):
             strange = [str(names[k]) for k in labels[numbers < 0].unique().tolist()]
             raise ConfigError(
-                f"{source} has images of {shown(strange)}, and the model was trained on {shown(self.names)}; choose data "
-                "whose classes have the same names"
+                f"{source} has images of {shown(strange)}, and the model was trained on {shown(self.names)}; choose "
+                "data whose classes have the same names"
             )
         self.require_seen(numbers)
         return numbers

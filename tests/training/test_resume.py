@@ -12,7 +12,7 @@ from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.runs import load_run
 from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import run
+from multistage_diffusion.training import directory
 from multistage_diffusion.training.run import train
 from runs import log, same_run, tensors, train_until
 
@@ -148,8 +148,8 @@ def test_another_number_of_threads_is_said(finished, tmp_path, monkeypatch):
 
 def test_another_kind_of_device_is_said(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        save = run.save_checkpoint
-        patch.setattr(run, "save_checkpoint", lambda *a: save(*a[:2], {**a[2], "device": "cuda"}, *a[3:]))
+        save = directory.save_checkpoint
+        patch.setattr(directory, "save_checkpoint", lambda *a: save(*a[:2], {**a[2], "device": "cuda"}, *a[3:]))
         train(tiny.run_config(steps=3), tmp_path / "run", data=tiny.images())
     with pytest.warns(UserWarning, match="trained on cuda and is continued on cpu: equal up to rounding"):
         train(tiny.run_config(), tmp_path / "run", data=tiny.images())

@@ -11,9 +11,10 @@ from multistage_diffusion.records import Tagged, check, check_numbers
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from multistage_diffusion.backbones.resize import Plan
     from multistage_diffusion.multidecoder import MultiDecoder
 else:
-    Module = MultiDecoder = Any
+    Module = MultiDecoder = Plan = Any
 
 Architecture = Literal["multistage", "unified", "separate"]
 
@@ -97,6 +98,24 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
     def decoder(self, capacity: int, encoder: Any, shape: tuple[int, int, int]) -> Module:
         """A decoder of a capacity behind such an encoder: maps its record to the raw network output F."""
         raise NotImplementedError
+
+    def resize(self, trained: Module, target: Module, encoder: Module) -> Plan:
+        """How a decoder's weights follow from those of a trained one of another capacity: `backbones/resize.py`.
+
+        Args:
+            trained: The trained decoder.
+            target: A decoder behind the same encoder.
+            encoder: That encoder.
+
+        Returns:
+            An entry for each parameter of `target`.
+
+        Raises:
+            ConfigError: The family has no such rule.
+        """
+        raise ConfigError(
+            f"decoders of the backbone {self.backbone} cannot start from decoders of other {self.capacity_noun}"  # pyright: ignore
+        )
 
     def network(self, shape: tuple[int, int, int]) -> MultiDecoder:
         """The whole network, freshly initialised from torch's generator.

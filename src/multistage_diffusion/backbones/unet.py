@@ -13,9 +13,10 @@ from multistage_diffusion.records import check
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from multistage_diffusion.backbones.resize import Plan
     from multistage_diffusion.multidecoder import MultiDecoder
 else:
-    Module = MultiDecoder = Any
+    Module = MultiDecoder = Plan = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +145,9 @@ class UNet(Backbone):
         from multistage_diffusion.backbones.unet_parts import UNetDecoder
 
         return UNetDecoder(capacity, encoder, self, shape)
+
+    def resize(self, trained: Any, target: Any, encoder: Any) -> Plan:
+        """Channels of the trained decoder are picked or repeated."""
+        from multistage_diffusion.backbones.resize import resize
+
+        return resize(trained, target, encoder.channels)

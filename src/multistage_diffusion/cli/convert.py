@@ -102,6 +102,7 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
             data=loaded.config.data if loaded.config else None,
             step=loaded.step,
             stage_images=loaded.stage_images,
+            trunk_images=loaded.trunk_images,
             results=read_json(results) if results.is_file() else None,
         )
         return model_card(loaded.denoiser, facts)

@@ -181,6 +181,7 @@ def _measure(
             batch_size=options.batch_size,
             codec=codec,
             stage_images=loaded.stage_images,
+            trunk_images=loaded.trunk_images,
             processes=processes,
         )
     return {"target": str(target), "step": loaded.step if loaded else None, **evaluation.to_dict()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -21,7 +21,12 @@ from multistage_diffusion.noise import process_by_kind
 from multistage_diffusion.recipes import RECIPES, recipe
 from multistage_diffusion.records import Tagged, with_new_keys
 
+# Options that change the defaults of others.
+_FIRST = ("--config", "--init", "--model.architecture", "--model.backbone", "--process.kind", "--stages")
+
 if TYPE_CHECKING:
+    from multistage_diffusion.training.callbacks import LogRecord
+    from multistage_diffusion.training.initial import Initial
     from multistage_diffusion.training.trainer import StepResult
 
 
@@ -40,6 +45,11 @@ class Options(Compute):
     """JSON file with values that replace the recipe's, like the config.json of another run."""
     stages: str | None = None
     """File from msd cluster; sets stages.edges, and model.decoder-widths where the file has them."""
+    init: str | None = None
+    """Trained model to start from: a run, a saved model, a folder of diffusers (they set --model and --process), or a
+    .safetensors file of the recipe's network."""
+    init_names: str | None = None
+    """JSON file that maps names of weights in --init's file, or their beginnings, to those of the network."""
     data_root: str | None = None
     """Folder that holds the source's files; sets data.root."""
     dry_run: bool = False
@@ -74,6 +84,10 @@ def parse(arguments: Sequence[str]) -> Options:
         base = replace(base, model=base.model.of_kind(values["--model.backbone"], len(base.stages.edges) + 1))
     if "--stages" in values:
         base = _with_stages(base, values["--stages"])
+    if "--init" in values and not values["--init"].endswith(".safetensors"):
+        from multistage_diffusion.interop.initial import load_initial, start_from
+
+        base = start_from(base, load_initial(values["--init"]))
     return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
 
 
@@ -120,7 +134,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             progress(result, steps)
 
         summary = train(
-            config, options.out, stages=stages, device=device, on_step=on_step, on_encode=encoding_progress(console)
+            config,
+            options.out,
+            stages=stages,
+            initial=_initial(options),
+            device=device,
+            callbacks=(_InitialLoss(console),),
+            on_step=on_step,
+            on_encode=encoding_progress(console),
         )
     if summary.resumed == summary.step:
         console.print(f"{summary.run} has all {summary.step} steps already")
@@ -139,6 +160,38 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "training_pflops": summary.training_flops / 1e15,
         "seconds": round(summary.seconds, 3),
     }
+
+
+def _initial(options: Options) -> Initial | Callable[[tuple[int, int, int]], Initial] | None:
+    """What to start from; a plain file of weights is read when the shape of the images is known."""
+    check(options.init is not None or options.init_names is None, "init-names", "used with --init", options.init_names)
+    if options.init is None:
+        return None
+
+    from multistage_diffusion.interop.initial import load_initial, load_state
+    from multistage_diffusion.training.initial import Initial
+
+    source, names = options.init, options.init_names
+    if source.endswith(".safetensors"):
+        return lambda shape: Initial(load_state(source, options.run, shape, names), source)
+    check(names is None, "init-names", "used with a .safetensors file", names)
+    return Initial(load_initial(source), source)
+
+
+@dataclass(frozen=True)
+class _InitialLoss:
+    """Prints the loss right after the start beside that of the trained model."""
+
+    console: Console
+
+    def on_log(self, record: LogRecord) -> None:
+        """Look for the two losses."""
+        scalars = record.scalars
+        if "initial/loss" in scalars:
+            self.console.print(
+                f"starts at the loss {scalars['initial/loss']:.4f}; the trained model has "
+                f"{scalars['initial/trained_loss']:.4f} on the same training images"
+            )
 
 
 def _profile(config: RunConfig, options: Options, console: Console) -> dict[str, Any]:
@@ -193,9 +246,7 @@ def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options that change the defaults of others, with their values."""
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
-        if name in ("--config", "--model.architecture", "--model.backbone", "--process.kind", "--stages") and (
-            equals or following is not None
-        ):
+        if name in _FIRST and (equals or following is not None):
             yield name, value if equals else following
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from multistage_diffusion.backbones import Backbone, UNet
@@ -117,6 +118,17 @@ class TrainingConfig:
     """mixed: every stage in every batch, by quota; single: one stage a batch, uniform or by its probability."""
     quotas: tuple[float, ...] = ()
     """Share of each stage in a mixed batch; by default its probability under the training distribution."""
+    overlap: float = 0.0
+    """How far a decoder is trained beyond its edges in mixed batches, on either side, as a share of its stage."""
+    branch_at: float = 0.0
+    """Train one unified network first, and branch into stages after this share of the steps (below 1) or after this
+    many images; 0 trains stages from the start."""
+    branch_moments: Literal["carry", "reset"] = "carry"
+    """The optimiser's moments at the branch: carried over, each decoder by its share, or set back to 0."""
+    encoder_rate: float = 1.0
+    """Factor of the learning rate for the encoder; 0 freezes it."""
+    stage_rates: tuple[float, ...] = ()
+    """Factor of the learning rate for each stage's decoder (and encoder, if separate); 0 freezes it."""
     label_dropout: float = 0.1
     """Share of labels hidden from a class-conditional network, for classifier-free guidance."""
     ema_half_life: float = 500_000.0
@@ -157,6 +169,15 @@ class TrainingConfig:
         )
         check(self.clip_norm is None or self.clip_norm > 0, "training.clip-norm", "positive or none", self.clip_norm)
         check(all(share > 0 for share in self.quotas), "training.quotas", "positive shares", self.quotas)
+        check(0 <= self.overlap <= 1, "training.overlap", "in [0, 1]", self.overlap)
+        mixed = self.overlap == 0 or self.batches == "mixed"
+        check(mixed, "training.overlap", "0 unless training.batches is mixed", self.overlap)
+        check(self.branch_at >= 0, "training.branch-at", "at least 0", self.branch_at)
+        check(0 <= self.encoder_rate <= 1000, "training.encoder-rate", "in [0, 1000]", self.encoder_rate)
+        rates = all(0 <= rate <= 1000 for rate in self.stage_rates)
+        check(rates, "training.stage-rates", "numbers in [0, 1000]", self.stage_rates)
+        learned = self.encoder_rate > 0 or not self.stage_rates or any(self.stage_rates)
+        check(learned, "training.encoder-rate and training.stage-rates", "not all 0", 0)
         check(0 <= self.label_dropout <= 1, "training.label-dropout", "in [0, 1]", self.label_dropout)
         check(self.ema_half_life > 0, "training.ema-half-life", "positive", self.ema_half_life)
         check(self.ema_ramp_up is None or self.ema_ramp_up > 0, "training.ema-ramp-up", "positive", self.ema_ramp_up)
@@ -275,6 +296,28 @@ class RunConfig:
         check(guidance == 1 or self.model.classes > 0, "sampling.guidance", "1 without model.classes", guidance)
         if self.training.quotas:
             check(len(self.training.quotas) == stages, "training.quotas", f"{stages} shares", self.training.quotas)
+        rates = len(self.training.stage_rates) in (0, stages)
+        check(rates, "training.stage-rates", f"{stages} factors, one a stage", self.training.stage_rates)
+        if self.training.branch_at > 0:
+            divided = self.model.architecture != "unified" and stages > 1
+            check(divided, "training.branch-at", "0 for a network without stages", self.training.branch_at)
+            early = 0 < self.branch_step < self.training.steps
+            given = f"{self.training.branch_at:g}, which is step {self.branch_step} of {self.training.steps}"
+            check(early, "training.branch-at", "after the first step and before the last", given)
+
+    @property
+    def branch_step(self) -> int:
+        """Steps after which the unified network branches into stages; 0 if it never does."""
+        training = self.training
+        if training.branch_at < 1:
+            return round(training.branch_at * training.steps)
+        return math.ceil(training.branch_at / training.batch_size)
+
+    @property
+    def trunk(self) -> RunConfig:
+        """The run before its branch: the unified network of the encoder's capacity, on all noise levels."""
+        training = replace(self.training, branch_at=0.0, quotas=(), stage_rates=(), overlap=0.0)
+        return replace(self, model=self.model.unified(), stages=StagesConfig(), training=training)
 
     @property
     def edges(self) -> tuple[float, ...]:

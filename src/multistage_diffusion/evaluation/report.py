@@ -17,7 +17,7 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation.images import distances, generated
 from multistage_diffusion.metrics.classifier import Classifier
-from multistage_diffusion.metrics.cost import CONVENTION, denoiser_cost
+from multistage_diffusion.metrics.cost import CONVENTION, denoiser_cost, training_flops
 from multistage_diffusion.metrics.extractor import Description, FeatureExtractor
 from multistage_diffusion.metrics.extractors import load_extractor
 from multistage_diffusion.metrics.metric import FeatureMetric, Metric
@@ -143,6 +143,7 @@ def evaluate(
     batch_size: int = 256,
     codec: Codec | None = None,
     stage_images: Sequence[int] | None = None,
+    trunk_images: int = 0,
     processes: ProcessGroup = SINGLE,
 ) -> Evaluation:
     """Measure a model.
@@ -160,6 +161,7 @@ def evaluate(
         batch_size: Images at a time; changes nothing but rounding.
         codec: Autoencoder of a latent model: its images are decoded, and its loss is that of latents.
         stage_images: Images that each stage was trained on, for the training FLOPs.
+        trunk_images: Images that the unified network was trained on from which the model branched.
         processes: The processes that share the work.
 
     Returns:
@@ -197,7 +199,7 @@ def evaluate(
     spent = drawing.seconds if of_features else None
     samples = num if of_features else 0
     measured = _evaluation(figures, begin, spent, samples, reference, statistics, extractor, processes)
-    return replace(measured, cost=_cost(denoiser, sampler, stage_images))
+    return replace(measured, cost=_cost(denoiser, sampler, stage_images, trunk_images))
 
 
 def evaluate_images(
@@ -311,7 +313,7 @@ class _Clock:
             yield batch
 
 
-def _cost(denoiser: Denoiser, sampler: Sampler, stage_images: Sequence[int] | None) -> SampleCost:
+def _cost(denoiser: Denoiser, sampler: Sampler, stage_images: Sequence[int] | None, trunk_images: int) -> SampleCost:
     cost = denoiser_cost(denoiser)
     stage_calls = sampler.stage_calls(denoiser.process, denoiser.stages)
     passes = sampler.stage_calls(denoiser.process, denoiser.stages, labels=denoiser.classes > 0)
@@ -324,6 +326,6 @@ def _cost(denoiser: Denoiser, sampler: Sampler, stage_images: Sequence[int] | No
         stage_gmacs=tuple(stage.gmacs for stage in cost.stages),
         guidance=None if sampler.guidance == 1 else sampler.guidance,
         gflops_per_sample=cost.flops(passes) / 1e9,
-        training_images=None if stage_images is None else sum(stage_images),
-        training_pflops=None if stage_images is None else cost.training_flops(stage_images) / 1e15,
+        training_images=None if stage_images is None else sum(stage_images) + trunk_images,
+        training_pflops=None if stage_images is None else training_flops(denoiser, stage_images, trunk_images) / 1e15,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.denoiser import Denoiser
-from multistage_diffusion.metrics.cost import denoiser_cost
+from multistage_diffusion.metrics.cost import denoiser_cost, training_flops
 from multistage_diffusion.metrics.table import SHOWN
 
 _TASK = "unconditional-image-generation"
@@ -27,6 +27,7 @@ class Facts:
         data: What it was trained on, if that is known.
         step: Steps it was trained for.
         stage_images: Images that each stage was trained on.
+        trunk_images: Images that the unified network was trained on from which it branched.
         results: What `msd evaluate --out RUN/results.json` wrote.
     """
 
@@ -36,6 +37,7 @@ class Facts:
     data: DataConfig | None = None
     step: int | None = None
     stage_images: tuple[int, ...] | None = None
+    trunk_images: int = 0
     results: Mapping[str, Any] | None = None
 
 
@@ -52,10 +54,10 @@ def model_card(denoiser: Denoiser, facts: Facts) -> str:
     sections = [_front(facts), f"# {facts.name}", _about(denoiser, facts), "## Use", _usage(denoiser, facts)]
     sections += ["## Stages", _stages(denoiser)]
     if facts.step is not None and facts.stage_images is not None:
-        flops = denoiser_cost(denoiser).training_flops(facts.stage_images)
+        flops = training_flops(denoiser, facts.stage_images, facts.trunk_images)
         sections += [
             "## Training",
-            f"{facts.step} steps, {sum(facts.stage_images)} images, {flops / 1e15:.3g} PFLOPs "
+            f"{facts.step} steps, {sum(facts.stage_images) + facts.trunk_images} images, {flops / 1e15:.3g} PFLOPs "
             "(forward and backward, 2 a multiply-accumulate, attention included).",
         ]
     if figures := _figures(facts.results):

@@ -180,7 +180,8 @@ class MultistagePipeline(DiffusionPipeline):
         labels = torch.as_tensor(classes, device=self._execution_device)
         if not count or not 0 <= int(labels.min()) <= int(labels.max()) < count:
             raise ConfigError(
-                f"the network has {count} classes, numbered from 0; got class_labels {classes}; leave them out for no class"
+                f"the network has {count} classes, numbered from 0; got class_labels {classes}; leave them out for no "
+                "class"
             )
         return labels.expand(batch_size)
 

@@ -121,15 +121,20 @@ class Run:
         checkpoint = newest(self.path)
         state = checkpoint.state()
         channels, height, width = state["shape"]
-        denoiser = build_denoiser(self.config, (channels, height, width), self.stages, network=network)
+        stage_images = tuple(state["stage_images"])
+        # A run that is to branch later is a unified network until then.
+        trunk = self.config.branch_step > 0 and checkpoint.step <= self.config.branch_step
+        config = self.config.trunk if trunk else self.config
+        denoiser = build_denoiser(config, (channels, height, width), None if trunk else self.stages, network=network)
         denoiser.trained_classes = TrainedClasses.load(self.path)
         combination = None
         if sigma_rel is None:
             load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
         else:
             combination = rebuild(self.path, checkpoint.path, sigma_rel, denoiser.network)
-        stage_images = tuple(state["stage_images"])
-        return LoadedRun(denoiser.to(device).eval(), self.config, checkpoint.step, stage_images, combination)
+        denoiser = denoiser.to(device).eval()
+        trunk_images = state.get("trunk_images", 0)
+        return LoadedRun(denoiser, self.config, checkpoint.step, stage_images, trunk_images, combination)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class LoadedRun:
         config: The run's configuration; none for a bare folder.
         step: Steps taken; none for a bare folder.
         stage_images: Images that each stage was trained on; none for a bare folder.
+        trunk_images: Images that the unified network was trained on from which it branched.
         rebuilt: What an average of another length was put together from; none for weights as they were stored.
     """
 
@@ -148,6 +154,7 @@ class LoadedRun:
     config: RunConfig | None = None
     step: int | None = None
     stage_images: tuple[int, ...] | None = None
+    trunk_images: int = 0
     rebuilt: Combination | None = None
 
 

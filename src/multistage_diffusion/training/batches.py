@@ -198,8 +198,8 @@ class Batches:
                 f"choose model.classes {len(data.classes)}"
             )
         self.device, self._total = torch.device(device), len(data)
-        self._feed = make_feed(data, self.device) if feed is None else feed
-        self._labels = data.labels.to(self._feed.device) if classes and data.labels is not None else None
+        self.feed = make_feed(data, self.device) if feed is None else feed
+        self._labels = data.labels.to(self.feed.device) if classes and data.labels is not None else None
         self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
         self._weight = self._weights().to(device)
         self._orders: dict[int, Tensor] = {}
@@ -230,9 +230,9 @@ class Batches:
             part = self._micro_batch(batch_counts, index, total, self.device)
             sample, sigma = sample[part.rows], sigma[part.rows]
             weight, counts, counted = weight[part.rows] * part.weight, part.counts, part.counted
-        images = self._feed.floats(picked)
-        for later in range(step + 1, step + 1 + self._feed.ahead):
-            self._feed.prefetch(self._pick(later, index, total))
+        images = self.feed.floats(picked)
+        for later in range(step + 1, step + 1 + self.feed.ahead):
+            self.feed.prefetch(self._pick(later, index, total))
         if self.flip:
             mirrored = rng.bits(seed, "flip", sample, 1)[:, :, None, None] < 0
             images = torch.where(mirrored, images.flip(3), images)
@@ -280,15 +280,16 @@ class Batches:
         """Positions u in the training distribution: a stage's interval cut into as many cells as rows, one draw each.
 
         Row i of n in stage k, with its interval [a, b] of the cumulative distribution, is at a + (b - a) (i + draw)/n.
+        With `training.overlap` the interval is wider, and the stage's decoder learns beyond its edges.
         """
         positions = []
         for stage, rows in enumerate(draws.split(counts)):
             cell = (torch.arange(len(rows), device=draws.device) + rows) / max(len(rows), 1)
-            positions.append(torch.lerp(self._edge(stage, cell), self._edge(stage + 1, cell), cell))
+            low, high = self._cdf[stage], self._cdf[stage + 1]
+            beyond = self.config.overlap * (high - low)
+            low, high = max(low - beyond, 0.0), min(high + beyond, 1.0)
+            positions.append(torch.lerp(torch.full_like(cell, low), torch.full_like(cell, high), cell))
         return torch.cat(positions).clamp(max=_BELOW_ONE)  # a sum may round to 1, where sigma can be infinite
-
-    def _edge(self, index: int, like: Tensor) -> Tensor:
-        return torch.full_like(like, self._cdf[index])
 
     def _pick(self, step: int, index: int, total: int) -> Int[Tensor, " rows"]:
         """Which images: every epoch is a fresh order of all of them; a batch may span epochs."""
@@ -299,9 +300,7 @@ class Batches:
             picked.append(rows)
             position, size = position + len(rows), size - len(rows)
         whole = torch.cat(picked)
-        return (
-            whole if total == 1 else whole[self._micro_batch(self._split(step), index, total, self._feed.device).rows]
-        )
+        return whole if total == 1 else whole[self._micro_batch(self._split(step), index, total, self.feed.device).rows]
 
     def _order(self, epoch: int) -> Int[Tensor, " images"]:
         """The order of an epoch; two are kept, for what is read ahead of the end of one."""
@@ -309,5 +308,5 @@ class Batches:
             while len(self._orders) > 1:
                 self._orders.pop(min(self._orders))
             order = rng.permutation(self.config.seed, "order", epoch, self._total)
-            self._orders[epoch] = order.to(self._feed.device)
+            self._orders[epoch] = order.to(self.feed.device)
         return self._orders[epoch]

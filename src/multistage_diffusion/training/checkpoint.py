@@ -60,6 +60,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], confi
     if not trainer.processes.is_main:
         return Checkpoint(path, trainer.step)
     state = {"step": trainer.step, "images": trainer.images, "stage_images": trainer.stage_images, **extra}
+    state["trunk_images"] = trainer.trunk_images
     if trainer.scale is not None:
         state["loss_scale"] = vars(trainer.scale)
     _require_finite(files[RAW], trainer.step)
@@ -94,6 +95,7 @@ def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
         except (KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"cannot restore {checkpoint.path if checkpoint else file}: {error}") from error
     trainer.step, trainer.stage_images = document["step"], document["stage_images"]
+    trainer.trunk_images = document["trunk_images"]
     if trainer.scale is not None:
         trainer.scale = LossScale(**document["loss_scale"])
 
@@ -107,7 +109,9 @@ def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str,
         state = checkpoint.state()
         images = [int(count) for count in state["stage_images"]]
         scale = LossScale(**state.get("loss_scale", {}))
-        return files, {"step": int(state["step"]), "stage_images": images, "loss_scale": vars(scale)}
+        trunk_images = int(state.get("trunk_images", 0))
+        document = {"step": int(state["step"]), "stage_images": images, "trunk_images": trunk_images}
+        return files, {**document, "loss_scale": vars(scale)}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
 

@@ -156,6 +156,10 @@ class Report:
             line["gpu_memory_gib"] = round(torch.cuda.max_memory_reserved(self._device) / 2**30, 3)
         self._write(line)
 
+    def initial(self, losses: dict[str, float]) -> None:
+        """Report the loss at the start beside that of the model started from."""
+        self._write({"step": 0, "images": 0, "initial": losses})
+
     def evaluation(self, step: int, images: int, figures: dict[str, Any]) -> None:
         """Report the figures of an evaluation."""
         self._write({"step": step, "images": images, _EVALUATION: figures})

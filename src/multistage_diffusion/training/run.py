@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, final
 
 import torch
 from torch import nn
@@ -19,51 +17,20 @@ from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import make_feed
 from multistage_diffusion.data.latents import load_examples
-from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.files import remove_leftovers, write_json
-from multistage_diffusion.metrics.cost import denoiser_cost
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.inherit import inherit
 from multistage_diffusion.process_group import SINGLE, ProcessGroup, join, local_device
-from multistage_diffusion.records import to_dict, with_new_keys
-from multistage_diffusion.runs import Checkpoint, build_denoiser
-from multistage_diffusion.runs.averages import FOLDER as SNAPSHOTS
-from multistage_diffusion.runs.checkpoints import newest_valid
+from multistage_diffusion.runs import build_denoiser
 from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.branch import branch_trainer
 from multistage_diffusion.training.callbacks import Callback
-from multistage_diffusion.training.checkpoint import prune, restore_checkpoint, save_checkpoint
-from multistage_diffusion.training.guard import StoppedError, lock, signals
-from multistage_diffusion.training.observe import Observer, require_metrics
-from multistage_diffusion.training.report import Report, Window
-from multistage_diffusion.training.snapshots import save_snapshot
-from multistage_diffusion.training.target import check_target, other_data
+from multistage_diffusion.training.directory import TrainingRun, TrainingSummary
+from multistage_diffusion.training.initial import Initial, initial_classes
+from multistage_diffusion.training.observe import require_metrics
+from multistage_diffusion.training.target import check_target
 from multistage_diffusion.training.trackers import require_installed
 from multistage_diffusion.training.trainer import StepResult, Trainer
-
-_SKIPPED = 100  # lines about the data that a checkpoint repeats
-_UNSAID = {"timeout"}  # of the engine: no result depends on it
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """How a run ended.
-
-    Attributes:
-        run: The run directory.
-        step: Steps taken in all.
-        images: Images seen in all.
-        loss: Mean loss since the last line of `metrics.jsonl` but one, none if no step was taken.
-        resumed: Step that this call started from.
-        training_flops: Forward and backward FLOPs spent in all, from the images that each stage saw.
-        seconds: Time of this call.
-    """
-
-    run: Path
-    step: int
-    images: int
-    loss: float | None
-    resumed: int
-    training_flops: float
-    seconds: float
 
 
 def train(
@@ -73,6 +40,7 @@ def train(
     data: Examples | None = None,
     stages: Stages | None = None,
     network: nn.Module | None = None,
+    initial: Initial | Callable[[tuple[int, int, int]], Initial] | None = None,
     device: torch.device | str = "cpu",
     callbacks: Sequence[Callback] = (),
     on_step: Callable[[StepResult, int], None] | None = None,
@@ -88,6 +56,8 @@ def train(
         data: Training images or latents; by default loaded, and encoded, as `config.data` says.
         stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
         network: A network of the user's, in place of the one that `config.model` describes.
+        initial: A trained denoiser to start from, or a function that gives it for a shape; by default weights are
+            random.
         device: Where to train; `cuda` is the GPU of this process.
         callbacks: Whose `on_log` takes what metrics.jsonl and the grids show, in process 0.
         on_step: Called after each step with its result and the number of steps to take.
@@ -115,10 +85,26 @@ def train(
             data, images = _read(config, data, device, on_encode)
         if stages is None and (folder / "stages.json").is_file():
             stages = Stages.load(folder / "stages.json")  # with the provenance, from the call that knew it
+        if stages is None or stages.edges != config.stages.edges:
+            stages = Stages(config.stages.edges)
+        if initial is not None and not isinstance(initial, Initial):
+            initial = initial(data.shape)
+        branch, first = None, config
+        if config.branch_step:
+            build = partial(build_denoiser, config, data.shape, stages, network=network)
+            branch, first = (lambda trunk: branch_trainer(trunk, build(), config.training)), config.trunk
         trainer = build_trainer(
-            config, data, stages, network=network, device=device, processes=processes, callbacks=callbacks
+            first,
+            data,
+            None if branch else stages,
+            network=network,
+            initial=initial,
+            classes=initial_classes(folder),
+            device=device,
+            processes=processes,
+            callbacks=callbacks,
         )
-        return _Life(folder, config, trainer, on_step).run(images, started)
+        return TrainingRun(folder, config, trainer, on_step, stages, initial, branch).run(images, started)
 
 
 def build_trainer(
@@ -127,6 +113,8 @@ def build_trainer(
     stages: Stages | None = None,
     *,
     network: nn.Module | None = None,
+    initial: Initial | None = None,
+    classes: TrainedClasses | None = None,
     device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE,
     callbacks: Sequence[Callback] = (),
@@ -138,6 +126,8 @@ def build_trainer(
         data: Training images or latents.
         stages: The partition with its provenance, if there is one.
         network: A network of the user's, in place of the one that `config.model` describes.
+        initial: A trained denoiser to start from.
+        classes: The classes that the network knows already, without `initial`.
         device: Where to train.
         processes: The processes that train together.
         callbacks: As in `train`.
@@ -148,8 +138,12 @@ def build_trainer(
     Raises:
         ConfigError: The configuration does not fit the data.
     """
+    denoiser = build_denoiser(config, data.shape, stages, network=network)
+    denoiser.trained_classes = classes
+    if initial is not None:
+        inherit(denoiser, initial.denoiser, initial.name)
     return Trainer(
-        build_denoiser(config, data.shape, stages, network=network),
+        denoiser,
         data,
         config.training,
         config.engine,
@@ -218,164 +212,7 @@ def fit(
         if not isinstance(trainer.data, Images):
             raise ConfigError("evaluations while training need a trainer of images, not of latents")
         images = (trainer.data, test)
-    return _Life(folder, config, trainer, on_step).run(images, started)
-
-
-@final
-class _Life:
-    """A trainer in its run directory, from the newest checkpoint to the end or to a signal.
-
-    Args:
-        folder: The run directory.
-        config: What the run is, for its files.
-        trainer: The trainer, at step 0.
-        on_step: Called after each step.
-    """
-
-    def __init__(
-        self, folder: Path, config: RunConfig, trainer: Trainer, on_step: Callable[[StepResult, int], None] | None
-    ) -> None:
-        self.folder, self.config, self.trainer, self.data = folder, config, trainer, trainer.data
-        self.processes, self.window, self.on_step = trainer.processes, Window(), on_step
-
-    def run(self, images: tuple[Images, Images] | None, started: float) -> TrainingSummary:
-        """Train to the end.
-
-        Args:
-            images: Training and held-out images of the source; none where nothing is to be measured.
-            started: When the call began.
-
-        Returns:
-            How it ended.
-        """
-        folder, config, trainer, processes = self.folder, self.config, self.trainer, self.processes
-        cost = denoiser_cost(trainer.denoiser)
-        with lock(folder) if processes.is_main else contextlib.nullcontext(), signals() as received:
-            self._open()
-            resumed = trainer.step
-            with processes.local_main_first():  # what it needs may have to be fetched
-                observer = Observer(folder, config, self.data, images, trainer.device, received)
-            del images  # the observer keeps those that it needs
-            with Report(folder, config, resumed, trainer.device, processes, trainer.callbacks) as report:
-                processes.barrier()  # trackers may take their time to answer
-                stop = observer.look(trainer, report)  # what a signal kept the run from drawing
-                if stop is not None:
-                    self._stop(stop, True, report)
-                for result in trainer.run(config.training.steps, received):
-                    self.window.add(result)
-                    if result.step % config.training.log_every == 0:
-                        report.training(result, self.window, cost.training_flops(trainer.stage_images))
-                    if self.on_step is not None:
-                        self.on_step(result, config.training.steps)
-                    saved = self._save_what_is_due(report)
-                    stop = received[0] if processes.size == 1 and received else result.stop
-                    if stop is None:  # after the checkpoint, so that a kill while it draws costs no step
-                        stop = observer.look(trainer, report)
-                    if stop is not None:
-                        self._stop(stop, saved, report)
-            model = trainer.averaged()
-            processes.on_main(lambda: model.save_pretrained(folder / "model"))
-        flops, seconds = cost.training_flops(trainer.stage_images), time.perf_counter() - started
-        loss = self.window.loss / self.window.steps if self.window.steps else self.window.last
-        return TrainingSummary(folder, trainer.step, trainer.images, loss, resumed, flops, seconds)
-
-    def _open(self) -> None:
-        """Say what the run is, in a directory that this process holds, and go on from its newest checkpoint."""
-        processes, checkpoint = self.processes, None
-        processes.require_same("the options", repr(self.config))
-        processes.require_same("the images", self.data.digest)
-        if processes.is_main:
-            check_target(self.folder, self.config)  # again: another process may have trained here meanwhile
-            for place in (self.folder, self.folder / "checkpoints", self.folder / SNAPSHOTS):
-                remove_leftovers(place)
-            checkpoint = self._newest()  # before a word is written: it may refuse
-            write_json(self.folder / "config.json", to_dict(self.config))
-            self.trainer.denoiser.stages.save(self.folder / "stages.json")
-            self.data.save_record(self.folder)
-            if self.trainer.denoiser.trained_classes is not None:
-                self.trainer.denoiser.trained_classes.save(self.folder)
-        window = processes.broadcast(None if checkpoint is None else vars(self.window))
-        if window is None:
-            return
-        self.window = Window(**window)
-        restore_checkpoint(checkpoint, self.trainer)
-
-    def _newest(self) -> Checkpoint | None:
-        """The newest valid checkpoint, if there is one, after checking that it continues the same run."""
-        folder, data = self.folder, self.data
-        checkpoint, damages = newest_valid(folder / "checkpoints")
-        for damage in damages:
-            warnings.warn(f"{damage}; an older checkpoint is used", stacklevel=2)
-        if checkpoint is None:
-            return None
-        state = checkpoint.state()
-        try:
-            window, digest, changes = Window(**state["window"]), state["data"], self._changes(state)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{checkpoint.path}/state.json is of another version: it lacks {error}") from error
-        if digest != data.digest:
-            raise ConfigError(other_data(folder, data, state.get("shape"), TrainedClasses.load(folder)))
-        for change in changes:
-            warnings.warn(f"{folder} was trained {change}: equal up to rounding, not to the bit", stacklevel=2)
-        if checkpoint.step > self.config.training.steps:
-            raise ConfigError(
-                f"{folder} has {checkpoint.step} steps already; training.steps {self.config.training.steps} is less"
-            )
-        self.window = window
-        return checkpoint
-
-    def _changes(self, state: dict[str, Any]) -> list[str]:
-        """What makes a continued run differ, by rounding, from one that was not interrupted."""
-        changes = []
-        if state["threads"] != torch.get_num_threads():
-            changes.append(f"with {state['threads']} threads and is continued with {torch.get_num_threads()}")
-        if state["device"] != self.trainer.device.type:
-            changes.append(f"on {state['device']} and is continued on {self.trainer.device.type}")
-        before = with_new_keys(state["engine"], section="engine")
-        for name, value in self._engine().items():
-            if (old := before[name]) != value:
-                changes.append(f"with engine.{name.replace('_', '-')} {old} and is continued with {value}")
-        return changes
-
-    def _engine(self) -> dict[str, Any]:
-        """What decides about rounding."""
-        options = {key: value for key, value in to_dict(self.trainer.engine).items() if key not in _UNSAID}
-        return options | {"processes": self.processes.size}
-
-    def _save_what_is_due(self, report: Report) -> bool:
-        """Write snapshots and a checkpoint where they are due; whether there is a checkpoint of this step."""
-        training, step = self.trainer.training, self.trainer.step
-        if self.trainer.powers and step % training.ema_snapshot_every == 0:
-            save_snapshot(self.folder, self.trainer)
-        kept = training.keep_every > 0 and step % training.keep_every == 0
-        due = kept or step == training.steps or step % training.save_every == 0
-        if due:
-            self._save(report)
-        return due
-
-    def _stop(self, number: int, saved: bool, report: Report) -> NoReturn:
-        """End the run at a signal, with a checkpoint of this step."""
-        if not saved:
-            self._save(report)
-        raise StoppedError(number, self.trainer.step)
-
-    def _save(self, report: Report) -> None:
-        """Write a checkpoint; all processes must call, as each may hold a shard."""
-        report.sync()
-        trainer, data, checkpoints = self.trainer, self.data, self.folder / "checkpoints"
-        state = {
-            "window": vars(self.window),
-            "data": data.digest,
-            "threads": torch.get_num_threads(),
-            "device": trainer.device.type,
-            "engine": self._engine(),
-            "shape": list(data.shape),
-            "skipped": {"count": len(data.skipped), "first": list(data.skipped[:_SKIPPED])},
-        }
-        save_checkpoint(checkpoints, trainer, state, to_dict(self.config))
-        if self.processes.is_main:
-            prune(checkpoints, trainer.training.keep, trainer.step, trainer.training.keep_every)
-        self.processes.barrier()  # a slow disk is waited for without a limit
+    return TrainingRun(folder, config, trainer, on_step, denoiser.stages).run(images, started)
 
 
 def _read(

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -30,11 +30,10 @@ from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.guard import SIGNALS
+from multistage_diffusion.training.optimizer import MakeOptimizer, adam, freeze, parameter_groups
 from multistage_diffusion.training.precision import LossScale, require_few
 from multistage_diffusion.training.schedule import learning_rate
 from multistage_diffusion.training.weighting import relative_weight
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class Trainer:
         flip: Mirror half of the images left to right.
         augment_probability: Probability of each of EDM's geometric augmentations, which the network must be told.
         feed: Where the images come from; by default from the memory of the device, or from disk if they do not fit.
-        optimizer: Makes the optimiser from the parameters; by default Adam, or AdamW with weight decay. Its learning
-            rate is set in each step.
+        optimizer: Makes the optimiser from the parameters (groups of them, if parts have rates of their own); by
+            default Adam, or AdamW with weight decay. Its learning rate is set in each step.
         device: Where to train; by default where the denoiser is.
         processes: The processes that train together; each of them makes its trainer.
         callbacks: Whose `on_log` takes what a run directory's metrics.jsonl and grids show.
@@ -92,6 +91,7 @@ class Trainer:
         scale: The loss scale of fp16; none in other precisions.
         step: Steps taken.
         stage_images: Images that each stage was trained on.
+        trunk_images: Images that the unified network was trained on from which this one branched.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class Trainer:
             )
         # A network that no record can build is copied before the engine changes it, to carry averages.
         self._template = None if denoiser.backbone.builds else copy.deepcopy(denoiser).cpu()
+        rates = freeze(denoiser.network, training)
         self.denoiser = denoiser.to(self.device).train()
         self.batches = Batches(
             data,
@@ -145,8 +146,10 @@ class Trainer:
         network = denoiser.network
         self.ema = EMA(network, HalfLife(training.ema_half_life, training.ema_ramp_up))
         self.powers = {width: EMA(network, Power(width)) for width in training.sigma_rel}
-        self.optimizer = (optimizer or self._adam)(network.parameters())
-        self.step = 0
+        self.user_optimizer = optimizer
+        parameters = parameter_groups(network, rates)
+        self.optimizer = optimizer(parameters) if optimizer else adam(parameters, training, self.device)
+        self.step = self.trunk_images = 0
         self.stage_images = [0] * len(denoiser.stages)
 
     @property
@@ -187,6 +190,14 @@ class Trainer:
         average.trained_classes = self.denoiser.trained_classes
         return average.eval()
 
+    def whole(self) -> Denoiser:
+        """A copy of the denoiser with the trained weights, on the CPU; all processes must call."""
+        copied = self._copy()
+        state = {name: whole_tensor(tensor).cpu() for name, tensor in self.denoiser.network.state_dict().items()}
+        copied.network.load_state_dict(state)
+        copied.sampler = self.denoiser.sampler
+        return copied
+
     def _copy(self) -> Denoiser:
         """A denoiser of the same kind, whose weights are to be replaced."""
         if self._template is not None:
@@ -194,16 +205,6 @@ class Trainer:
         denoiser = self.denoiser
         with torch.random.fork_rng(devices=[]):
             return Denoiser.from_backbone(denoiser.backbone, denoiser.process, denoiser.shape, denoiser.stages)
-
-    def _adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        kind = torch.optim.AdamW if self.training.weight_decay else torch.optim.Adam
-        return kind(
-            parameters,
-            lr=self.training.learning_rate,
-            betas=self.training.betas,
-            weight_decay=self.training.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
 
     def _prepare(self) -> nn.Module:
         """The network as the engine's options ask, before anything refers to its weights."""
@@ -236,7 +237,7 @@ class Trainer:
         rate = learning_rate(training, self.step)
         with record_function("optimizer"):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate", 1.0)
             self.optimizer.step()
         with record_function("averages"):
             for average in (self.ema, *self.powers.values()):
