@@ -206,6 +206,7 @@ def with_new_keys(document: Any, where: str | None = None, section: str = "") ->
     Returns:
         The document, or a changed copy.
     """
+    document = _with_old_meanings(document, section)
     prefix, moved = f"{section}." if section else "", []
     for old, new in RENAMED.items():
         if not old.startswith(prefix) or not new.startswith(prefix):
@@ -272,6 +273,15 @@ def old_names(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[st
         return getattr(importlib.import_module(home), new)
 
     return find
+
+
+def _with_old_meanings(document: Any, section: str) -> Any:
+    """A document in which what version 0.1 did without saying so is said: the signs of augmentation labels."""
+    data = _inside(document, [] if section == "data" else ["data"]) if section in ("", "data") else {}
+    if not data.get("augment_probability") or "augment_signs" in data:
+        return document
+    changed = {**data, "augment_signs": "reversed"}
+    return changed if section == "data" else {**document, "data": changed}
 
 
 def _inside(document: Any, sections: list[str]) -> dict[str, Any]:

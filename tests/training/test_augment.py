@@ -8,10 +8,10 @@ import torch
 
 import tiny
 from multistage_diffusion.conditioning import Conditioning
-from multistage_diffusion.config import DataConfig
+from multistage_diffusion.config import DataConfig, RunConfig, from_dict
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.training.augment import LABELS, _draw, _resample, augment, warp
+from multistage_diffusion.training.augment import LABELS, _draw, _inverse, _resample, augment, warp
 from multistage_diffusion.training.run import build_trainer
 
 INDEX = torch.arange(400)
@@ -89,11 +89,45 @@ def test_labels_say_how_often_and_how_much():
     _, labels = augment(torch.zeros(4000, 1, 4, 4), 0, torch.arange(4000), 0.12)
     assert labels.shape == (4000, LABELS)
     shares = (labels != 0).double().mean(dim=0).tolist()
-    assert shares == pytest.approx([0.5, 0.06, *[0.12] * 7], abs=0.02)
+    assert shares == pytest.approx([0.5, 0.06, *[0.12] * 4, 0.06, 0.12, 0.12], abs=0.02)
     for column in (2, 7, 8):  # scale and shift are standard normal where they happen
         drawn = labels[:, column][labels[:, column] != 0]
         assert float(drawn.std()) == pytest.approx(1, abs=0.1)
     torch.testing.assert_close((labels[:, 3] + 1) ** 2 + labels[:, 4] ** 2, torch.ones(4000))
+
+
+def rotation(angle):
+    """Anticlockwise by an angle in a picture whose y points up; clockwise where it points down."""
+    c, s = angle.cos(), angle.sin()
+    return torch.stack((c, -s, s, c), dim=1).reshape(-1, 2, 2)
+
+
+def test_labels_have_the_signs_of_the_released_pipe():
+    """From output to input: undo the scale, turn by +w where the labels are cos w - 1 and sin w; stretch along -r."""
+    draw = _draw(0, torch.arange(2000), 0.5)
+    labels = draw.labels()
+    angle, stretch = torch.atan2(labels[:, 4], labels[:, 3] + 1), torch.hypot(labels[:, 5], labels[:, 6])
+    axis = torch.atan2(labels[:, 6], labels[:, 5])  # of the larger side; half a turn is the same
+    shrink = torch.diag_embed(torch.stack((2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)), dim=1))
+    stretches = rotation(-axis) @ shrink @ rotation(axis)
+    expected = rotation(angle) @ stretches * 2 ** (-0.2 * labels[:, 2])[:, None, None]
+    rows = draw.stretch >= 0  # a negative number is read from the labels as its opposite along the other axis
+    torch.testing.assert_close(_inverse(draw)[rows], expected[rows], atol=1e-5, rtol=1e-4)
+    straight = draw.axis[draw.stretch != 0] == 0
+    assert float(straight.double().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_old_files_keep_the_signs_that_they_were_trained_with():
+    old, new = ({"data": {"augment_probability": 0.1, **more}} for more in ({}, {"augment_signs": "edm"}))
+    assert from_dict(RunConfig, {**old, "model": {"augment_labels": 9}}).data.augment_signs == "reversed"
+    assert from_dict(RunConfig, {**new, "model": {"augment_labels": 9}}).data.augment_signs == "edm"
+    assert from_dict(RunConfig, {}).data.augment_signs == DataConfig(augment_probability=0.1).augment_signs == "edm"
+    images = smooth(1)
+    draw = replace(_draw(0, INDEX[:1], 0.0), angle=torch.tensor([math.pi / 2]))
+    reversed_ = replace(draw, sign=-1)
+    turned, other = (_resample(images, each, choose=True) for each in (draw, reversed_))
+    torch.testing.assert_close(turned, images.rot90(1, (2, 3)), atol=0.02, rtol=0)
+    torch.testing.assert_close(other, images.rot90(-1, (2, 3)), atol=0.02, rtol=0)
 
 
 def test_a_run_trains_with_it_and_zeros_are_no_augmentation():

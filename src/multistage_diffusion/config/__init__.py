@@ -5,6 +5,7 @@ Recipes return a whole `RunConfig`; the command line changes single fields; a ru
 
 from multistage_diffusion.backbones import Architecture, Backbone, UNet
 from multistage_diffusion.config.run import (
+    AugmentSigns,
     DataConfig,
     EngineConfig,
     LoggingConfig,
@@ -22,6 +23,7 @@ SamplingConfig = Sampler  # its old name
 
 __all__ = [
     "Architecture",
+    "AugmentSigns",
     "Backbone",
     "DataConfig",
     "EngineConfig",

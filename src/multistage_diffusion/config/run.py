@@ -15,6 +15,7 @@ ModelConfig = UNet  # its name in version 0.1
 Schedule = Literal["constant", "cosine", "linear", "inverse-sqrt"]
 Weighting = Literal["process", "min-snr", "p2"]
 Precision = Literal["fp32", "bf16", "fp16"]
+AugmentSigns = Literal["edm", "reversed"]
 Scaling = Literal["pictures", "none", "range", "standardise"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -46,6 +47,8 @@ class DataConfig:
     """Mirror half of the training images left to right."""
     augment_probability: float = 0.0
     """Probability of each of EDM's geometric augmentations; the network sees them with model.augment-labels 9."""
+    augment_signs: AugmentSigns = "edm"
+    """Signs of a turn and of a stretch's axis in those labels: EDM's, or reversed ones, as in version 0.1."""
     autoencoder: str | None = None
     """Train on the latents of this autoencoder of diffusers: a folder, or a hub id like OWNER/NAME/SUBFOLDER."""
     latent_scale: float | None = None

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multistage_diffusion import rng
+from multistage_diffusion.config import AugmentSigns
 
 LABELS = 9  # numbers that say how an image was augmented
 SCALE, STRETCH, SHIFT = 2**0.2, 2**0.2, 1 / 8  # A_scale, A_aniso and A_trans of the table
@@ -35,6 +36,7 @@ class _Draw:
     axis: Tensor
     stretch: Tensor
     shift: Tensor
+    sign: int  # of the turn and of the axis, as the image shows them; the labels have them as they are
 
     def labels(self) -> Tensor:
         columns = (
@@ -49,7 +51,11 @@ class _Draw:
 
 
 def augment(
-    images: Float[Tensor, "batch channels height width"], seed: int, index: Int[Tensor, " batch"], probability: float
+    images: Float[Tensor, "batch channels height width"],
+    seed: int,
+    index: Int[Tensor, " batch"],
+    probability: float,
+    signs: AugmentSigns = "edm",
 ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch labels"]]:
     """Augment images; a pure function of (seed, index) for each of them.
 
@@ -58,13 +64,15 @@ def augment(
         seed: The run's seed.
         index: Global sample index of each image.
         probability: Of each transformation by itself; mirroring left to right always has half of the images.
+        signs: As the released pipe has them, with the stretch's axis turned in half of the cases; or, as in version
+            0.1, reversed turns and axes, and the axis always turned.
 
     Returns:
         The augmented images (those that are only mirrored, or untouched, to the bit), and `LABELS` numbers for each.
 
     Source: Karras et al. 2022, Appendix F.2, Table 6.
     """
-    draw = _draw(seed, index, probability)
+    draw = _draw(seed, index, probability, signs)
     flipped = torch.where(draw.mirror.bool()[:, None, None, None], images.flip(3), images)
     flipped = torch.where(draw.upside_down.bool()[:, None, None, None], flipped.flip(2), flipped)
     return _resample(flipped, draw, choose=images.device.type == "cpu"), draw.labels()
@@ -107,21 +115,25 @@ def _resample(images: Tensor, draw: _Draw, *, choose: bool) -> Tensor:
     return images.index_copy(0, rows, warp(images[rows], matrix[rows], shift[rows])) if len(rows) > 0 else images
 
 
-def _draw(seed: int, index: Tensor, probability: float) -> _Draw:
+def _draw(seed: int, index: Tensor, probability: float, signs: AugmentSigns = "edm") -> _Draw:
     """Random transformations of each image, in float32."""
     happens = rng.uniform(seed, "augment/happens", index, 5) < probability
     even = rng.uniform(seed, "augment/even", index, 4).float()
     normal = rng.normal(seed, "augment/normal", index, (4,))
     zero = torch.zeros_like(even[:, 0])
     turn = (2 * even - 1) * math.pi
+    turned = happens[:, 3]
+    if signs == "edm":
+        turned = turned & (rng.uniform(seed, "augment/axis", index, 1)[:, 0] < 0.5)
     return _Draw(
         mirror=(even[:, 0] < 0.5).float(),
         upside_down=((even[:, 1] < 0.5) & happens[:, 0]).float(),
         scale=torch.where(happens[:, 1], normal[:, 0], zero),
         angle=torch.where(happens[:, 2], turn[:, 2], zero),
-        axis=torch.where(happens[:, 3], turn[:, 3], zero),
+        axis=torch.where(turned, turn[:, 3], zero),
         stretch=torch.where(happens[:, 3], normal[:, 1], zero),
         shift=torch.where(happens[:, 4, None], normal[:, 2:], zero[:, None]),
+        sign=1 if signs == "edm" else -1,
     )
 
 
@@ -129,8 +141,9 @@ def _inverse(draw: _Draw) -> Tensor:
     """From output to input, after the shift: undo stretch, turn and scale, in this order."""
     factor = STRETCH**draw.stretch
     shrink = torch.diag_embed(torch.stack((1 / factor, factor), dim=1))
-    stretch = _rotation(draw.axis) @ shrink @ _rotation(-draw.axis)
-    return _rotation(-draw.angle) @ stretch / (SCALE**draw.scale)[:, None, None]
+    axis, angle = draw.sign * draw.axis, draw.sign * draw.angle
+    stretch = _rotation(-axis) @ shrink @ _rotation(axis)
+    return _rotation(angle) @ stretch / (SCALE**draw.scale)[:, None, None]
 
 
 def _rotation(angle: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multistage_diffusion import rng
 from multistage_diffusion.classes import TrainedClasses, shown
-from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.config import AugmentSigns, TrainingConfig
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import Feed, make_feed
 from multistage_diffusion.denoiser import Denoiser
@@ -156,6 +156,7 @@ class Batches:
         config: Batch size, kind of batches, quotas, seed.
         flip: Mirror half of the images left to right.
         augment_probability: Probability of each of EDM's geometric augmentations, of which the network must be told.
+        augment_signs: Signs of their labels.
         classes: Number of labels of a conditional network; 0 hides the labels.
         device: Where batches are made.
         feed: Where the images come from; by default from the memory of the device, as 8-bit integers or latents, or
@@ -174,12 +175,14 @@ class Batches:
         *,
         flip: bool = False,
         augment_probability: float = 0.0,
+        augment_signs: AugmentSigns = "edm",
         classes: int = 0,
         device: torch.device | str = "cpu",
         feed: Feed | None = None,
     ) -> None:
         self.process, self.config, self.classes = process, config, classes
         self.flip, self.augment_probability = flip, augment_probability
+        self.augment_signs: AugmentSigns = augment_signs
         self.shares = stages.shares(process)
         edges = torch.tensor([0.0, *stages.edges, float("inf")], dtype=torch.float64)
         self._cdf = process.cdf(edges).tolist()
@@ -238,7 +241,7 @@ class Batches:
             images = torch.where(mirrored, images.flip(3), images)
         numbers = None
         if self.augment_probability:
-            images, numbers = augment(images, seed, sample, self.augment_probability)
+            images, numbers = augment(images, seed, sample, self.augment_probability, self.augment_signs)
         labels = None
         if self._labels is not None:
             hidden = rng.uniform(seed, "label", sample, 1)[:, 0] < self.config.label_dropout

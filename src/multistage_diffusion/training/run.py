@@ -149,6 +149,7 @@ def build_trainer(
         config.engine,
         flip=config.data.flip and config.data.autoencoder is None,  # latents of mirrored images are among the latents
         augment_probability=config.data.augment_probability,
+        augment_signs=config.data.augment_signs,
         feed=make_feed(data, torch.device(device), config.data),
         device=device,
         processes=processes,
@@ -193,6 +194,7 @@ def fit(
             scale=trainer.data.scaling,
             flip=trainer.flip,
             augment_probability=trainer.augment_probability,
+            augment_signs=trainer.augment_signs,
         ),
         process=denoiser.process,
         stages=StagesConfig(edges=denoiser.stages.edges),

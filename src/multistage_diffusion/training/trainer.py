@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from multistage_diffusion import rng
 from multistage_diffusion.backbones.layers import takes_dropout_seed
 from multistage_diffusion.conditioning import Conditioning
-from multistage_diffusion.config import EngineConfig, TrainingConfig
+from multistage_diffusion.config import AugmentSigns, EngineConfig, TrainingConfig
 from multistage_diffusion.data.feed import Feed
 from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.denoiser import Denoiser
@@ -75,6 +75,7 @@ class Trainer:
         engine: How steps are computed.
         flip: Mirror half of the images left to right.
         augment_probability: Probability of each of EDM's geometric augmentations, which the network must be told.
+        augment_signs: Signs of their labels.
         feed: Where the images come from; by default from the memory of the device, or from disk if they do not fit.
         optimizer: Makes the optimiser from the parameters (groups of them, if parts have rates of their own); by
             default Adam, or AdamW with weight decay. Its learning rate is set in each step.
@@ -103,6 +104,7 @@ class Trainer:
         *,
         flip: bool = False,
         augment_probability: float = 0.0,
+        augment_signs: AugmentSigns = "edm",
         feed: Feed | None = None,
         optimizer: MakeOptimizer | None = None,
         device: torch.device | str | None = None,
@@ -112,7 +114,9 @@ class Trainer:
         self.device = denoiser.device if device is None else torch.device(device)
         data = with_classes(denoiser, as_data(data))
         self.data, self.training, self.engine, self.processes = data, training, engine, processes
-        self.flip, self.augment_probability, self.callbacks = flip, augment_probability, callbacks
+        self.flip, self.augment_probability = flip, augment_probability
+        self.augment_signs: AugmentSigns = augment_signs
+        self.callbacks = callbacks
         micro_batches = processes.size * engine.gradient_accumulation
         if training.batch_size < micro_batches:
             raise ConfigError(
@@ -135,6 +139,7 @@ class Trainer:
             training,
             flip=flip,
             augment_probability=augment_probability,
+            augment_signs=augment_signs,
             classes=denoiser.classes,
             device=self.device,
             feed=feed,
