@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
-from multistage_diffusion.config import DataConfig, Scaling, check
+from multistage_diffusion.config import DataConfig, LabelMode, Scaling, check
 from multistage_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Reads(Compute):
     """What to do with a picture that cannot be read: stop and name it, or leave it out and count it."""
     max_bad: float = 0.01
     """With skip, the largest share of pictures that may be left out."""
+    labels: LabelMode = "auto"
+    """Labels of the source, if it has any, of all its images (auto), or no labels (none)."""
     scale: Scaling = "pictures"
     """What arrays hold: pictures, or numbers of any range, kept as they are or scaled, as --data.scale of msd train."""
 
@@ -77,6 +79,7 @@ class Reads(Compute):
             max_bad=self.max_bad,
             autoencoder=autoencoder,
             scale=self.scale,
+            labels=self.labels,
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from multistage_diffusion.cli.common import Common
-from multistage_diffusion.config import Scaling, check
+from multistage_diffusion.config import LabelMode, Scaling, check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import write_atomic
 
@@ -40,6 +40,8 @@ class Options(Common):
     """Crop to the central square and resize to this many pixels a side; by default no resizing."""
     scale: Scaling = "pictures"
     """What arrays hold: pictures, or numbers of any range, kept as they are or scaled, as --data.scale of msd train."""
+    labels: LabelMode = "auto"
+    """Labels of the source, if it has any, of all its images (auto), or no labels (none)."""
     on_bad_file: Literal["error", "skip"] = "skip"
     """What to do with a picture that cannot be read: stop, or leave it out and list it."""
     max_bad: float | None = None
@@ -67,7 +69,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     from multistage_diffusion.cli.progress import reading_progress
     from multistage_diffusion.data.collection import Reading
-    from multistage_diffusion.data.sources import convert, look
+    from multistage_diffusion.data.sources import convert, look, range_doubt
 
     limit = options.max_bad if options.max_bad is not None else _CONVERT_MAX_BAD if options.convert else 1.0
     check(0 <= limit <= 1, "max-bad", "in [0, 1]", limit)
@@ -75,13 +77,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"--grid must name a .png file, got {options.grid}")
     source, root = options.source, options.data_root
     limit = limit if options.on_bad_file == "skip" else 0.0
-    reading = Reading(options.resolution, limit, options.scale, progress=reading_progress(console))
+    reading = Reading(options.resolution, limit, options.scale, options.labels, progress=reading_progress(console))
     if options.convert is not None:
         convert(source, Path(options.convert), root, reading)
         source, root = f"shards:{options.convert}", None
     seen = look(source, options.split, root, reading)
     document = _describe(seen.images, options.split)
     document["changes"] = seen.changes
+    document["doubt"] = range_doubt(*document["range"]) if "range" in document else None
     if options.grid is not None:
         write_atomic(Path(options.grid), _picture(seen.images))
         document["grid"] = options.grid
@@ -100,6 +103,7 @@ def _describe(images: Examples, split: str) -> dict[str, Any]:
         **_values(images),
         "classes": list(images.classes),
         "images_per_class": counts,
+        "notes": dict(images.notes),
         "skipped": list(images.skipped),
         "digest": images.digest,
     }
@@ -157,11 +161,14 @@ def _print(document: dict[str, Any], console: Console) -> None:
     if document["images_per_class"]:
         pairs = zip(document["classes"], document["images_per_class"], strict=True)
         lines.append(f"  classes: {', '.join(f'{name} {count:,}' for name, count in pairs)}")
+    lines += [f"  {key}: {note}" for key, note in document["notes"].items()]
     if document["skipped"]:
         lines.append(f"  skipped {len(document['skipped']):,}:")
         lines += [f"    {line}" for line in document["skipped"][:20]]
         lines += ["    ..."] if len(document["skipped"]) > 20 else []
     lines.append(f"  sha256 {document['digest']}")
+    if document["doubt"]:
+        lines.append(f"  warning: {document['doubt']}")
     if document["changes"]:
         lines.append(f"  files: {document['changes']}")
     if "grid" in document:

@@ -155,7 +155,7 @@ def _measure(
     if loaded is None:
         pictures = target / "images" if (target / SAMPLES).is_file() else target
         evaluation = evaluate_images(
-            load_data(f"folder:{pictures}", split="all"),
+            load_data(f"folder:{pictures}", split="all", labels="none"),
             real,
             metrics,
             features=extractor or options.features,
@@ -202,6 +202,7 @@ def _real_images(options: Options, target: Path, loaded: LoadedRun | None) -> tu
             root=options.data_root or (config.root if config else None),
             resolution=config.resolution if config else None,
             max_bad=config.tolerated if config else 0.0,
+            labels=config.labels if config else "auto",
         )
         for split in ("train", "test")
     )

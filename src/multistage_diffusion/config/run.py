@@ -17,6 +17,7 @@ Weighting = Literal["process", "min-snr", "p2"]
 Precision = Literal["fp32", "bf16", "fp16"]
 AugmentSigns = Literal["edm", "reversed"]
 Scaling = Literal["pictures", "none", "range", "standardise"]
+LabelMode = Literal["auto", "none"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -33,6 +34,8 @@ class DataConfig:
     scale: Scaling = "pictures"
     """What arrays hold: pictures (bytes, or floats in [-1, 1]), or numbers of any range, by channel kept as they are
     (none), brought to [-1, 1] (range) or to mean 0 and deviation 1 (standardise); samples come back in their unit."""
+    labels: LabelMode = "auto"
+    """Labels of the source, if it has any, of all its images (auto), or no labels (none)."""
     on_bad_file: Literal["error", "skip"] = "error"
     """What to do with a picture that cannot be read: stop and name it, or leave it out and count it."""
     max_bad: float = 0.01

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from multistage_diffusion.config import Scaling
-from multistage_diffusion.data.collection import Collection, hashed_test, number_labels
+from multistage_diffusion.data.collection import Collection, hashed_test
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import Fields, measure_scale
 from multistage_diffusion.data.files import checked_entries, open_zip
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, to_uint8
+from multistage_diffusion.data.layout import MEND, number_labels
 from multistage_diffusion.data.rows import row_digests
 from multistage_diffusion.errors import DataError
 
@@ -54,21 +57,29 @@ def read_npz(source: str, path: Path, scaling: Scaling = "pictures") -> Collecti
                     return read_array(source, archive, infos[name], kinds)
             return None
 
-        parts = [(find(_PIXELS), find(_LABELS, "uifU"))]
+        parts = [(find(_PIXELS), find(_LABELS, "uifbUS"))]
         if parts[0][0] is None:
-            parts = [(find(_TRAIN), find(_TRAIN_LABELS, "uifU")), (find(_TEST), find(_TEST_LABELS, "uifU"))]
+            parts = [(find(_TRAIN), find(_TRAIN_LABELS, "uifbUS")), (find(_TEST), find(_TEST_LABELS, "uifbUS"))]
+        held = ", ".join(sorted(infos)[:8]) or "nothing"
         if parts[0][0] is None:
-            held = ", ".join(sorted(infos)[:8]) or "nothing"
             raise DataError(f"{source}: no array called images, x, arr_0 or train_images; the file holds {held}")
         parts = [part for part in parts if part[0] is not None]
     rows = [as_rows(source, array, scaling) for array, _ in parts]
     if len({part.shape[1:] for part in rows}) > 1:
         raise DataError(f"{source}: training and test images have different shapes")
     test = None if len(rows) == 1 else torch.arange(sum(map(len, rows))) >= len(rows[0])
-    labels = None
-    if all(given is not None for _, given in parts):
-        labels = np.concatenate([given.reshape(-1) for _, given in parts])
-    return _collection(source, torch.cat(rows), labels, test, scaling)
+    notes = {"labels": f"none: no array called labels, y or arr_1; the file holds {held}"}
+    labels, given = None, [given for _, given in parts if given is not None]
+    if given and len(given) < len(parts):
+        raise DataError(f"{source}: one of its parts has labels and the other none; the file holds {held}; {MEND}")
+    if given:
+        labels = np.concatenate([as_labels(source, one, len(part)) for one, part in zip(given, rows, strict=True)])
+        notes["labels"] = "the file's"
+    if test is not None:
+        notes["split"] = "held out: the file's test part"
+    if scaling == "pictures" and parts[0][0].dtype.kind == "f":
+        notes["values"] = "floats in [-1, 1], brought to 0..255"
+    return _collection(source, torch.cat(rows), labels, test, scaling, notes)
 
 
 def read_npy(source: str, path: Path, scaling: Scaling = "pictures") -> Collection:
@@ -77,7 +88,8 @@ def read_npy(source: str, path: Path, scaling: Scaling = "pictures") -> Collecti
         raise DataError(f"{source}: {path} is not a file")
     with path.open("rb") as file:
         array = _parse_array(source, file, path.stat().st_size, "uif")
-    return _collection(source, as_rows(source, array, scaling), None, None, scaling)
+    notes = {"labels": "none: an npy file has none; save an npz with images and labels"}
+    return _collection(source, as_rows(source, array, scaling), None, None, scaling, notes)
 
 
 def as_rows(name: str, array: Any, scaling: Scaling) -> Shaped[Tensor, "batch channels height width"]:
@@ -99,7 +111,7 @@ def as_rows(name: str, array: Any, scaling: Scaling) -> Shaped[Tensor, "batch ch
         raise DataError(f"{name}: no images found")
     if array.dtype.kind not in "uif":
         raise DataError(f"{name}: arrays of {array.dtype} are not read; save numbers")
-    array = _channels_first(name, array, scaling)
+    array = channels_first(name, array, scaling)
     if scaling == "pictures":
         if array.dtype.kind == "f":
             return _pixels_of_floats(name, array)
@@ -126,6 +138,7 @@ def as_examples(
     scaling: Scaling,
     train: Tensor | None = None,
     skipped: tuple[str, ...] = (),
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> Examples:
     """Pictures, or fields with the statistics of those to train on.
 
@@ -137,37 +150,54 @@ def as_examples(
         scaling: Pictures, or how fields are scaled.
         train: True for rows to train on; by default all.
         skipped: What was left out.
+        notes: How the rest was read.
     """
     if scaling == "pictures":
-        return Images(name, rows, labels, classes, skipped)
+        return Images(name, rows, labels, classes, skipped, notes)
     scale = measure_scale(name, scaling, rows if train is None else rows[train])
-    return Fields(name, rows, labels, classes, skipped, codec=scale)
+    return Fields(name, rows, labels, classes, skipped, notes, codec=scale)
 
 
-def as_labels(name: str, labels: Any, count: int) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
-    """Numbers or names, one for each row, as classes and their index.
+def as_labels(name: str, labels: Any, count: int) -> Any:
+    """One label for each row, as an array of whole numbers from 0 or of names.
+
+    Args:
+        name: The source, for messages.
+        labels: Numbers or names, (N,) or (N, 1); or one-hot, (N, classes).
+        count: Number of rows, N.
 
     Raises:
         DataError: Another number of labels, fractions, negative numbers, or something else.
     """
-    flat = labels.reshape(-1)
-    if labels.dtype.kind not in "uiU" or len(flat) != count or (labels.dtype.kind != "U" and flat.min() < 0):
+    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    given, numbers = f"{array.shape} of {array.dtype}", array.dtype.kind in "uifb"
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    elif array.ndim == 2 and numbers and ((array == 1).sum(1) == 1).all() and np.count_nonzero(array) == len(array):
+        array = array.argmax(1)
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    if array.shape != (count,) or not (numbers or array.dtype.kind == "U"):
         raise DataError(
-            f"{name}: labels must be {count} whole numbers from 0, or names of classes; got {labels.shape} of "
-            f"{labels.dtype}"
+            f"{name}: labels must be {count} whole numbers from 0, names of classes or one-hot rows; got {given}"
         )
-    classes, index = number_labels([str(label) for label in flat.tolist()])
-    assert index is not None
-    return classes, index
+    if numbers and not (array == np.floor(array)).all():
+        raise DataError(f"{name}: labels must be whole numbers, and there are fractions")
+    if numbers and array.min() < 0:
+        raise DataError(f"{name}: labels must be 0 or more, and the least is {array.min()}")
+    return array.astype(np.int64) if numbers else array
 
 
-def _collection(source: str, rows: Tensor, labels: Any, test: Tensor | None, scaling: Scaling) -> Collection:
+def _collection(
+    source: str, rows: Tensor, labels: Any, test: Tensor | None, scaling: Scaling, notes: Mapping[str, str]
+) -> Collection:
     """Rows with their labels, if there are any; a tenth is held out where nothing is."""
-    classes, index = ((), None) if labels is None else as_labels(source, labels, len(rows))
+    classes, index = ((), None) if labels is None else number_labels([str(label) for label in labels.tolist()])
     if test is None:
         pictures = scaling == "pictures"
         test = hashed_test([content_key(picture) for picture in rows] if pictures else digest_keys(row_digests(rows)))
-    return Collection(as_examples(source, rows, index, classes, scaling, ~test), test)
+        notes = {**notes, "split": "held out: a tenth, by content"}
+    return Collection(as_examples(source, rows, index, classes, scaling, ~test, notes=notes), test)
 
 
 def digest_keys(digests: UInt8[Tensor, "rows 16"]) -> list[int]:
@@ -208,34 +238,34 @@ def _parse_array(where: str, file: Any, size: int, kinds: str) -> Any:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _channels_first(name: str, array: Any, scaling: Scaling) -> Any:
-    """(N, C, H, W) of an array whose shape can mean one thing only."""
-    shape = array.shape
-    if array.ndim == 3:
-        if shape[2] in (1, 3, 4) and shape[1] > shape[2]:
+def channels_first(name: str, array: Any, scaling: Scaling) -> Any:
+    """(N, C, H, W) of an array or tensor whose shape can mean one thing only.
+
+    Raises:
+        DataError: It can mean two, or nothing.
+    """
+    shape = tuple(array.shape)
+    if len(shape) == 3:
+        if (shape[2] <= 4 and shape[1] > shape[2]) or shape[0] == 3:
             raise DataError(
-                f"{name}: {shape} may be one picture of {shape[2]} channels or {shape[0]} pictures of {shape[1]} x "
-                f"{shape[2]}; give it four dimensions, {(1, *shape)} or {(shape[0], 1, *shape[1:])}"
-            )
-        if shape[0] == 3:
-            raise DataError(
-                f"{name}: {shape} may be one picture in colours or three in grey; give it four dimensions, "
-                f"{(1, *shape)} or {(3, 1, *shape[1:])}"
+                f"{name}: {shape} may be one picture in colours or {shape[0]} in grey; give four dimensions, "
+                f"{(1, *shape)} or {(shape[0], 1, *shape[1:])}"
             )
         return array[:, None]
-    if array.ndim != 4:
+    if len(shape) != 4:
         raise DataError(f"{name}: images must have 3 or 4 dimensions, got {shape}")
     if scaling == "pictures":
         last, first = shape[3] in (1, 3), shape[1] in (1, 3)
         if last == first:
+            four = "; of four channels leave the last one out, x[..., :3]" if 4 in (shape[1], shape[3]) else ""
             raise DataError(
-                f"{name}: images must be (N, H, W, C) or (N, C, H, W) with C = 1 or 3, got {shape}; data.scale reads "
-                "fields of any number of channels"
+                f"{name}: images must be (N, H, W, C) or (N, C, H, W) with C = 1 or 3, got {shape}{four}; data.scale "
+                "reads fields of any number of channels"
             )
         return np.moveaxis(array, 3, 1) if last else array
-    if shape[1] == shape[2] > 4 * shape[3]:
+    if shape[1] == shape[2] > 4 * shape[3] or shape[3] <= 4 < shape[1]:
         raise DataError(
-            f"{name}: fields are (N, C, H, W), and {shape} looks like (N, H, W, C); save np.moveaxis(x, 3, 1)"
+            f"{name}: fields are (N, C, H, W), and {shape} looks like (N, H, W, C); move the last axis to C"
         )
     return array
 

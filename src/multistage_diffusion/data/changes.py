@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from multistage_diffusion.data.cache import cache_directory
-from multistage_diffusion.data.collection import Collection, shown
+from multistage_diffusion.data.collection import Collection
+from multistage_diffusion.data.layout import shown
 from multistage_diffusion.files import write_atomic
 
 _SHOWN = 5  # names in a message

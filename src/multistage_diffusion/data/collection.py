@@ -1,44 +1,25 @@
-"""Many pictures into one set: same shape, labels from folders or a `dataset.json`, bad files counted or refused."""
+"""Many pictures into one set: same shape, all labelled or none, bad files counted or refused."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from multistage_diffusion.config import Scaling
+from multistage_diffusion.config import LabelMode, Scaling
 from multistage_diffusion.data.decode import PictureError, decode
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, fit
+from multistage_diffusion.data.layout import Entry, number_labels, require_all, shown
 from multistage_diffusion.data.shards import Shards, ShardWriter
 from multistage_diffusion.errors import DataError
 
 _TEST_SHARE = 0.1
-_TRAIN_NAMES, _TEST_NAMES = ("train", "training"), ("test", "testing", "val", "valid", "validation")
-_MAX_CLASSES = 1_000_000
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One picture of a collection.
-
-    Attributes:
-        name: Its path within the collection, with `/` between the parts.
-        read: Gives the content of the file; raises `PictureError`.
-        label: Name of its class, where the collection says it.
-    """
-
-    name: str
-    read: Callable[[], bytes]
-    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +30,7 @@ class Reading:
         resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
         max_bad: Largest share of the pictures that may be unreadable; 0 refuses the first of them.
         scale: What arrays hold: pictures, or fields and how they are scaled.
+        labels: Whether labels are looked for.
         writer: Where the pixels go one by one; by default they are kept in memory.
         progress: Told before each picture how many are read, of how many.
     """
@@ -56,6 +38,7 @@ class Reading:
     resolution: int | None = None
     max_bad: float = 0.0
     scale: Scaling = "pictures"
+    labels: LabelMode = "auto"
     writer: ShardWriter | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -93,7 +76,13 @@ class Collection:
         return self.images.take(index)
 
 
-def collect(source: str, entries: Sequence[Entry], reading: Reading, skipped: Iterable[str] = ()) -> Collection:
+def collect(
+    source: str,
+    entries: Sequence[Entry],
+    reading: Reading,
+    skipped: Iterable[str] = (),
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> Collection:
     """Decode the pictures of a collection.
 
     Args:
@@ -101,14 +90,19 @@ def collect(source: str, entries: Sequence[Entry], reading: Reading, skipped: It
         entries: Its pictures, in order.
         reading: How.
         skipped: What was passed over already.
+        notes: How parts and labels were found.
 
     Returns:
-        The set. Held out are the parts called `test` or `val`, if there is a `train` too; else a tenth by content.
+        The set. Held out is what the entries say, else a tenth by content.
 
     Raises:
-        DataError: A bad picture, different sizes and no resolution, too many pixels for memory, or none at all.
+        DataError: A bad picture, labels of some pictures only, different sizes and no resolution, too many pixels for
+            memory, or none at all.
         CheckpointError: The disk that the pixels are written to is too small.
     """
+    notes = {"split": "held out: a tenth, by content", "labels": "none: there are none beside the pictures", **notes}
+    if reading.labels == "auto":
+        require_all(source, entries, notes["labels"])
     good, keys, bad, files = list[Entry](), list[int](), list[str](), dict[str, str]()
     pixels = _Pixels(source, reading.writer, len(entries))
     for number, entry in enumerate(entries):
@@ -136,9 +130,10 @@ def collect(source: str, entries: Sequence[Entry], reading: Reading, skipped: It
         hint = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
         raise DataError(f"{source}: no images found{hint}")
     classes, labels = number_labels([entry.label for entry in good])
-    own = _parts(good)
-    images = Images(source, pixels.finish(), labels, classes, skipped)
-    return Collection(images, hashed_test(keys) if own is None else own, files)
+    images = Images(source, pixels.finish(), labels, classes, skipped, notes)
+    if any(entry.test is None for entry in good) or len({entry.test for entry in good}) == 1:
+        return Collection(images, hashed_test(keys), files)
+    return Collection(images, torch.tensor([entry.test for entry in good]), files)
 
 
 def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:
@@ -161,126 +156,6 @@ def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:
     return torch.tensor(test, dtype=torch.bool)
 
 
-def labels_of_json(source: str, content: bytes) -> Mapping[str, str] | None:
-    """Labels of EDM's `dataset.json`: `{"labels": [["00000/img00000.png", 3], ...]}`.
-
-    Args:
-        source: The source, for messages.
-        content: The file.
-
-    Returns:
-        Class of each picture by name, or None where the file says that there are no labels.
-
-    Raises:
-        DataError: Not such a file.
-    """
-    try:
-        document: Any = json.loads(content)
-        pairs = document["labels"]
-        if pairs is None:
-            return None
-        labels = {name: label for name, label in pairs}
-        if any(type(label) is not int or not 0 <= label < _MAX_CLASSES for label in labels.values()):
-            raise ValueError("labels must be whole numbers from 0")
-        return {str(name): str(label) for name, label in labels.items()}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise DataError(f'{source}: dataset.json must be {{"labels": [["NAME", 3], ...]}} ({reason})') from error
-
-
-def label_entries(source: str, entries: Sequence[Entry], labels: Mapping[str, str] | None) -> list[Entry]:
-    """Give the entries the labels of a `dataset.json`.
-
-    Args:
-        source: The source, for messages.
-        entries: Pictures.
-        labels: Class by name, or None for none.
-
-    Returns:
-        The entries, labelled; in their order.
-
-    Raises:
-        DataError: A picture has no label.
-    """
-    if labels is None:
-        return list(entries)
-    for entry in entries:
-        if entry.name not in labels:
-            raise DataError(f"{source}: dataset.json has no label for {shown(entry.name)}")
-    return [Entry(entry.name, entry.read, labels[entry.name]) for entry in entries]
-
-
-def folder_labels(entries: Sequence[Entry]) -> list[Entry]:
-    """Labels from the names of the folders that the pictures lie in.
-
-    Args:
-        entries: Pictures.
-
-    Returns:
-        The entries, labelled by their outermost folder below a `train` or `test`, if every picture lies in one and
-        there are at least two; else as they came.
-    """
-    skip = 1 if _parts(entries) is not None else 0
-    folders = [PurePosixPath(entry.name).parts[skip:-1] for entry in entries]
-    if not all(folders) or len({folder[0] for folder in folders}) < 2:
-        return list(entries)
-    return [Entry(entry.name, entry.read, folder[0]) for entry, folder in zip(entries, folders, strict=True)]
-
-
-def summary(names: Iterable[str], reason: str) -> list[str]:
-    """Lines for files passed over by their name, one for each ending.
-
-    Args:
-        names: The files.
-        reason: Why.
-
-    Returns:
-        Lines like `3 files .txt: not pictures by their name`.
-    """
-    counts = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
-    return [
-        f"{count} file{'s' if count > 1 else ''} {shown(ending)}: {reason}" for ending, count in sorted(counts.items())
-    ]
-
-
-def shown(name: str) -> str:
-    """A file's name fit for a message: on one line, without characters that cannot be printed.
-
-    Args:
-        name: The name.
-
-    Returns:
-        The same, other characters escaped.
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
-
-
-def number_labels(labels: Sequence[str | None]) -> tuple[tuple[str, ...], Tensor | None]:
-    """Numbers for names of classes.
-
-    Args:
-        labels: Name of each image's class.
-
-    Returns:
-        The classes, numbers in their order before names in theirs, and each image's index; no label if one has none.
-    """
-    names = {label for label in labels if label is not None}
-    if not names or None in labels:
-        return (), None
-    numeric = all(name.isdecimal() for name in names)
-    classes = tuple(sorted(names, key=int) if numeric else sorted(names))
-    index = {name: i for i, name in enumerate(classes)}
-    return classes, torch.tensor([index[label] for label in labels if label is not None])
-
-
-def _parts(entries: Sequence[Entry]) -> Tensor | None:
-    """True for pictures below `test` or `val`, if all lie below such a folder or `train`, and both occur."""
-    tops = [PurePosixPath(entry.name).parts[0].lower() for entry in entries]
-    test = [top in _TEST_NAMES for top in tops]
-    named = all(top in (*_TRAIN_NAMES, *_TEST_NAMES) for top in tops)
-    return torch.tensor(test) if named and any(test) and not all(test) else None
-
-
 class _Pixels:
     """Gathers pictures of one size, in memory or in a writer; in colour if one is."""
 
@@ -298,7 +173,8 @@ class _Pixels:
         if size != self._size:
             raise DataError(
                 f"{self._source}: images of different sizes, {self._size[0]} x {self._size[1]} ({shown(self._first)}) "
-                f"and {size[0]} x {size[1]} ({shown(name)}); choose one with --resolution"
+                f"and {size[0]} x {size[1]} ({shown(name)}); choose a resolution (--resolution; msd train: "
+                "--data.resolution)"
             )
         if self._writer is not None:
             self._writer.add(picture[None])
@@ -307,7 +183,7 @@ class _Pixels:
         self._total += 3 * picture[0].numel()
         if self._total > MAX_SET_BYTES:
             raise DataError(
-                f"{self._source}: more than {MAX_SET_BYTES:,} bytes of pixels; choose a smaller --resolution, or "
+                f"{self._source}: more than {MAX_SET_BYTES:,} bytes of pixels; choose a smaller resolution, or "
                 "write them to disk: msd data SOURCE --convert FOLDER"
             )
 

@@ -45,6 +45,7 @@ def write_images(collection: Collection, folder: Path, writer: ShardWriter) -> N
         "classes": list(images.classes),
         "labels": images.labels is not None,
         "skipped": list(images.skipped),
+        "notes": dict(images.notes),
     }
     if isinstance(images.codec, Scale):
         about["scale"] = asdict(images.codec)
@@ -69,7 +70,8 @@ def read_shards(source: str, path: Path, scaling: Scaling) -> Collection:
     try:
         about: Any = read_json(path / _ABOUT)
         classes, skipped, labelled = about["classes"], about["skipped"], about["labels"]
-        if not all(isinstance(entry, str) for entry in (*classes, *skipped)):
+        notes = dict(about.get("notes", {}))
+        if not all(isinstance(entry, str) for entry in (*classes, *skipped, *notes, *notes.values())):
             raise ValueError("classes must be names")
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / _ABOUT}: not a description of images ({str(error)[:100]})") from error
@@ -80,12 +82,12 @@ def read_shards(source: str, path: Path, scaling: Scaling) -> Collection:
         mend = "leave data.scale out" if holds_pictures else "choose data.scale none, range or standardise"
         raise DataError(f"{source}: holds {'pictures' if holds_pictures else 'numbers of any range'}; {mend}")
     if scaling == "pictures":
-        return Collection(Images(source, shards, labels, tuple(classes), tuple(skipped)), test)
+        return Collection(Images(source, shards, labels, tuple(classes), tuple(skipped), notes), test)
     try:
         scale = replace(scale_of(about.get("scale")), kind=scaling)
     except DataError as error:
         raise DataError(f"{path / _ABOUT}: {error}") from error
-    return Collection(Fields(source, shards, labels, tuple(classes), tuple(skipped), codec=scale), test)
+    return Collection(Fields(source, shards, labels, tuple(classes), tuple(skipped), notes, codec=scale), test)
 
 
 def _read(path: Path, count: int, dtype: torch.dtype) -> Shaped[Tensor, " count"]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from multistage_diffusion import files
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 MAX_FILE_BYTES = 128 * 2**20
 MAX_PIXELS = 25_000_000  # 6000 x 4000 passes; decoded with transparency, less than 300 MB
 
@@ -37,16 +37,14 @@ class PictureError(Exception):
     """One picture cannot be used; the message says why, in a few words, without the file's name."""
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file's name ends as pictures do.
+def is_picture_name(name: str, *, hidden: bool = False) -> bool:
+    """Whether a file's name ends as pictures do, in any case; by default not of a hidden file."""
+    return name.lower().endswith(ENDINGS) and (hidden or not is_hidden(name))
 
-    Args:
-        name: The name.
 
-    Returns:
-        True for the endings of `ENDINGS`, in any case; False for the companions `._NAME` that macOS adds to archives.
-    """
-    return name.lower().endswith(ENDINGS) and not name.rpartition("/")[2].startswith("._")
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder that it lies in is hidden, like `.ipynb_checkpoints`, or of macOS's archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:

@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from multistage_diffusion.data.collection import Collection, Entry, Reading, collect
+from multistage_diffusion.data.collection import Collection, Reading, collect
 from multistage_diffusion.data.decode import read_regular
+from multistage_diffusion.data.layout import Entry
 from multistage_diffusion.errors import DataError
 
 _FILE = "NotoColorEmoji.ttf"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,8 @@ class Examples(ABC):
         labels: Class of each row, int64, or None where the source has none.
         classes: Names of the classes; `labels` index them.
         skipped: What the source holds but this set does not, and why; one line each.
+        notes: How the source was read: how `labels` were found or why there are none, how the parts were (`split`),
+            and what `values` were.
         codec: The way from stored rows to the networks and back, where rows are not pictures.
 
     Raises:
@@ -68,6 +71,7 @@ class Examples(ABC):
     labels: Int[Tensor, " labelled"] | None = None
     classes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
     codec: Codec | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import json
 import os
 import re
 import stat
@@ -11,32 +12,35 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from multistage_diffusion.data.collection import (
-    Collection,
+from multistage_diffusion.data.collection import Collection, Reading, collect
+from multistage_diffusion.data.decode import MAX_FILE_BYTES, PictureError, is_hidden, is_picture_name, read_regular
+from multistage_diffusion.data.images import MAX_SET_BYTES
+from multistage_diffusion.data.layout import (
+    CELEBA,
+    CSV,
+    JSON,
+    LABEL_COLUMNS,
+    MEND,
     Entry,
-    Reading,
-    collect,
-    folder_labels,
-    label_entries,
-    labels_of_json,
+    arrange,
+    label_text,
     shown,
     summary,
 )
-from multistage_diffusion.data.decode import MAX_FILE_BYTES, PictureError, is_picture_name, read_regular
-from multistage_diffusion.data.images import MAX_SET_BYTES
 from multistage_diffusion.errors import DataError
 
-_JSON = "dataset.json"
-_MAX_JSON = 256 * 2**20
+_OF_LABELS = (JSON, CSV, CELEBA)
+_MAX_LABELS = 256 * 2**20  # bytes in a file of labels
 _MAX_EXPANSION = 200  # pictures do not deflate further; deflate itself reaches 1032
 _UNCHECKED = 2**20  # bytes below which an entry may expand as it likes
 _MAX_SHARDS = 100_000
 _MAX_ARCHIVE = 2**40  # bytes in the pictures of an archive, which are read one by one
 _TAR_BLOCK = 512
+_LABELS = (".cls", ".json")  # beside a picture of a tar archive
 
 
 def read_folder(source: str, path: Path, reading: Reading) -> Collection:
@@ -55,25 +59,17 @@ def read_folder(source: str, path: Path, reading: Reading) -> Collection:
     """
     if not path.is_dir():
         raise DataError(f"{source}: {path} is not a folder")
-    names, others, links = list[str](), list[str](), 0
+    names, links = list[str](), list[str]()
     for folder, folders, files in os.walk(path):
-        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
-        for file in files:
-            name = Path(folder, file).relative_to(path).as_posix()
-            (names if is_picture_name(name) else others).append(name)
-    entries = [Entry(name, _reader(path / name)) for name in sorted(names)]
-    if _JSON in others:
-        others.remove(_JSON)
-        try:
-            entries = label_entries(source, entries, labels_of_json(source, read_regular(path / _JSON, _MAX_JSON)))
-        except PictureError as error:
-            raise DataError(f"{source}: {_JSON}: {error}") from error
-    else:
-        entries = folder_labels(entries)
-    skipped = summary(others, "not pictures by their name")
-    if links:
-        skipped.append(f"{links} link{'s' if links > 1 else ''} to a folder: not followed")
-    return collect(source, entries, reading, skipped)
+        below = Path(folder).relative_to(path)
+        links += [(below / name).as_posix() for name in folders if os.path.islink(os.path.join(folder, name))]
+        names += [(below / file).as_posix() for file in files]
+
+    def reader(name: str) -> Callable[[], bytes]:
+        limit = _MAX_LABELS if PurePosixPath(name).name in _OF_LABELS else MAX_FILE_BYTES
+        return lambda: read_regular(path / name, limit)
+
+    return _collect(source, sorted(names), reader, reading, sorted(links))
 
 
 def read_zip(source: str, path: Path, reading: Reading) -> Collection:
@@ -92,19 +88,27 @@ def read_zip(source: str, path: Path, reading: Reading) -> Collection:
     """
     with open_zip(source, path) as archive:
         infos = {info.filename: info for info in checked_entries(source, archive, _MAX_ARCHIVE)}
-        pictures = sorted(name for name in infos if is_picture_name(name))
-        others = [name for name in infos if not is_picture_name(name)]
-        entries = [Entry(name, _zip_reader(archive, infos[name])) for name in pictures]
-        if _JSON in infos:
-            others.remove(_JSON)
-            try:
-                entries = label_entries(source, entries, labels_of_json(source, _read_entry(archive, infos[_JSON])))
-            except PictureError as error:
-                raise DataError(f"{source}: {_JSON}: {error}") from error
-        else:
-            entries = folder_labels(entries)
-        skipped = summary(others, "not pictures by their name")
-        return collect(source, entries, reading, skipped)
+        return _collect(source, sorted(infos), lambda name: _zip_reader(archive, infos[name]), reading)
+
+
+def _collect(
+    source: str,
+    names: Sequence[str],
+    reader: Callable[[str], Callable[[], bytes]],
+    reading: Reading,
+    links: Sequence[str] = (),
+) -> Collection:
+    """The pictures among files, with the parts and labels that their names and the files of labels say."""
+    entries = [Entry(name, reader(name)) for name in names if is_picture_name(name)]
+    tables = {name: reader(name) for name in names if PurePosixPath(name).name in _OF_LABELS and not is_hidden(name)}
+    others = [name for name in names if not is_picture_name(name) and name not in tables]
+    hidden = [name for name in others if is_hidden(name) and is_picture_name(name, hidden=True)]
+    skipped = summary((name for name in others if name not in set(hidden)), "not pictures by their name")
+    skipped += summary(hidden, "hidden, or in a hidden folder")
+    if links:
+        skipped.append(f"{len(links)} link{'s' * (len(links) > 1)} to a folder: not followed")
+    entries, notes = arrange(source, entries, tables, links, labels=reading.labels)
+    return collect(source, entries, reading, skipped, notes)
 
 
 def read_webdataset(source: str, path: Path, reading: Reading) -> Collection:
@@ -126,17 +130,25 @@ def read_webdataset(source: str, path: Path, reading: Reading) -> Collection:
     shards = [shard for part in _braces(str(path)) for shard in sorted(glob.glob(part))]
     if not shards:
         raise DataError(f"{source}: no file matches {path}")
-    entries, others = list[Entry](), list[str]()
+    entries, others, how = list[Entry](), list[str](), "none: no .cls lies beside the pictures"
     for shard in shards:
         members = _checked_members(source, shard)
-        labels = {_key(member.name): _label(source, shard, member) for member in members if _is_label(member.name)}
+        ending = next((end for end in _LABELS if any(member.name.endswith(end) for member in members)), None)
+        labels = dict[str, str | None]()
+        for member in members:
+            if reading.labels == "auto" and ending is not None and member.name.endswith(ending):
+                labels[member.name.removesuffix(ending)] = _label(source, shard, member)
+                how = f"the {ending} files"
         for member in members:
             if is_picture_name(member.name):
-                entries.append(Entry(member.name, _tar_reader(shard, member), labels.get(_key(member.name))))
-            elif not _is_label(member.name):
+                entries.append(Entry(member.name, _tar_reader(shard, member), _labelled(member.name, labels)))
+            elif ending is None or not member.name.endswith(ending):
                 others.append(member.name)
-    skipped = summary(others, "neither pictures nor .cls by their name")
-    return collect(source, entries, reading, skipped)
+    skipped = summary(others, "neither pictures nor labels by their name")
+    if all(entry.label is None for entry in entries) and how.startswith("the .json"):
+        how = "none: no .json has a label"
+    parts, notes = arrange(source, entries, {}, labels="none")
+    return collect(source, parts, reading, skipped, {**notes, "labels": how})
 
 
 @contextmanager
@@ -232,7 +244,10 @@ def _checked_members(source: str, shard: str) -> list[tarfile.TarInfo]:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         words = " ".join(str(error).split())[:100]
-        raise DataError(f"{source}: {shard}: not a plain tar archive, or damaged ({words})") from error
+        with open(shard, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        what = "compressed; unpack it with gunzip" if packed else f"not a plain tar archive, or damaged ({words})"
+        raise DataError(f"{source}: {shard}: {what}") from error
     return files
 
 
@@ -246,10 +261,6 @@ def _bad_name(name: str) -> str | None:
     if not parts or "\0" in name:
         return "has no proper name"
     return None
-
-
-def _reader(path: Path) -> Callable[[], bytes]:
-    return lambda: read_regular(path)
 
 
 def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -285,22 +296,29 @@ def _tar_reader(shard: str, member: tarfile.TarInfo) -> Callable[[], bytes]:
     return read
 
 
-def _is_label(name: str) -> bool:
-    return name.endswith(".cls")
-
-
-def _label(source: str, shard: str, member: tarfile.TarInfo) -> str:
-    """The number in a `.cls` file."""
+def _label(source: str, shard: str, member: tarfile.TarInfo) -> str | None:
+    """The number in a `.cls` file, or the label in a `.json` file, if it has one."""
     try:
-        return str(int(_tar_reader(shard, member)()[:32]))
-    except (PictureError, ValueError) as error:
-        raise DataError(f"{source}: {shown(member.name)} must hold a whole number") from error
+        content = _tar_reader(shard, member)()
+        if member.name.endswith(".cls"):
+            return str(int(content[:32]))
+        document = json.loads(content)
+        key = next((key for key in (*LABEL_COLUMNS, "cls") if key in document), None)
+        return None if key is None else label_text(document[key])
+    except (PictureError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{source}: {shown(member.name)} must hold a whole number, or a document with a label; {MEND}"
+        ) from error
 
 
-def _key(name: str) -> str:
-    """What the files of one sample share: the path up to the first dot of the file's name."""
+def _labelled(name: str, labels: Mapping[str, str | None]) -> str | None:
+    """The label of a picture: of the file of its name, else of its name up to an earlier dot, like K.input.png of K."""
     folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
+    while "." in file:
+        file = file.rpartition(".")[0]
+        if (key := folder + slash + file) in labels:
+            return labels[key]
+    return None
 
 
 def _braces(pattern: str) -> list[str]:

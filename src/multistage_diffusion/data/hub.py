@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from multistage_diffusion.data.collection import Collection, Entry, Reading, collect
+from multistage_diffusion.data.collection import Collection, Reading, collect
 from multistage_diffusion.data.decode import PictureError, read_regular
+from multistage_diffusion.data.layout import LABEL_COLUMNS, Entry, label_text
 from multistage_diffusion.errors import DataError
 
 _TEST = ("test", "validation", "valid", "val")
@@ -24,7 +25,7 @@ def read_hub(source: str, path: Path, reading: Reading) -> Collection:
 
     Returns:
         The set. Held out is its own test or validation part, or a tenth by content. Labels are of the first column of
-        classes.
+        classes, or of a column of whole numbers or text that is called `label`, `labels`, `class` or `target`.
 
     Raises:
         DataError: The library is missing, the dataset cannot be read, or has no column of images.
@@ -47,28 +48,43 @@ def read_hub(source: str, path: Path, reading: Reading) -> Collection:
     chosen = {"train": parts["train"]} if "train" in parts else {next(iter(parts)): next(iter(parts.values()))}
     if test is not None and test not in chosen:
         chosen["test"] = parts[test]
-    entries = [entry for part, rows in chosen.items() for entry in _entries(datasets, source, part, rows)]
+    names = {part: _label_column(datasets, rows) for part, rows in chosen.items()}
+    entries = [entry for part, rows in chosen.items() for entry in _entries(datasets, source, part, rows, names[part])]
     unused = [f"part {part}: not used" for part in parts if part not in chosen and part != test]
-    return collect(source, entries, reading, unused)
+    columns = sorted({name for name in names.values() if name is not None})
+    labels = f"the column {', '.join(columns)}" if columns else "none: no column of classes, and none called label"
+    notes = {"labels": labels} | ({"split": f"held out: the part {test}"} if "test" in chosen else {})
+    return collect(source, entries, reading, unused, notes)
 
 
-def _entries(datasets: Any, source: str, part: str, rows: Any) -> list[Entry]:
+def _label_column(datasets: Any, rows: Any) -> str | None:
+    """The column of labels: the first of classes, else of numbers or text with a name that says so."""
+    features = rows.features
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    plain = [
+        name for name in LABEL_COLUMNS if getattr(features.get(name), "dtype", "").startswith(("int", "uint", "str"))
+    ]
+    return next(iter(classes + plain), None)
+
+
+def _entries(datasets: Any, source: str, part: str, rows: Any, label: str | None) -> list[Entry]:
     """The rows of one part, pictures still encoded."""
-    columns = {
-        kind: [key for key, value in rows.features.items() if isinstance(value, kind)]
-        for kind in (datasets.Image, datasets.ClassLabel)
-    }
-    if not columns[datasets.Image]:
+    image = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
         raise DataError(f"{source}: no column of images; it has {', '.join(rows.features)}")
-    image = columns[datasets.Image][0]
+    labels = [None] * len(rows) if label is None else rows[label]
+    names = getattr(rows.features.get(label), "names", None)
     rows = rows.cast_column(image, datasets.Image(decode=False))
-    labels = [None] * len(rows)
-    if columns[datasets.ClassLabel]:
-        label = columns[datasets.ClassLabel][0]
-        names = rows.features[label].names
-        labels = [None if number is None or number < 0 else names[number] for number in rows[label]]
-    prefix = f"{part}/" if part else ""
-    return [Entry(f"{prefix}{i}", _reader(rows, i, image), label) for i, label in enumerate(labels)]
+    prefix, test = (f"{part}/", part == "test") if part else ("", None)
+    return [
+        Entry(f"{prefix}{i}", _reader(rows, i, image), _name(number, names), test) for i, number in enumerate(labels)
+    ]
+
+
+def _name(label: Any, names: list[str] | None) -> str | None:
+    """A label as the name of a class."""
+    text = label_text(label)
+    return text if text is None or names is None else names[int(text)]
 
 
 def _reader(rows: Any, index: int, column: str) -> Callable[[], bytes]:

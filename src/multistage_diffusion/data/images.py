@@ -36,6 +36,8 @@ class Images(Examples):
                 f"{self.name}: pictures must be uint8, 0 to 255; these are {self.images.dtype}: `to_uint8` makes pixels"
                 " of floats in [-1, 1]"
             )
+        if self.images.shape[1] not in (1, 3):
+            raise DataError(f"{self.name}: pictures have 1 channel or 3, these {self.images.shape[1]}; drop the others")
         super().__post_init__()
 
     def pixels(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n channels height width"]:

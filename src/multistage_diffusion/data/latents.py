@@ -23,7 +23,7 @@ from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import RECORD as SCALE
 from multistage_diffusion.data.fields import Scale, load_scale
 from multistage_diffusion.data.shards import ShardWriter, open_shards
-from multistage_diffusion.data.sources import Split, load_data
+from multistage_diffusion.data.sources import Split, doubts, load_data
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.files import read_json, whole_directory, write_json
 
@@ -168,9 +168,11 @@ def load_images(config: DataConfig, split: Split = "train") -> Examples:
         resolution=config.resolution,
         max_bad=config.tolerated,
         scale=config.scale,
+        labels=config.labels,
     )
-    if config.tolerated and images.skipped and split == "train":
-        warnings.warn(f"{images.name}: {len(images.skipped)} left out, like {images.skipped[-1]}", stacklevel=2)
+    if split == "train":
+        for line in doubts(images):
+            warnings.warn(f"{images.name}: {line}", stacklevel=2)
     return images
 
 
@@ -210,7 +212,7 @@ def encode(
         values, about = open_shards(folder)
     codec = LatentCodec(autoencoder, scale or 1 / about["deviation"], images.shape[0])
     labels = images.labels.repeat(2) if mirrored and images.labels is not None else images.labels
-    return Latents(images.name, values, labels, images.classes, images.skipped, codec=codec, key=key)
+    return Latents(images.name, values, labels, images.classes, images.skipped, images.notes, codec=codec, key=key)
 
 
 def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCodec | Scale | None:

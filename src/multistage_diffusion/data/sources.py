@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from multistage_diffusion.config import DataConfig, Scaling
+from multistage_diffusion.config import DataConfig, LabelMode, Scaling
 from multistage_diffusion.data.arrays import read_npy, read_npz
 from multistage_diffusion.data.changes import changes_since, remember
 from multistage_diffusion.data.cifar import read_cifar10
-from multistage_diffusion.data.collection import Collection, Reading, shown
+from multistage_diffusion.data.collection import Collection, Reading
 from multistage_diffusion.data.convert import read_shards, write_images
 from multistage_diffusion.data.emoji import read_emoji
 from multistage_diffusion.data.examples import Examples
@@ -27,6 +27,7 @@ from multistage_diffusion.data.files import read_folder, read_webdataset, read_z
 from multistage_diffusion.data.hub import read_hub
 from multistage_diffusion.data.idx import read_mnist_like
 from multistage_diffusion.data.images import Images, require_pictures
+from multistage_diffusion.data.layout import shown
 from multistage_diffusion.data.shards import INDEX, ShardWriter
 from multistage_diffusion.errors import DataError, suggest
 from multistage_diffusion.files import remove_abandoned, whole_directory
@@ -48,7 +49,9 @@ _READERS: dict[str, Callable[[str, Path, Reading], Collection]] = {
     "hf": read_hub,
 }
 _ARRAYS = ("npz", "npy", "shards")
+_OWN = {"labels": "its own", "split": "held out: its own test part"}
 _DIGITS_TEST = 500  # of 1,797
+_LITTLE = 64  # grey levels of 256
 _SPLIT_SEED = 0  # the split is a property of the data: it does not change with a run's seed
 
 
@@ -60,6 +63,7 @@ def load_data(
     root: str | None = None,
     resolution: int | None = None,
     max_bad: float = 0.0,
+    labels: LabelMode = "auto",
 ) -> Images: ...
 
 
@@ -72,6 +76,7 @@ def load_data(
     resolution: int | None = None,
     max_bad: float = 0.0,
     scale: Scaling,
+    labels: LabelMode = "auto",
 ) -> Examples: ...
 
 
@@ -83,6 +88,7 @@ def load_data(
     resolution: int | None = None,
     max_bad: float = 0.0,
     scale: Scaling = "pictures",
+    labels: LabelMode = "auto",
 ) -> Examples:
     """Images of a source.
 
@@ -94,9 +100,9 @@ def load_data(
         root: Folder that holds the source's files, looked in first; relative paths in the source start there.
         resolution: Crop to the central square and resize to this many pixels a side; by default no resizing.
         max_bad: Largest share of a collection's pictures that may be unreadable and skipped; 0 refuses the first.
-
         scale: What arrays hold: `pictures`, or fields, each channel of which is kept as it is (`none`), brought to
             [-1, 1] (`range`) or to mean 0 and standard deviation 1 (`standardise`), as the training part has them.
+        labels: `auto` takes the source's labels, which all images must have, or none; `none` reads none.
 
     Returns:
         `Images`, 8 bits a channel, or `Fields`; those of `shards:PATH` stay on disk.
@@ -104,7 +110,7 @@ def load_data(
     Raises:
         DataError: Unknown source, missing, damaged or hostile files, no images, or images of different sizes.
     """
-    collection = _checked(source, split, root, Reading(resolution, max_bad, scale))
+    collection = _checked(source, split, root, Reading(resolution, max_bad, scale, labels))
     return _part(collection, split, resolution)
 
 
@@ -120,7 +126,7 @@ def load_parts(config: DataConfig) -> tuple[Images, Images]:
     Raises:
         DataError: As for `load_data`.
     """
-    reading = Reading(config.resolution, config.tolerated, config.scale)
+    reading = Reading(config.resolution, config.tolerated, config.scale, config.labels)
     collection = _checked(config.source, "all", config.root, reading)
     train, test = (_part(collection, split, config.resolution) for split in ("train", "test"))
     return require_pictures(train), require_pictures(test)
@@ -137,6 +143,30 @@ def _checked(source: str, split: Split, root: str | None, reading: Reading) -> C
 def _part(collection: Collection, split: Split, resolution: int | None) -> Examples:
     images = collection.part(split)
     return images if resolution is None else images.fitted(resolution)
+
+
+def doubts(images: Examples) -> list[str]:
+    """What people should know of a set before they train on it: what was left out, and pixels that use a small range.
+
+    Raises:
+        DataError: All pixels of several images are the same.
+    """
+    lines = [f"{len(images.skipped)} left out: {'; '.join(images.skipped[:3])}"] if images.skipped else []
+    if not isinstance(images, Images) or images.device is None or len(images) == 1:
+        return lines
+    low, high = int(images.stored().min()), int(images.stored().max())
+    doubt = range_doubt(low, high)
+    if low == high:
+        raise DataError(f"{images.name}: {doubt}")
+    return [*lines, doubt] if doubt else lines
+
+
+def range_doubt(low: int, high: int) -> str | None:
+    """Why the least and greatest pixel of a set may not be what was meant; none if they may."""
+    if high - low >= _LITTLE:
+        return None
+    mend = "masks, and 12 bits in 16-bit files, must be stretched to the whole range first"
+    return f"every pixel is {low} of 0..255; {mend}" if low == high else f"pixels use {low}..{high} of 0..255; {mend}"
 
 
 @dataclass(frozen=True)
@@ -211,6 +241,16 @@ def read_source(source: str, split: Split, root: str | None, reading: Reading) -
     Raises:
         DataError: As for `load_data`.
     """
+    collection = _read(source, split, root, reading)
+    if reading.labels == "none":
+        notes = {**collection.images.notes, "labels": "none: not read, as the option says"}
+        images = replace(collection.images, labels=None, classes=(), notes=notes)
+        collection = replace(collection, images=images)
+    return collection
+
+
+def _read(source: str, split: Split, root: str | None, reading: Reading) -> Collection:
+    """By the source's kind."""
     if reading.resolution is not None and not 4 <= reading.resolution <= 4096:
         raise DataError(f"resolution must lie in 4..4096, got {reading.resolution}")
     kind, _, rest = source.partition(":")
@@ -266,7 +306,8 @@ def _digits() -> Collection:
     pixels = torch.from_numpy(rows).mul(255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8)  # stored as 0..16
     labels = torch.from_numpy(targets).long()
     test = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, _stratified(labels, _DIGITS_TEST), True)
-    return Collection(Images("digits", pixels, labels, tuple("0123456789")), test)
+    notes = {"labels": "its own", "split": f"held out: {_DIGITS_TEST}, evenly over the classes"}
+    return Collection(Images("digits", pixels, labels, tuple("0123456789"), notes=notes), test)
 
 
 def _stratified(labels: Int[Tensor, " batch"], count: int) -> Int[Tensor, " count"]:
@@ -282,7 +323,7 @@ def _own_parts(name: Literal["mnist", "fashion-mnist", "cifar10"], split: Split,
     wanted: tuple[Literal["train", "test"], ...] = ("train", "test") if split == "all" else (split,)
     parts = [read_cifar10(part, root) if name == "cifar10" else read_mnist_like(name, part, root) for part in wanted]
     labels = [part.labels for part in parts if part.labels is not None]
-    images = Images(name, torch.cat([part.pixels() for part in parts]), torch.cat(labels), parts[0].classes)
+    images = Images(name, torch.cat([part.pixels() for part in parts]), torch.cat(labels), parts[0].classes, notes=_OWN)
     return Collection(
         images, torch.cat([torch.full((len(p),), w == "test") for p, w in zip(parts, wanted, strict=True)])
     )

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from multistage_diffusion.data.arrays import as_labels, channels_first
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import Fields, ScaleKind, measure_scale
 from multistage_diffusion.data.images import Images
+from multistage_diffusion.data.layout import number_labels
 from multistage_diffusion.data.rows import Rows
 from multistage_diffusion.errors import DataError
 
@@ -22,10 +24,10 @@ _IMAGE, _LABEL = ("image", "images", "x"), ("label", "labels", "class")  # keys 
 
 def as_data(
     x: Data,
-    labels: Tensor | np.ndarray | Sequence[int] | Sequence[float] | None = None,
+    labels: Tensor | np.ndarray | Sequence[int] | Sequence[float] | Sequence[str] | None = None,
     *,
     classes: Sequence[str] = (),
-    scale: ScaleKind = "none",
+    scale: ScaleKind | None = None,
     name: str = "data",
 ) -> Examples:
     """Data in the form that is trained on, clustered and measured. Nothing is written into what is given.
@@ -34,43 +36,67 @@ def as_data(
         x: uint8 pictures or floats of any number of channels, (N, C, H, W) or (N, H, W), as a tensor or an array; or a
             `torch.utils.data.Dataset` whose items are such a picture, (picture, label), or a dictionary with "image"
             and "label". A dataset is read once, into memory. Examples pass as they are.
-        labels: Class of each row, integers from 0; (N,) or (N, 1).
+        labels: Class of each row: whole numbers from 0 or names, (N,) or (N, 1), or one-hot rows.
         classes: Names of the classes; by default their numbers.
         scale: How floats are scaled: `none`, `range` (least and greatest value become -1 and 1) or `standardise`.
-            The statistics are kept in the run.
+            The statistics are kept in the run. By default none, which is refused for what looks like pictures in
+            [0, 1] or 0..255: a model takes values around [-1, 1].
         name: What messages and records call them.
 
     Raises:
-        DataError: Another kind of data, an ambiguous shape, values that are not finite, or labels that do not fit.
+        DataError: Another kind of data, an ambiguous shape, values that are not finite or of unclear range, or labels
+            that do not fit.
     """
     if isinstance(x, Examples):
+        if labels is not None or classes or scale is not None:
+            raise DataError(f"{x.name}: is a set with labels and a scale of its own; give labels and scale with arrays")
         return x
     if isinstance(x, DataLoader):
         raise DataError(f"{name}: a DataLoader makes batches of its own; pass its dataset: as_data(loader.dataset)")
     if isinstance(x, Dataset):
         x, read = _read(x, name)
         labels = read if labels is None else labels
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and x.dtype.kind in "uif":
         x = torch.from_numpy(np.array(x))  # a copy, so that read-only arrays are taken, too
     if not isinstance(x, (Tensor, Rows)):
-        raise DataError(f"{name}: {type(x).__name__} is no tensor, array or torch.utils.data.Dataset")
-    rows = _with_channels(x, name) if isinstance(x, Tensor) else x
-    given = None if labels is None else _labels(labels, len(rows), name)
-    if given is not None and not classes:
-        classes = tuple(str(number) for number in range(int(given.max()) + 1))
+        raise DataError(f"{name}: {type(x).__name__} is no tensor, array of numbers or torch.utils.data.Dataset")
+    rows = channels_first(name, x, "none") if isinstance(x, Tensor) else x
+    names, index = ((), None) if labels is None else _labels(as_labels(name, labels, len(rows)), classes, name)
     if rows.dtype == torch.uint8:
-        return Images(name, rows, given, tuple(classes))
+        return Images(name, rows, index, names)
     if isinstance(rows, Tensor):
         if not rows.is_floating_point():
             raise DataError(f"{name}: values of type {rows.dtype}; give uint8 pictures or floats")
         rows = rows.float()
-    return Fields(name, rows, given, tuple(classes), codec=measure_scale(name, scale, rows))
+    measured = measure_scale(name, scale or "none", rows)
+    low, high = min(measured.minimum), max(measured.maximum)
+    if scale is None and rows.shape[1] in (1, 3) and 0 <= low < high <= 255:
+        mean = sum(measured.mean) / len(measured.mean)
+        raise DataError(
+            f"{name}: floats {low:.4g}..{high:.4g} (mean {mean:.4g}) look like pictures, and a model takes [-1, 1]; "
+            "give uint8 pixels, or choose a scale: range, standardise, or none for as they are"
+        )
+    return Fields(name, rows, index, names, codec=measured)
 
 
-def _read(dataset: Dataset[Any], name: str) -> tuple[Tensor, Tensor | None]:
+def _labels(labels: Any, classes: Sequence[str], name: str) -> tuple[tuple[str, ...], Tensor]:
+    """Names of the classes, and each row's number."""
+    if labels.dtype.kind == "U":
+        names, index = number_labels(labels.tolist())
+        if classes and not set(names) <= set(classes):
+            raise DataError(f"{name}: labels like {', '.join(set(names) - set(classes))} are not among the classes")
+        if not classes or index is None:
+            return names, torch.zeros(0, dtype=torch.int64) if index is None else index
+        return tuple(classes), torch.tensor([tuple(classes).index(one) for one in names])[index]
+    return tuple(classes) or tuple(map(str, range(int(labels.max()) + 1))), torch.from_numpy(labels)
+
+
+def _read(dataset: Dataset[Any], name: str) -> tuple[Tensor, np.ndarray | None]:
     """All items of a dataset: pictures, and labels where each item has one."""
+    if not hasattr(dataset, "__len__"):
+        raise DataError(f"{name}: the dataset does not say its length; pass one that has __len__ and __getitem__")
     pictures, labels = [], []
-    for index in range(len(dataset)):  # pyright: ignore[reportArgumentType]  # datasets need not say their length
+    for index in range(len(dataset)):  # pyright: ignore[reportArgumentType]
         item = dataset[index]
         if isinstance(item, dict):
             image = next((item[key] for key in _IMAGE if key in item), None)
@@ -90,29 +116,4 @@ def _read(dataset: Dataset[Any], name: str) -> tuple[Tensor, Tensor | None]:
         raise DataError(f"{name}: items of different shapes; crop or resize them in the dataset")
     if labels and len(labels) != len(pictures):
         raise DataError(f"{name}: {len(labels)} of {len(pictures)} items have a label; label all, or none")
-    return torch.stack(pictures), torch.as_tensor(np.asarray(labels)) if labels else None
-
-
-def _with_channels(x: Tensor, name: str) -> Tensor:
-    """(N, C, H, W); one channel is added to (N, H, W)."""
-    shape = tuple(x.shape)
-    if x.ndim == 3 and shape[-1] > 4:
-        return x[:, None]
-    if x.ndim != 4 or (shape[3] in (1, 3, 4) and shape[1] > 4):
-        raise DataError(f"{name}: shape {shape} may be read in several ways; give (N, C, H, W), like x[:, None]")
-    return x
-
-
-def _labels(labels: Tensor | np.ndarray | Sequence[int] | Sequence[float], rows: int, name: str) -> Tensor:
-    """(N,) int64, from integers of any type."""
-    tensor = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels)
-    if tensor.ndim == 2 and tensor.shape[1] == 1:
-        tensor = tensor[:, 0]
-    if tensor.ndim != 1 or len(tensor) != rows:
-        raise DataError(f"{name}: labels of shape {tuple(tensor.shape)} for {rows} rows; give one integer for each")
-    if tensor.is_floating_point() and not torch.equal(tensor, tensor.round()):
-        raise DataError(f"{name}: labels must be integers, and there are fractions")
-    tensor = tensor.long()
-    if int(tensor.min()) < 0:
-        raise DataError(f"{name}: labels must be 0 or more, and the least is {int(tensor.min())}")
-    return tensor
+    return torch.stack(pictures), np.asarray(labels) if labels else None

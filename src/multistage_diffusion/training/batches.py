@@ -194,7 +194,10 @@ class Batches:
                     f"move stages.edges {stages.edges}"
                 )
         if classes and data.labels is None:
-            raise ConfigError(f"model.classes is {classes}, and {data.name} has no labels; leave model.classes out")
+            why = f" ({data.notes['labels']})" if "labels" in data.notes else ""
+            raise ConfigError(
+                f"model.classes is {classes}, and {data.name} has no labels{why}; leave model.classes out"
+            )
         if classes and data.labels is not None and int(data.labels.max()) >= classes:
             raise ConfigError(
                 f"model.classes is {classes}, and {data.name} has {len(data.classes)} classes ({shown(data.classes)}); "
