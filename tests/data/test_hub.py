@@ -70,3 +70,23 @@ def test_the_font_of_debian():
     images = load_data("noto-emoji", split="all", resolution=32)
     assert len(images) > 3000 and images.shape == (3, 32, 32)
     assert not torch.equal(images.images[:, 0], images.images[:, 1])
+
+
+def test_labels_of_a_plain_column_and_parts_that_lack_them(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(12)]
+    features = {"image": datasets.Image(), "label": datasets.Value("int32")}
+
+    def saved(name, labels, **columns):
+        kinds = datasets.Features({**features, **{key: datasets.Value("string") for key in columns}})
+        rows = {"image": pictures[: len(labels)], "label": labels, **columns}
+        datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(str(tmp_path / name))
+        return f"hf:{tmp_path / name}"
+
+    images = load_data(saved("numbers", [7, 2] * 6, text=["a"] * 12), split="all")
+    assert images.classes == ("2", "7") and images.labels.bincount().tolist() == [6, 6]
+    assert images.notes["labels"] == "the column label"
+    with pytest.raises(DataError, match=r"no label for 1 \(1 of 12 pictures; the labels are the column label\)"):
+        load_data(saved("hidden", [7, -1] + [2] * 10))
+    assert load_data(f"hf:{tmp_path}/hidden", labels="none").labels is None
