@@ -1,7 +1,7 @@
 """Processes in sigma: their own time and back, the numbers of the paper, and what the network is asked for."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ PROCESSES = [
     *(kind() for kind in Process.kinds().values()), VP(prediction="v"), Cosine(prediction="v"),
     VP(beta_min=0.5, beta_max=12.0, t_min=1e-3), VE(sigma_min=0.02, sigma_max=1000.0),
     EDM(p_mean=0.4, p_std=2.0, sigma_data=1.3), LDM(num_steps=50), Flow(logit_mean=1.0),
+    Flow(shift=3.0), Flow(times="uniform", time_scale=1.0),
 ]  # fmt: skip
 CONTINUOUS = [process for process in PROCESSES if process.kind != "ldm"]
 
@@ -204,6 +205,18 @@ def test_what_the_networks_are_told():
     close(ldm.preconditioning(ldm.sigma(float64(0.0, 442.0, 999.0))).c_noise, float64(0.0, 442.0, 999.0), 1e-6)
     flow = Flow()
     close(flow.preconditioning(float64(1.0)).c_noise, float64(500.0))
+
+
+def test_a_shift_moves_times_of_training_and_sampling_to_higher_noise():
+    t = float64(0.1, 0.5, 0.9)
+    plain, shifted = Flow(), Flow(shift=3.0)
+    close(shifted.sigma(t) / (1 + shifted.sigma(t)), 3 * t / (1 + 2 * t))  # Esser et al. 2024, Eq. 23
+    for flow, same in ((shifted, plain), (replace(shifted, times="uniform"), replace(plain, times="uniform"))):
+        close(flow.icdf(t), 3 * same.icdf(t))
+        close(flow.cdf(3 * plain.sigma(t)), same.cdf(plain.sigma(t)))
+    sigma = float64(0.2, 5.0)
+    assert shifted.preconditioning(sigma).c_noise.tolist() == plain.preconditioning(sigma).c_noise.tolist()
+    close(Flow(times="uniform").icdf(t), plain.sigma(1e-3 + t * 0.998))
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -1,10 +1,10 @@
-"""`msd convert`: a U-Net of diffusers to a model of ours, and a model of ours to a folder for diffusers."""
+"""`msd convert`: a network of diffusers to a model of ours, and a model of ours to a folder for diffusers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -14,28 +14,36 @@ from multistage_diffusion.config import check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 
+if TYPE_CHECKING:
+    from multistage_diffusion.denoiser import Denoiser
+else:
+    Denoiser = Any
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
-    """Turn a run into a folder for diffusers, or a U-Net that diffusers saved into a model of ours.
+    """Turn a run into a folder for diffusers, or a network that diffusers saved into a model of ours.
 
-    A run: a unified network that is a UNet2DModel becomes a standard pipeline, any other our MultistagePipeline; with a
-    model card. Its images are compared with ours.
+    A run: a unified network that is a UNet2DModel or a DiTTransformer2DModel becomes a standard pipeline, any other our
+    MultistagePipeline; with a model card. Its images are compared with ours.
 
-    A U-Net (UNet2DModel, or a pipeline with one): with stages, every stage gets a decoder of its own that starts as the
-    U-Net's, ready to be trained apart. Outputs are compared with those of diffusers, which must be installed.
+    A UNet2DModel or DiTTransformer2DModel, or a pipeline with one: with stages, every stage gets a decoder of its own
+    that starts as the network's, ready to be trained apart. Outputs are compared with those of diffusers, which must be
+    installed. A safetensors file with the weights of DiT or SiT under their released names, too.
 
     example: msd convert runs/digits models/digits
     """
 
     source: tyro.conf.Positional[str]
-    """Run directory, folder of save_pretrained, or folder that diffusers saved."""
+    """Run directory, folder of save_pretrained, folder that diffusers saved, or file of released weights."""
     out: tyro.conf.Positional[str]
     """Folder for the result."""
     stages: str | None = None
     """From diffusers: file with the stages, from msd cluster; by default one stage."""
     resolution: int | None = None
     """From diffusers: pixels a side; by default the U-Net's sample_size."""
+    released: Literal["dit", "sit"] = "dit"
+    """Of a file: whose weights it has, DiT's (noise prediction, 1000 steps) or SiT's (velocity on the linear path)."""
     weights: Literal["ema", "raw"] = "ema"
     """Of a run: the averaged weights, or the trained ones."""
     license: str | None = None
@@ -45,13 +53,16 @@ class Options(Common):
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Convert."""
     source = Path(options.source)
+    if source.suffix == ".safetensors":
+        return _import_released(options, console)
+    check(options.released == "dit", "released", "used with a file of weights", options.released)
     if not source.is_dir():
         raise ConfigError(f"{source} is neither a run directory nor a folder that diffusers saved")
-    pipeline = (source / "model_index.json").is_file() or (source / "unet").is_dir()
+    pipeline = any((source / name).exists() for name in ("model_index.json", "unet", "transformer"))
     about = None if pipeline else read_json(source / "config.json")
     if isinstance(about, dict) and "process" in about:
-        check(options.stages is None, "stages", "used with a U-Net of diffusers", options.stages)
-        check(options.resolution is None, "resolution", "used with a U-Net of diffusers", options.resolution)
+        check(options.stages is None, "stages", "used with a network of diffusers", options.stages)
+        check(options.resolution is None, "resolution", "used with a network of diffusers", options.resolution)
         return _export(options, console)
     check(options.weights == "ema", "weights", "used with a run", options.weights)
     check(options.license is None, "license", "used with a run", options.license)
@@ -69,6 +80,24 @@ def _import(options: Options, console: Console) -> dict[str, Any]:
     if not error < 1e-3:  # float32 rounding leaves a hundredth of this
         raise ConfigError(f"the converted network differs from that of diffusers by {error}; nothing was written")
     save_converted(options.source, denoiser, options.out)
+    return _written(options, console, denoiser, error)
+
+
+def _import_released(options: Options, console: Console) -> dict[str, Any]:
+    """From a file of weights, which no configuration comes with: nothing to compare with."""
+    from multistage_diffusion.interop.transformers import load_released
+    from multistage_diffusion.noise import Flow
+    from multistage_diffusion.stages import Stages
+
+    stages = Stages() if options.stages is None else Stages.load(Path(options.stages))
+    process = Flow(time_scale=1.0, times="uniform") if options.released == "sit" else None
+    denoiser = load_released(options.source, process, stages=stages)
+    denoiser.save_pretrained(options.out)
+    return _written(options, console, denoiser, None)
+
+
+def _written(options: Options, console: Console, denoiser: Denoiser, error: float | None) -> dict[str, Any]:
+    """The document of a model of ours that was written."""
     document = {
         "source": options.source,
         "out": options.out,
@@ -77,9 +106,9 @@ def _import(options: Options, console: Console) -> dict[str, Any]:
         "shape": list(denoiser.shape),
         "max_error": error,
     }
+    compared = "" if error is None else f", largest difference from diffusers {error:.1e}"
     console.print(
-        f"wrote {options.out}: {document['parameters'] / 1e6:.2f} M parameters, {len(denoiser.stages)} stages, largest "
-        f"difference from diffusers {error:.1e}"
+        f"wrote {options.out}: {document['parameters'] / 1e6:.2f} M parameters, {len(denoiser.stages)} stages{compared}"
     )
     return document
 

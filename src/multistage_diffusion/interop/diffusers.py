@@ -1,7 +1,7 @@
-"""U-Nets of diffusers as ours: the same weights, the same output; with stages, every decoder starts as a copy.
+"""Networks of diffusers as ours: the same weights, the same output; with stages, every decoder starts as a copy.
 
-A U-Net is read from its configuration and weights, which are plain dictionaries; diffusers itself is imported only to
-compare outputs.
+A network, `UNet2DModel` or `DiTTransformer2DModel`, is read from its configuration and weights, which are plain
+dictionaries; diffusers itself is imported only to compare outputs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from multistage_diffusion import rng
+from multistage_diffusion.backbones import Transformer
+from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.data.autoencoder import load_autoencoder
 from multistage_diffusion.data.latents import RECORD, LatentCodec
 from multistage_diffusion.denoiser import UNDIVIDED, Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
+from multistage_diffusion.interop import transformers
 from multistage_diffusion.interop.schedulers import process_from_scheduler
 from multistage_diffusion.interop.weights import complete, model_config, our_weights
 from multistage_diffusion.noise import LDM, Process
@@ -29,7 +32,7 @@ from multistage_diffusion.stages import Stages
 
 @runtime_checkable
 class UNet(Protocol):
-    """What is used of a `diffusers.UNet2DModel`."""
+    """What is used of a `diffusers.UNet2DModel` or `DiTTransformer2DModel`."""
 
     @property
     def config(self) -> Any:
@@ -48,12 +51,13 @@ def from_diffusers(
     stages: Stages = UNDIVIDED,
     resolution: int | None = None,
 ) -> Denoiser:
-    """A `UNet2DModel` of diffusers as a denoiser; undivided its network gives the same output.
+    """A `UNet2DModel` or `DiTTransformer2DModel` of diffusers as a denoiser; undivided it gives the same output.
 
     Args:
-        unet: The U-Net, like those of DDPM and latent diffusion: DownBlock2D, AttnDownBlock2D and the mirror image.
-        process: What it was trained for; by default latent diffusion's. `process_from_scheduler` reads it from a
-            scheduler.
+        unet: The U-Net, like those of DDPM and latent diffusion: DownBlock2D, AttnDownBlock2D and the mirror image; or
+            the transformer, whose heads start as its last third.
+        process: What it was trained for; by default latent diffusion's, or DiT's. `process_from_scheduler` reads it
+            from a scheduler.
         stages: A partition: every stage gets a decoder of its own, all of which start as the U-Net's.
         resolution: Pixels a side; by default the U-Net's `sample_size`.
 
@@ -76,7 +80,7 @@ def convert(
     Args:
         options: The U-Net's `config.json`.
         weights: Its weights by name.
-        process: What it was trained for; by default latent diffusion's.
+        process: What it was trained for; by default latent diffusion's, or DiT's.
         stages: A partition; every decoder starts as the U-Net's.
         resolution: Pixels a side; by default `sample_size`.
 
@@ -87,6 +91,8 @@ def convert(
         ConfigError: The U-Net has a part that ours has not; the message names the option.
         CheckpointError: A weight is missing, left over or of another shape.
     """
+    if transformers.is_transformer(options):
+        return transformers.from_dit(options, weights, process, stages=stages)
     options = complete(options)
     resolution = resolution or options["sample_size"]
     if not isinstance(resolution, int):
@@ -107,7 +113,7 @@ def load_diffusers(folder: str | Path, *, stages: Stages = UNDIVIDED, resolution
     """Read a U-Net that diffusers saved, by itself or within a pipeline; its scheduler, if there, gives the process.
 
     Args:
-        folder: A folder with `config.json` and safetensors weights, or of a pipeline with a folder `unet`.
+        folder: A folder with `config.json` and safetensors weights, or of a pipeline with `unet` or `transformer`.
         stages: A partition; every decoder starts as the U-Net's.
         resolution: Pixels a side; by default `sample_size`.
 
@@ -119,11 +125,11 @@ def load_diffusers(folder: str | Path, *, stages: Stages = UNDIVIDED, resolution
         CheckpointError: The weights are missing, damaged or of another shape.
     """
     folder = Path(folder)
-    home = folder / "unet" if (folder / "unet").is_dir() else folder
+    home = _home(folder)
     options = read_json(home / "config.json")
-    if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
-        kind = options.get("_class_name") if isinstance(options, dict) else None
-        raise ConfigError(f"{home}/config.json must be of a UNet2DModel, got {kind}")
+    kind = options.get("_class_name") if isinstance(options, dict) else None
+    if kind != "UNet2DModel" and kind not in transformers.CLASSES:
+        raise ConfigError(f"{home}/config.json must be of a UNet2DModel or DiTTransformer2DModel, got {kind}")
     path = home / "diffusion_pytorch_model.safetensors"
     try:
         weights = safetensors.torch.load_file(path)
@@ -138,7 +144,7 @@ def load_diffusers(folder: str | Path, *, stages: Stages = UNDIVIDED, resolution
 
 @torch.no_grad()
 def largest_difference(denoiser: Denoiser, folder: str | Path) -> float:
-    """Largest difference between the outputs of diffusers' U-Net and of each stage of ours, on random images.
+    """Largest difference between the outputs of diffusers' network and of each stage of ours, on random images.
 
     Returns:
         The difference, over the largest output.
@@ -147,16 +153,23 @@ def largest_difference(denoiser: Denoiser, folder: str | Path) -> float:
         ConfigError: diffusers is not installed.
     """
     try:
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
         from diffusers.models.unets.unet_2d import UNet2DModel
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
-    home = Path(folder) / "unet" if (Path(folder) / "unet").is_dir() else Path(folder)
-    unet = UNet2DModel.from_pretrained(str(home.absolute()), local_files_only=True, low_cpu_mem_usage=False).eval()
+    kind: Any = DiTTransformer2DModel if isinstance(denoiser.backbone, Transformer) else UNet2DModel
+    network = kind.from_pretrained(str(_home(Path(folder)).absolute()), local_files_only=True, low_cpu_mem_usage=False)
     x = rng.normal(0, "convert", torch.arange(3), denoiser.shape)
-    steps = torch.tensor([0, 371, 999])
-    expected = unet(x, steps).sample
-    outputs = [denoiser.network(x, steps.float(), stage) for stage in range(len(denoiser.stages))]
+    steps, labels = torch.tensor([0, 371, 999]), torch.tensor([0, denoiser.classes, denoiser.classes // 2])
+    expected = network.eval()(x, steps, labels if denoiser.classes else None).sample[:, : denoiser.shape[0]]
+    conditioning = Conditioning(labels if denoiser.classes else None)
+    outputs = [denoiser.network(x, steps.float(), stage, conditioning) for stage in range(len(denoiser.stages))]
     return max(float((output - expected).abs().max()) for output in outputs) / float(expected.abs().max())
+
+
+def _home(folder: Path) -> Path:
+    """Where the network of a pipeline lies, or a network by itself."""
+    return next((folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder)
 
 
 def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> None:
@@ -178,7 +191,7 @@ def save_converted(source: str | Path, denoiser: Denoiser, out: str | Path) -> N
         about = autoencoder.module.config
         if about["latent_channels"] != denoiser.shape[0]:
             raise ConfigError(
-                f"{home} makes latents of {about['latent_channels']} channels, but the U-Net has {denoiser.shape[0]}"
+                f"{home} makes latents of {about['latent_channels']} channels, but the network has {denoiser.shape[0]}"
             )
         codec = LatentCodec(autoencoder, float(about["scaling_factor"]), int(about["out_channels"]))
     (Path(out) / RECORD).unlink(missing_ok=True)

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from multistage_diffusion.backbones import Transformer
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import whole_directory
+from multistage_diffusion.interop import transformers
 from multistage_diffusion.interop.schedulers import level, scheduler_options
 from multistage_diffusion.interop.weights import misfit, unet_options, unet_weights
 from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow
@@ -54,7 +56,8 @@ def export(
     """Write a folder that diffusers loads, and compare its images with ours.
 
     A unified model whose network is a `UNet2DModel` and whose process is variance-preserving becomes a `DDIMPipeline`
-    (`LDMPipeline` for latents), which `DiffusionPipeline.from_pretrained` loads without this package. Any other becomes
+    (`LDMPipeline` for latents), which `DiffusionPipeline.from_pretrained` loads without this package; a transformer for
+    latents that is a `DiTTransformer2DModel` a `DiTPipeline`. Any other becomes
     a `MultistagePipeline` of this package.
 
     Args:
@@ -74,7 +77,9 @@ def export(
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    reason = misfit(denoiser)
+    reason = (transformers.misfit if isinstance(denoiser.backbone, Transformer) else misfit)(denoiser)
+    if reason is None and codec is None and isinstance(denoiser.backbone, Transformer):
+        reason = "DiTPipeline draws latents"
     if reason is None and not isinstance(denoiser.process, VP | Cosine | LDM):
         reason = f"no standard pipeline draws from a process {denoiser.process.kind}"
     vae = None
@@ -113,13 +118,19 @@ def _quiet() -> Iterator[None]:
 def _standard(denoiser: Denoiser, vae: Any) -> Any:
     """A pipeline of diffusers itself."""
     from diffusers import LDMPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+    scheduler = DDIMScheduler(clip_sample=False, **scheduler_options(denoiser.process))
+    if isinstance(denoiser.backbone, Transformer):
+        transformer = DiTTransformer2DModel(**transformers.dit_options(denoiser))
+        transformer.load_state_dict(transformers.dit_weights(denoiser))
+        return DiTPipeline(transformer=transformer.eval(), vae=vae, scheduler=scheduler)  # pyright: ignore
     unet = UNet2DModel(**unet_options(denoiser))
     unet.load_state_dict(unet_weights(denoiser))
-    scheduler = DDIMScheduler(clip_sample=False, **scheduler_options(denoiser.process))
     if vae is None:
         return DDIMPipeline(unet=unet.eval(), scheduler=scheduler)
     return LDMPipeline(vqvae=vae, unet=unet.eval(), scheduler=scheduler)
@@ -147,7 +158,7 @@ def _multistage(denoiser: Denoiser, vae: Any) -> Any:
         case EDM():
             scheduler: Any = EDMDPMSolverMultistepScheduler(**options)
         case Flow():
-            scheduler = FlowMatchEulerDiscreteScheduler()
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=process.shift)
         case _:  # by way of DDIM, so that one made from this one does not clip either
             scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler(clip_sample=False, **options).config)
     return MultistagePipeline(unet=unet.eval(), scheduler=scheduler, vae=vae)
@@ -160,7 +171,10 @@ def _difference(pipeline: Any, denoiser: Denoiser, codec: LatentCodec | None) ->
     steps = max(number for number in range(1, _STEPS + 1) if timesteps % number == 0)  # DDIM's levels, exactly
     pipeline.set_progress_bar_config(disable=True)
     seed, shape = torch.Generator().manual_seed(0), (1, *denoiser.shape)
-    expected = pipeline(batch_size=1, generator=seed, num_inference_steps=steps, output_type="np").images
+    drawn: Any = {"batch_size": 1}
+    if isinstance(denoiser.backbone, Transformer) and hasattr(pipeline, "transformer"):  # DiTPipeline's label for none
+        drawn = {"class_labels": [transformers.NONE], "guidance_scale": 1.0}
+    expected = pipeline(**drawn, generator=seed, num_inference_steps=steps, output_type="np").images
     scheduler, process = pipeline.scheduler, denoiser.process
     sigmas = level(process, scheduler.timesteps.double())
     x = torch.randn(shape, generator=seed.manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))

@@ -75,6 +75,10 @@ def scheduler_options(process: Process) -> dict[str, Any]:
                 "prediction_type": "epsilon",
             }
         case Flow():
+            if process.time_scale != 1000:
+                raise ConfigError(
+                    f"diffusers has no scheduler with process.time-scale {process.time_scale:g}, but 1000"
+                )
             return {}
         case _:
             raise ConfigError(f"diffusers has no scheduler that fits the process {process.kind}")
@@ -93,7 +97,8 @@ def level(process: Process, timestep: Float[Tensor, "*steps"]) -> Float[Tensor, 
         case EDM():
             return torch.exp(4 * timestep)
         case Flow():
-            return process.sigma(timestep / 1000)
+            share = timestep / 1000
+            return share / (1 - share)
         case LDM():
             return process.sigma(timestep)
         case VP() | Cosine():
