@@ -53,7 +53,7 @@ class Transformer(Backbone):
     norm_eps: float = 1e-6
     """Epsilon of the norm before an MLP (1e-5 in DiT models of diffusers); the others have 1e-6."""
     frequency_shift: Literal[0, 1] = 1
-    """1: sinusoids of the noise level from frequency 1 to 1/10000 (as in diffusers); 0: the last left out (DiT, SiT)."""
+    """1: sinusoids of the noise level from frequency 1 to 1/10000 (as in diffusers); 0: without the last (DiT, SiT)."""
 
     capacity_option: ClassVar[str] = "decoder-widths"
     capacity_noun: ClassVar[str] = "widths"
