@@ -326,7 +326,7 @@ def test_the_cards_code_runs_as_it_stands_and_without_us_where_it_says_so(tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["RUN", "--stages", "x.json"], "stages must be used with a U-Net of diffusers"),
+        (["RUN", "--stages", "x.json"], "stages must be used with a network of diffusers"),
         (["RUN", "--weights", "best"], "best"),
         (["/missing"], "neither a run directory nor a folder that diffusers saved"),
     ],
