@@ -39,7 +39,7 @@ def load_initial(source: str | Path) -> Denoiser:
     folder = Path(source)
     if not folder.is_dir():
         raise ConfigError(f"--init {folder} is neither a folder nor a .safetensors file")
-    pipeline = (folder / "model_index.json").is_file() or (folder / "unet").is_dir()
+    pipeline = any((folder / name).exists() for name in ("model_index.json", "unet", "transformer"))
     document = None if pipeline or not (folder / "config.json").is_file() else read_json(folder / "config.json")
     if isinstance(document, dict) and "process" in document:
         return load_run(folder).denoiser
