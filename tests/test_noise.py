@@ -225,10 +225,11 @@ def test_a_shift_moves_times_of_training_and_sampling_to_higher_noise():
 def test_schedules_fall_from_the_top_to_zero(process, spacing, steps):
     levels = sigma_schedule(process, spacing, steps)
     assert levels.dtype == torch.float64 and levels.shape == (steps + 1,)
-    assert (levels.diff() < 0).all() and levels[-1] == 0
+    to_zero = spacing != "singlestep"
+    assert (levels.diff() < 0).all() and (levels[-1] == 0) == to_zero
     assert levels[0].item() == pytest.approx(process.sigma_max, rel=1e-9)
-    if steps > 1:
-        assert levels[-2].item() == pytest.approx(process.sigma_min, rel=1e-6)
+    if steps > 1 or not to_zero:
+        assert levels[-1 - to_zero].item() == pytest.approx(process.sigma_min, rel=1e-6)
 
 
 def test_karras_spacing_is_equation_5():

@@ -22,6 +22,7 @@ from multistage_diffusion.sampling import (
     evaluations,
     heun,
     sample,
+    unipc,
 )
 from multistage_diffusion.sampling.exponential import step_orders
 from multistage_diffusion.stages import Stages
@@ -109,7 +110,8 @@ def recorded(denoiser):
 def test_solver_converges_with_its_order(name):
     solver = SOLVERS[name]
     levels = geometric if name == "dpm-3" else karras
-    steps = (50, 98, 194) if solver.order == 3 else (48, 96, 192)  # 3 k + 2: the singlestep solver ends with order 2
+    # 3 k + 2: the singlestep solver ends with order 2
+    steps = {3: (50, 98, 194), 4: (96, 192, 384)}.get(solver.order, (48, 96, 192))
     assert measured_order(solver.solve, steps, levels) == pytest.approx(solver.order, abs=0.3)
 
 
@@ -119,11 +121,11 @@ def test_stochastic_solvers_variance_converges_with_the_order(name):
     def error(steps):
         sigmas = karras(steps, high=10.0, low=0.1)
         high, low = float(sigmas[0]), float(sigmas[-1])
-        starts = torch.zeros(steps + 1, dtype=torch.float64)
+        starts = torch.zeros(2 * steps + 2, dtype=torch.float64)
         starts[0] = math.sqrt(VARIANCE + high**2)
         ends = SOLVERS[name].solve(
             lambda x, sigma: VARIANCE / (VARIANCE + sigma**2) * x, starts, sigmas,
-            noise=lambda step: torch.nn.functional.one_hot(torch.tensor(step + 1), steps + 1).double(),
+            noise=lambda step: torch.nn.functional.one_hot(torch.tensor(step + 1), 2 * steps + 2).double(),
         )  # fmt: skip
         return abs(float((ends**2).sum()) - VARIANCE - low**2)
 
@@ -133,6 +135,17 @@ def test_stochastic_solvers_variance_converges_with_the_order(name):
 
 def test_third_order_singlestep_holds_with_taylor_weights():
     assert measured_order(partial(dpm, order=3, taylor=True), (50, 98, 194), geometric) == pytest.approx(3, abs=0.3)
+
+
+def test_a_corrector_adds_an_order():
+    for order in (1, 2):
+        assert measured_order(partial(unipc, order=order), (48, 96, 192), karras) == pytest.approx(order + 1, abs=0.3)
+
+
+def test_multistep_solvers_end_in_lower_order_below_a_number_of_steps():
+    sigmas, x = geometric(12), torch.tensor([40.0], dtype=torch.float64)
+    ends = {few: Sampler(solver="dpmpp-2m", lower_order_below=few).solve(gaussian, x, sigmas) for few in (10, 13, 15)}
+    assert torch.equal(ends[13], ends[15]) and not torch.equal(ends[10], ends[15])
 
 
 def test_released_weight_of_dpmpp_3m_is_of_order_2():
@@ -164,7 +177,8 @@ def test_nfe_is_exact(name, steps):
 
     x = torch.full((3,), 80.0)
     end = SOLVERS[name].solve(denoise, x, sigma_schedule(EDM(), "karras", steps), noise=lambda step: torch.zeros(3))
-    assert len(calls) == (2 * steps - 1 if name == "heun" else steps) == SOLVERS[name].nfe(steps)
+    twice = name in ("heun", "dpmpp-2s-ancestral", "sde-dpmpp-2s")
+    assert len(calls) == (2 * steps - 1 if twice else steps) == SOLVERS[name].nfe(steps)
     assert len(calls) == Sampler(solver=name, steps=steps).nfe
     assert all(isinstance(sigma, float) and sigma > 0 for sigma in calls)
     assert end.isfinite().all()
@@ -391,6 +405,8 @@ def test_an_image_that_is_not_finite_names_its_seed():
         ({"solver": "ancestral", "eta": 0.5}, "ancestral takes no eta .* ddim"),
         ({"solver": "ddim", "eta": 1.5}, "eta must be between 0 and 1"),
         ({"churn": -1.0}, "churn must be at least 0"),
+        ({"solver": "lms", "lower_order_below": 10}, "lms takes no lower-order-below .* dpmpp-2m, dpmpp-3m"),
+        ({"spacing": "singlestep"}, "--spacing singlestep needs --solver dpm-1, dpm-2 or dpm-3; it is heun"),
     ],
 )
 def test_bad_options_are_one_line(denoiser, options, words):

@@ -149,7 +149,8 @@ class Denoiser(nn.Module):
                 stages up, and waiting for the device.
 
         Returns:
-            Estimates of x0, float32. An image's estimate does not depend on the other images.
+            Estimates of x0, of the type of x, whatever that of the weights. An image's estimate does not depend on the
+            other images.
         """
         if conditioning is None:
             conditioning = NO_CONDITIONING
@@ -160,21 +161,26 @@ class Denoiser(nn.Module):
         if sigma.ndim == 0:
             return self._at_one_level(x, float(sigma), conditioning)
         stage = counts if counts is not None else self.stages.of(sigma) if len(self.stages) > 1 else 0
-        factors = self.process.preconditioning(sigma)
+        factors = self.process.preconditioning(sigma.to(_at_least_float32(sigma.dtype)))
         c_skip, c_out, c_in = (
             factor.to(x)[:, None, None, None] for factor in (factors.c_skip, factors.c_out, factors.c_in)
         )
+        c_noise = factors.c_noise.to(x.device, _at_least_float32(x.dtype))
         with self._autocast():
-            raw = self.network(c_in * x, factors.c_noise.to(x), stage, conditioning)
+            raw = self.network((c_in * x).to(self._weights_dtype(x)), c_noise, stage, conditioning)
         return c_skip * x + c_out * raw.to(x.dtype)
 
     def _at_one_level(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
         factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
-        c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=x.dtype)
+        c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=_at_least_float32(x.dtype))
         with self._autocast():
-            raw = self.network(factors.c_in.item() * x, c_noise, self.stages.of(sigma), conditioning)
+            raw = self.network((factors.c_in.item() * x).to(self._weights_dtype(x)), c_noise, self.stages.of(sigma), conditioning)
         return factors.c_skip.item() * x + factors.c_out.item() * raw.to(x.dtype)
+
+    def _weights_dtype(self, x: Tensor) -> torch.dtype:
+        """What the network takes after `half()`, `bfloat16()` or `double()`; without weights, what comes."""
+        return next((weight.dtype for weight in self.network.parameters() if weight.is_floating_point()), x.dtype)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "fp32":
@@ -259,6 +265,11 @@ class Denoiser(nn.Module):
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
         load_weights(denoiser.network, folder / WEIGHTS)
         return denoiser.to(device).eval()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """For noise levels: half precision rounds 999 t to whole numbers."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _describe(network: MultiDecoder, classes: int) -> CustomNetwork:

@@ -13,8 +13,9 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-from multistage_diffusion.sampling import ancestral, ddim, dpm, dpmpp_2m, dpmpp_3m, euler, heun, sde_dpmpp_2m
+from multistage_diffusion.sampling import ancestral, ddim, dpm, dpmpp_2m, dpmpp_3m, euler, heun, sde_dpmpp_2m, unipc
 
 SHAPE = (2, 1, 4, 4)
 TOLERANCE = 1e-5  # a hundred roundings; ten times the largest difference seen is allowed
@@ -167,6 +168,17 @@ def test_multistep_is_dpmsolver_multistep(solver, config, steps, final):
     reference = theirs(scheduler, x, predicts="sample", scale=vp, generator=generator)
     reference[-1] = reference[-1] / vp(float(scheduler.sigmas[-1]))
     assert_same(ours(solver, x, scheduler.sigmas, noises(steps)), reference, scheduler.sigmas)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("steps", [5, 20])
+def test_unipc_is_unipc_multistep(order, steps):
+    scheduler = UniPCMultistepScheduler(prediction_type="sample", solver_order=order, final_sigmas_type="zero")
+    scheduler.set_timesteps(steps)
+    x = start(scheduler.sigmas[0])
+    reference = theirs(scheduler, x, predicts="sample", scale=vp)
+    solver = partial(unipc, order=order, lower_order_below=1000)  # there in all cases
+    assert_same(ours(solver, x, scheduler.sigmas), reference, scheduler.sigmas)
 
 
 @pytest.mark.parametrize(

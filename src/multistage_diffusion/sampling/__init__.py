@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
+    from multistage_diffusion.sampling.exponential import dpm, dpmpp_2s_ancestral, sde_dpmpp_2s
     from multistage_diffusion.sampling.images import Samples, consecutive_seeds, sample
+    from multistage_diffusion.sampling.multistep import dpmpp_2m, dpmpp_3m, lms, sde_dpmpp_2m, sde_dpmpp_3m, unipc
     from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
     from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
     from multistage_diffusion.sampling.solvers import SOLVERS, Solver, evaluations
@@ -31,17 +32,23 @@ __all__ = [
     "ddim",
     "dpm",
     "dpmpp_2m",
+    "dpmpp_2s_ancestral",
     "dpmpp_3m",
     "euler",
     "evaluations",
     "heun",
+    "lms",
     "sample",
     "sde_dpmpp_2m",
+    "sde_dpmpp_2s",
+    "sde_dpmpp_3m",
+    "unipc",
 ]
 
 _MODULES = {
-    "exponential": ("dpm", "dpmpp_2m", "dpmpp_3m", "sde_dpmpp_2m"),
+    "exponential": ("dpm", "dpmpp_2s_ancestral", "sde_dpmpp_2s"),
     "images": ("Samples", "consecutive_seeds", "sample"),
+    "multistep": ("dpmpp_2m", "dpmpp_3m", "lms", "sde_dpmpp_2m", "sde_dpmpp_3m", "unipc"),
     "onestep": ("ancestral", "ddim", "euler", "heun"),
     "sampler": ("Sampler", "SamplerOptions"),
     "solvers": ("SOLVERS", "Solver", "evaluations"),

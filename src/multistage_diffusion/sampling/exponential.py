@@ -17,14 +17,13 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.noise.schedule import step_orders
 from multistage_diffusion.sampling.steps import Callback, SolverStep, levels_on_host, require_noise, scale_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from multistage_diffusion.sampling.steps import Denoise, Noise, Schedule
-
-FEW_STEPS = 15  # with fewer, the last steps are of lower order, for stability: the number that diffusers uses
 
 
 def dpm(
@@ -72,80 +71,51 @@ def dpm(
     return x
 
 
-def dpmpp_2m(
+def dpmpp_2s_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Schedule, *, noise: Noise | None = None, callback: Callback | None = None
 ) -> Tensor:
-    """DPM-Solver++ 2M: second order, multistep, one evaluation a step.
+    """DPM-Solver++ 2S with ancestral noise: second order, singlestep, two evaluations a step but one for that to 0.
 
-    Source: Lu et al. 2023 (DPM-Solver++), Alg. 2.
+    Source: Lu et al. 2023 (DPM-Solver++), Alg. 1 with r = 1/2, to the level below sigma' from which the noise of
+    ancestral sampling leads to sigma'; so k-diffusion has it.
     """
-    return _multistep(denoise, x, levels_on_host(sigmas), callback, order=2)
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels_on_host(sigmas))):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(SolverStep(index, sigma, sigma_next, x, denoised))
+        if sigma_next == 0:
+            return denoised
+        # Down to sigma'^2/sigma, and sigma' is the middle in lambda. Noise of variance sigma'^2 - (sigma'^2/sigma)^2.
+        ratio = sigma_next / sigma
+        denoised = denoise(scale_noise(x, denoised, ratio), sigma_next)
+        x = scale_noise(x, denoised, ratio**2)
+        x = x + sigma_next * math.sqrt(1 - ratio**2) * require_noise(noise, index)
+    return x
 
 
-def dpmpp_3m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Schedule,
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    released: bool = False,
-) -> Tensor:
-    """DPM-Solver++ 3M: third order, multistep, one evaluation a step; it begins with a step each of orders 1 and 2.
-
-    Source: Lu et al. 2023 (DPM-Solver++), Sec. 4: the Taylor expansion to order 3 with differences of earlier steps.
-    Deviation: the released solver gives the quadratic term half its weight (it takes the divided difference, which is
-    half the second derivative, for the derivative itself), and so converges with order 2. Here the weight is whole;
-    `released=True` halves it, as the authors' release and diffusers do.
-    """
-    return _multistep(denoise, x, levels_on_host(sigmas), callback, order=3, quadratic=1.0 if released else 2.0)
-
-
-def sde_dpmpp_2m(
+def sde_dpmpp_2s(
     denoise: Denoise, x: Tensor, sigmas: Schedule, *, noise: Noise | None = None, callback: Callback | None = None
 ) -> Tensor:
-    """SDE-DPM-Solver++ 2M: the stochastic form, with noise added in every step, one evaluation a step.
+    """SDE-DPM-Solver++ 2S (DPM++ SDE): stochastic, singlestep, two evaluations a step but one for that to 0.
 
-    Source: Lu et al. 2023 (DPM-Solver++), Sec. 5: SDE-DPM-Solver++(2M).
+    Source: Lu et al. 2023 (DPM-Solver++), Sec. 5, with a step of the SDE to the middle in lambda, as k-diffusion has
+    it; the noise of both is that of one Brownian path.
     """
     levels = levels_on_host(sigmas)
-    previous, h_previous = None, 0.0
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigma)
         if callback is not None:
             callback(SolverStep(index, sigma, sigma_next, x, denoised))
-        estimate, ratio = denoised, sigma_next / sigma
-        if previous is not None and _order(index, levels, 2) == 2:
-            # D in the middle of the step, extrapolated from this estimate and the one before.
-            estimate = denoised + (denoised - previous) * (-math.log(ratio) / h_previous / 2)
-        # The noise in x decays by exp(-2h), and new noise brings its standard deviation to sigma' again.
-        x = scale_noise(x, estimate, ratio**2)
-        if sigma_next > 0:
-            x = x + sigma_next * math.sqrt(1 - ratio**2) * require_noise(noise, index)
-            previous, h_previous = denoised, -math.log(ratio)
+        if sigma_next == 0:
+            return denoised
+        # To the middle, where noise of variance sigma_m^2 (1 - ratio) is added. By sigma' it has decayed by ratio, and
+        # the second half adds sigma'^2 (1 - ratio): in all sigma'^2 (1 - ratio^2).
+        ratio, middle = sigma_next / sigma, math.sqrt(sigma * sigma_next)
+        first = middle * math.sqrt(1 - ratio) * require_noise(noise, index)
+        second = sigma_next * math.sqrt(1 - ratio) * require_noise(noise, index + len(levels))
+        x_middle = scale_noise(x, denoised, ratio) + first
+        x = scale_noise(x, denoise(x_middle, middle), ratio**2) + ratio * first + second
     return x
-
-
-def step_orders(evaluations: int, order: int, *, to_zero: bool) -> list[int]:
-    """Orders of the singlestep solver's steps; they add up to the evaluations.
-
-    Args:
-        evaluations: The budget, at least 1.
-        order: The order of most steps: 1, 2 or 3.
-        to_zero: Whether the last step goes to sigma = 0, where only order 1 exists.
-
-    Returns:
-        The paper's orders (3, ..., 3, then 2 and 1, or 1, or 2); a last 2 that would go to 0 is split in 1 and 1.
-    """
-    assert order in (1, 2, 3) and evaluations >= 1, "orders 1 to 3 exist"
-    full, rest = divmod(evaluations, order)
-    if order == 3 and rest == 0:
-        orders = [3] * (full - 1) + [2, 1]
-    else:
-        orders = [order] * full + [rest] * (rest > 0)
-    if to_zero and orders[-1] > 1:
-        orders[-1:] = [1] * orders[-1]
-    return orders
 
 
 def _second_order(denoise: Denoise, x: Tensor, e: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -177,45 +147,3 @@ def _third_order(denoise: Denoise, x: Tensor, e: Tensor, sigma: float, sigma_nex
 def _linear_weight(sigma: float, sigma_next: float) -> float:
     """sigma' int_0^h exp(h - s) s/h ds = sigma' (exp(h) - 1 - h)/h, where e grows linearly in lambda by 1."""
     return (sigma - sigma_next) / math.log(sigma / sigma_next) - sigma_next
-
-
-def _order(index: int, levels: list[float], order: int) -> int:
-    """Order of a multistep solver's step, as far as the end of the schedule limits it."""
-    steps_left = len(levels) - 1 - index
-    if levels[index + 1] == 0:
-        return 1
-    return min(order, steps_left) if len(levels) - 1 < FEW_STEPS else order
-
-
-def _multistep(
-    denoise: Denoise, x: Tensor, levels: list[float], callback: Callback | None, *, order: int, quadratic: float = 2.0
-) -> Tensor:
-    """DPM-Solver++ of order 2 or 3: derivatives of D in lambda from the estimates of earlier steps."""
-    history: list[tuple[float, Tensor]] = []  # (lambda, estimate), the newest last
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        denoised = denoise(x, sigma)
-        if callback is not None:
-            callback(SolverStep(index, sigma, sigma_next, x, denoised))
-        history = [*history[1 - order :], (-math.log(sigma), denoised)]
-        step_order = min(_order(index, levels, order), len(history))
-        ratio = sigma_next / sigma
-        if step_order == 1:
-            x = scale_noise(x, denoised, ratio)
-            continue
-        # With u = s/h from 0 to 1 in the step, earlier estimates lie at u = -r0 and u = -(r0 + r1).
-        h = -math.log(ratio)
-        (lambda_0, d0), (lambda_1, d1) = history[-1], history[-2]
-        r0 = (lambda_0 - lambda_1) / h
-        slope = (d0 - d1) / r0
-        if step_order == 2:
-            x = scale_noise(x, denoised + slope / 2, ratio)
-            continue
-        lambda_2, d2 = history[-3]
-        r1 = (lambda_1 - lambda_2) / h
-        # D(u) = d0 + slope u + curvature u^2 through the three estimates, by divided differences. The integral weighs
-        # u with int_0^h exp(s - h) u ds = 1 - (1 - exp(-h))/h = weight, and u^2 with 1 - 2 weight/h.
-        curvature = (slope - (d1 - d2) / r1) / (r0 + r1)
-        slope = slope + r0 * curvature
-        weight = 1 - (1 - ratio) / h
-        x = scale_noise(x, denoised, ratio) + weight * slope - quadratic * (weight / h - 0.5) * curvature
-    return x

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.noise.schedule import SPACINGS, Spacing, sigma_schedule
-from multistage_diffusion.records import check, check_count, check_numbers
+from multistage_diffusion.records import check, check_count, check_needs, check_numbers
 from multistage_diffusion.sampling.solvers import SOLVERS, SolverLike, evaluations
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from multistage_diffusion.sampling.images import Labels, SampledDenoiser, Samples, Seeds, SeedsAndImages
     from multistage_diffusion.sampling.steps import Callback, SolverFunction
     from multistage_diffusion.stages import Stages
+
+# Options of single solvers, with the values that change nothing.
+_OPTIONS: dict[str, Any] = {"churn": 0.0, "eta": 0.0, "lower_order_below": 15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Sampler:
     """Noise that heun and euler add in all (S_churn)."""
     eta: float = 0.0
     """Share of the ancestral noise in ddim."""
+    lower_order_below: int = 15
+    """Multistep solvers end in steps of lower order where there are fewer steps than this; 10 in the authors' code."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
@@ -57,12 +62,16 @@ class Sampler:
         if self.spacing is not None and self.spacing not in SPACINGS:
             raise ConfigError(f"no spacing {self.spacing}{suggest(self.spacing, SPACINGS)}")
         option = SOLVERS[self.solver].option if isinstance(self.solver, str) else None
-        for name, value in (("churn", self.churn), ("eta", self.eta)):
-            if value != 0 and option != name:
+        for name, default in _OPTIONS.items():
+            if getattr(self, name) != default and option != name:
                 solvers = ", ".join(solver.name for solver in SOLVERS.values() if solver.option == name)
-                raise ConfigError(f"{self.name} takes no {name} (got {value}); it is for {solvers}")
+                word = name.replace("_", "-")
+                raise ConfigError(f"{self.name} takes no {word} (got {getattr(self, name)}); it is for {solvers}")
+        singlestep = self.name.startswith("dpm-") or self.spacing != "singlestep"
+        check_needs(singlestep, "spacing singlestep", "solver dpm-1, dpm-2 or dpm-3", self.name)
         check(self.churn >= 0, "sampling.churn", "at least 0", self.churn)
         check(0 <= self.eta <= 1, "sampling.eta", "between 0 and 1", self.eta)
+        check_count(self.lower_order_below, "sampling.lower-order-below", 0)
         interval = self.guidance_interval or (0.0, 0.0)
         ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1]
         check(ordered, "sampling.guidance-interval", "a low and a high sigma", self.guidance_interval)
@@ -76,13 +85,14 @@ class Sampler:
 
     @property
     def solve(self) -> SolverFunction:
-        """The solver's function (denoise, x, sigmas, *, noise, callback) -> x, with churn and eta in it."""
+        """The solver's function (denoise, x, sigmas, *, noise, callback) -> x, with its option in it."""
         if not isinstance(self.solver, str):
             return self.solver
-        function: Callable[..., Tensor] = SOLVERS[self.solver].solve
-        if self.churn > 0:
-            return partial(function, s_churn=self.churn)
-        return partial(function, eta=self.eta) if self.eta > 0 else function
+        solver = SOLVERS[self.solver]
+        if solver.option is None or getattr(self, solver.option) == _OPTIONS[solver.option]:
+            return solver.solve
+        name = "s_churn" if solver.option == "churn" else solver.option
+        return partial(solver.solve, **{name: getattr(self, solver.option)})
 
     @property
     def nfe(self) -> int:
@@ -90,9 +100,11 @@ class Sampler:
         return len(evaluations(self.solve, range(self.steps, -1, -1)))
 
     def levels(self, process: Process) -> Float[Tensor, " levels"]:
-        """The schedule: `steps + 1` decreasing noise levels, float64, the last one 0."""
-        default = SOLVERS[self.solver].default_spacing if isinstance(self.solver, str) else "karras"
-        return sigma_schedule(process, self.spacing or default, self.steps)
+        """The schedule: `steps + 1` decreasing noise levels, float64, the last one 0 (`singlestep`: sigma_min)."""
+        if not isinstance(self.solver, str):
+            return sigma_schedule(process, self.spacing or "karras", self.steps)
+        solver = SOLVERS[self.solver]
+        return sigma_schedule(process, self.spacing or solver.default_spacing, self.steps, order=solver.order)
 
     def evaluations(self, process: Process) -> tuple[float, ...]:
         """The noise level of every network evaluation, in order, known before sampling."""
@@ -189,13 +201,15 @@ class SamplerOptions:
     """Noise that heun and euler add in all (S_churn); by default the run's."""
     eta: float | None = None
     """Share of the ancestral noise in ddim; by default the run's."""
+    lower_order_below: int | None = None
+    """Multistep solvers end in steps of lower order where there are fewer steps than this; by default the run's."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; by default the run's."""
     guidance_interval: tuple[float, float] | None = None
     """Lowest and highest sigma at which there is guidance; by default the run's."""
 
     def apply(self, sampler: Sampler) -> Sampler:
-        """The sampler with these options. Another solver does not keep the spacing, churn and eta of the first.
+        """The sampler with these options. Another solver does not keep the spacing and the option of the first.
 
         Raises:
             ConfigError: As `Sampler` raises it.
@@ -203,5 +217,5 @@ class SamplerOptions:
         names = [item.name for item in fields(SamplerOptions)]
         changes: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if changes.get("solver", sampler.solver) != sampler.solver:
-            changes = {"spacing": None, "churn": 0.0, "eta": 0.0} | changes
+            changes = {"spacing": None, **_OPTIONS} | changes
         return replace(sampler, **changes)

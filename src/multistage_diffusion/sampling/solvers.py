@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from multistage_diffusion.noise.schedule import Spacing
-from multistage_diffusion.sampling.exponential import dpm, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m
+from multistage_diffusion.sampling.exponential import dpm, dpmpp_2s_ancestral, sde_dpmpp_2s
+from multistage_diffusion.sampling.multistep import dpmpp_2m, dpmpp_3m, lms, sde_dpmpp_2m, sde_dpmpp_3m, unipc
 from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
 from multistage_diffusion.sampling.steps import SolverFunction
 
@@ -28,7 +29,8 @@ class Solver:
         order: Its order of convergence (of a stochastic one: without its noise).
         default_spacing: The spacing of noise levels that suits it.
         stochastic: Whether it adds noise in its steps.
-        option: The option it takes, if any: `churn` (`s_churn` of Karras et al. 2022) or `eta` (of DDIM).
+        option: The option it takes, if any: `churn` (`s_churn` of Karras et al. 2022), `eta` (of DDIM) or
+            `lower_order_below` (of multistep solvers).
     """
 
     name: str
@@ -36,7 +38,7 @@ class Solver:
     order: int
     default_spacing: Spacing
     stochastic: bool = False
-    option: Literal["churn", "eta"] | None = None
+    option: Literal["churn", "eta", "lower_order_below"] | None = None
 
     def nfe(self, steps: int) -> int:
         """Network evaluations for a number of steps, on a schedule that ends in 0."""
@@ -53,9 +55,14 @@ SOLVERS: dict[str, Solver] = {
         Solver("dpm-1", partial(dpm, order=1), 1, "log-snr"),
         Solver("dpm-2", partial(dpm, order=2), 2, "log-snr"),
         Solver("dpm-3", partial(dpm, order=3), 3, "log-snr"),
-        Solver("dpmpp-2m", dpmpp_2m, 2, "log-snr"),
-        Solver("dpmpp-3m", dpmpp_3m, 3, "log-snr"),
-        Solver("sde-dpmpp-2m", sde_dpmpp_2m, 2, "log-snr", stochastic=True),
+        Solver("dpmpp-2m", dpmpp_2m, 2, "log-snr", option="lower_order_below"),
+        Solver("dpmpp-3m", dpmpp_3m, 3, "log-snr", option="lower_order_below"),
+        Solver("sde-dpmpp-2m", sde_dpmpp_2m, 2, "log-snr", stochastic=True, option="lower_order_below"),
+        Solver("sde-dpmpp-3m", sde_dpmpp_3m, 2, "log-snr", stochastic=True, option="lower_order_below"),
+        Solver("sde-dpmpp-2s", sde_dpmpp_2s, 2, "log-snr", stochastic=True),
+        Solver("dpmpp-2s-ancestral", dpmpp_2s_ancestral, 2, "log-snr", stochastic=True),
+        Solver("unipc", unipc, 4, "log-snr", option="lower_order_below"),
+        Solver("lms", lms, 4, "karras"),
     )
 }
 
