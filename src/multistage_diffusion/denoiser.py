@@ -174,8 +174,9 @@ class Denoiser(nn.Module):
         """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
         factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
         c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=_at_least_float32(x.dtype))
+        scaled = (factors.c_in.item() * x).to(self._weights_dtype(x))
         with self._autocast():
-            raw = self.network((factors.c_in.item() * x).to(self._weights_dtype(x)), c_noise, self.stages.of(sigma), conditioning)
+            raw = self.network(scaled, c_noise, self.stages.of(sigma), conditioning)
         return factors.c_skip.item() * x + factors.c_out.item() * raw.to(x.dtype)
 
     def _weights_dtype(self, x: Tensor) -> torch.dtype:
