@@ -56,7 +56,7 @@ def test_k_diffusion_s_loop_takes_it_as_it_is():
 
 
 @pytest.mark.parametrize("model", [tiny.MODEL, TRANSFORMER], ids=["unet", "dit"])
-@pytest.mark.parametrize(("cast", "error"), [("half", 1e-2), ("bfloat16", 8e-2), ("double", 1e-5)])
+@pytest.mark.parametrize(("cast", "error"), [("half", 1e-2), ("bfloat16", 0.15), ("double", 1e-5)])
 @torch.no_grad()
 def test_a_cast_denoiser_takes_images_of_any_type(cast, error, model):
     whole = tiny.denoiser(model)
