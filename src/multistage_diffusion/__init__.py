@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, Process
     from multistage_diffusion.recipes import preset, recipe
     from multistage_diffusion.runs import Run, build_denoiser, load_run
-    from multistage_diffusion.sampling import Sampler, sample
+    from multistage_diffusion.sampling import Sampler, Start, interpolate, sample
     from multistage_diffusion.stages import Stages
     from multistage_diffusion.training.callbacks import Callback, LogRecord
     from multistage_diffusion.training.initial import Initial
@@ -82,7 +82,7 @@ _HOMES = {
     "Run": "runs",
     "load_run": "runs",
     "Sampler": "sampling",
-    "sample": "sampling",
+    **dict.fromkeys(("sample", "interpolate", "Start"), "sampling"),
     "evaluate": "evaluation",
 }
 __all__ = [
@@ -111,6 +111,7 @@ __all__ = [
     "Sampler",
     "StagedModule",
     "Stages",
+    "Start",
     "Trainer",
     "TrainingConfig",
     "Transformer",
@@ -123,6 +124,7 @@ __all__ = [
     "denoiser_cost",
     "evaluate",
     "fit",
+    "interpolate",
     "load_data",
     "load_initial",
     "load_run",

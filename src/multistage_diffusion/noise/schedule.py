@@ -12,7 +12,9 @@ Spacing = Literal["karras", "log-snr", "uniform-t", "quadratic-t", "singlestep"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
-def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7.0, order: int = 3) -> Levels:
+def sigma_schedule(
+    process: Process, spacing: str, steps: int, *, rho: float = 7.0, order: int = 3, start: float | None = None
+) -> Levels:
     """The noise levels that sampling visits, from sigma_max down to sigma_min, then 0.
 
     Args:
@@ -23,6 +25,7 @@ def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7
         steps: Number of steps, at least 1; of `singlestep`: network evaluations.
         rho: Exponent of `karras`.
         order: Order of the solver, for `singlestep`.
+        start: The first level, above sigma_min; by default sigma_max.
 
     Returns:
         `steps + 1` decreasing levels, float64, the last one 0 but for `singlestep`.
@@ -33,7 +36,7 @@ def sigma_schedule(process: Process, spacing: str, steps: int, *, rho: float = 7
     import torch
 
     check(steps >= 1, "steps", "at least 1", steps)
-    ends = torch.tensor([process.sigma_max, process.sigma_min], dtype=torch.float64)
+    ends = torch.tensor([process.sigma_max if start is None else start, process.sigma_min], dtype=torch.float64)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     match spacing:
         case "karras":

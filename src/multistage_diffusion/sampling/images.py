@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from multistage_diffusion import rng
 from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_memory
 from multistage_diffusion.noise import Process
 from multistage_diffusion.records import check, check_count, check_seed
+from multistage_diffusion.sampling.editing import NoiseSource, Start, between, seeded
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 from multistage_diffusion.sampling.steps import Callback
 from multistage_diffusion.stages import Stages
@@ -111,6 +112,7 @@ def sample(
     seed: int = 0,
     seeds: Seeds | None = None,
     labels: Labels | None = None,
+    start: Start | None = None,
     batch_size: int = 256,
     offload: bool = False,
     callback: Callback | None = None,
@@ -127,6 +129,7 @@ def sample(
         seeds: The seed of each image, in place of `num` and `seed`.
         labels: Class of all images, or of each, by number or name; only for a conditional model, where none draws
             without a class.
+        start: Images to begin from, in place of noise alone: image to image, inpainting.
         batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
         offload: Keep only the decoder in use on the device.
         callback: Sees every step of every batch.
@@ -138,15 +141,50 @@ def sample(
         The images, with their seeds and cost.
 
     Raises:
-        ConfigError: An option out of range, or seeds or labels that the model cannot take.
+        ConfigError: An option out of range, or seeds, labels or images to start from that the model cannot take.
         NumericsError: An image is not finite.
     """
     sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
     if seeds is None:
         seeds = consecutive_seeds(seed, num)
-    return sampler.draw(
-        denoiser, seeds, labels=labels, batch_size=batch_size, offload=offload, callback=callback, stop=stop
-    )
+    return Drawing(sampler, denoiser, offload, callback, stop, start).samples(seeds, labels, batch_size)
+
+
+def interpolate(
+    denoiser: SampledDenoiser,
+    first: int,
+    last: int,
+    num: int = 8,
+    *,
+    sampler: Sampler | None = None,
+    labels: Labels | None = None,
+    start: Start | None = None,
+    batch_size: int = 256,
+    **options: Any,
+) -> Samples:
+    """Draw images on the way from one seed to another: all their noise lies on great circles between the two seeds'.
+
+    Args:
+        denoiser: The model.
+        first: Seed of the first image.
+        last: Seed of the last image.
+        num: Number of images, those of the two seeds included.
+        sampler: As in `sample`.
+        labels: As in `sample`.
+        start: As in `sample`.
+        batch_size: Images drawn at once.
+        **options: As in `sample`.
+
+    Returns:
+        The images; their `seeds` are positions, 0 to num - 1.
+
+    Raises:
+        ConfigError: As `sample`, or the seeds are equal, or there are fewer than 2 images.
+        NumericsError: An image is not finite.
+    """
+    sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
+    drawing = Drawing(sampler, denoiser, start=start, noise=between(first, last, num))
+    return drawing.samples(range(num), labels, batch_size)
 
 
 def consecutive_seeds(seed: int, num: int) -> Int[Tensor, " num"]:
@@ -173,12 +211,16 @@ class Drawing:
     offload: bool = False
     callback: Callback | None = None
     stop: Callable[[], bool] | None = None
+    start: Start | None = None
+    noise: NoiseSource = seeded
 
     def samples(self, seeds: Seeds, labels: Labels | None, batch_size: int) -> Samples:
         """All images, and the account of them."""
         begin, denoiser = time.perf_counter(), self.denoiser
         drawn = list(self.batches(seeds, labels, batch_size))
-        stage_calls = self.sampler.stage_calls(denoiser.process, denoiser.stages)
+        process, stages, sampler = denoiser.process, denoiser.stages, self.sampler
+        levels = sampler.evaluations(process) if self.start is None else self.start.evaluations(sampler, process)
+        stage_calls = tuple(Counter(map(stages.of, levels))[stage] for stage in range(len(stages)))
         images = torch.cat([image for _, image in drawn]) if drawn else torch.zeros(0, *denoiser.shape)
         finished = tuple(seed for batch, _ in drawn for seed in batch.tolist())
         return Samples(images, finished, sum(stage_calls), time.perf_counter() - begin, stage_calls)
@@ -189,6 +231,8 @@ class Drawing:
         seeds = _seeds(seeds)
         labels = _labels(self.denoiser, labels, len(seeds))
         _check_guidance(self.sampler.guidance, self.denoiser, labels)
+        if self.start is not None:
+            self.start.check(self.sampler, self.denoiser.process, self.denoiser.shape, len(seeds))
         return self._batches(seeds, labels, batch_size)
 
     def _batches(self, seeds: Tensor, labels: Tensor | None, batch_size: int) -> Iterator[SeedsAndImages]:
@@ -202,7 +246,7 @@ class Drawing:
                 batch_labels = None if labels is None else labels[rows].to(device)
                 try:
                     with _evaluation(denoiser):
-                        images = self._batch(seeds[rows].to(device), batch_labels)
+                        images = self._batch(seeds[rows].to(device), batch_labels, rows)
                 except _Stopped:
                     return
                 except (MemoryError, RuntimeError) as error:
@@ -224,15 +268,20 @@ class Drawing:
             if self.offload:
                 denoiser.offload(None)
 
-    def _batch(self, seeds: Tensor, labels: Tensor | None) -> Tensor:
+    def _batch(self, seeds: Tensor, labels: Tensor | None, rows: slice) -> Tensor:
         """One batch, from its seeds to images on the CPU."""
-        shape, sigmas = self.denoiser.shape, self.sampler.levels(self.denoiser.process).tolist()
+        sampler, denoise = self.sampler, self.denoise(labels)
 
-        def noise(step: int) -> Tensor:
-            return rng.normal(0, f"step-{step}", seeds, shape)
+        def fresh(stream: str) -> Tensor:
+            return self.noise(stream, seeds, self.denoiser.shape)
 
-        x = rng.normal(0, "prior", seeds, shape) * sigmas[0]
-        x = self.sampler.solve(self.denoise(labels), x, sigmas, noise=noise, callback=self.callback)
+        options: dict[str, Any] = {"noise": lambda step: fresh(f"step-{step}"), "callback": self.callback}
+        if self.start is None:
+            levels = sampler.levels(self.denoiser.process).tolist()
+            x = sampler.solve(denoise, fresh("prior") * levels[0], levels, **options)
+        else:
+            levels = sampler.levels(self.denoiser.process, self.start.sigma).tolist()
+            x = self.start.draw(rows, sampler.solve, denoise, levels, fresh, **options)
         images = x.float().cpu()
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from multistage_diffusion.noise import Process
+    from multistage_diffusion.sampling.editing import Start
     from multistage_diffusion.sampling.images import Labels, SampledDenoiser, Samples, Seeds, SeedsAndImages
     from multistage_diffusion.sampling.steps import Callback, SolverFunction
     from multistage_diffusion.stages import Stages
@@ -99,12 +100,18 @@ class Sampler:
         """Network evaluations of an image; a guided one, which evaluates the network twice, counts once."""
         return len(evaluations(self.solve, range(self.steps, -1, -1)))
 
-    def levels(self, process: Process) -> Float[Tensor, " levels"]:
-        """The schedule: `steps + 1` decreasing noise levels, float64, the last one 0 (`singlestep`: sigma_min)."""
+    def levels(self, process: Process, start: float | None = None) -> Float[Tensor, " levels"]:
+        """The schedule: `steps + 1` decreasing noise levels, float64, the last one 0 (`singlestep`: sigma_min).
+
+        Args:
+            process: Gives the range.
+            start: The first level; by default the process's highest.
+        """
         if not isinstance(self.solver, str):
-            return sigma_schedule(process, self.spacing or "karras", self.steps)
+            return sigma_schedule(process, self.spacing or "karras", self.steps, start=start)
         solver = SOLVERS[self.solver]
-        return sigma_schedule(process, self.spacing or solver.default_spacing, self.steps, order=solver.order)
+        spacing = self.spacing or solver.default_spacing
+        return sigma_schedule(process, spacing, self.steps, order=solver.order, start=start)
 
     def evaluations(self, process: Process) -> tuple[float, ...]:
         """The noise level of every network evaluation, in order, known before sampling."""
@@ -137,6 +144,7 @@ class Sampler:
         seeds: Seeds,
         *,
         labels: Labels | None = None,
+        start: Start | None = None,
         batch_size: int = 256,
         offload: bool = False,
         callback: Callback | None = None,
@@ -148,7 +156,8 @@ class Sampler:
             denoiser: The model; used in evaluation mode and left as it was.
             seeds: The seed of each image, in [0, 2^63).
             labels: Class of all images, or of each, by number or name; only for a conditional model, where none draws
-            without a class.
+                without a class.
+            start: Images to begin from, in place of noise alone.
             batch_size: Images drawn at once; fewer, with a warning, where memory does not suffice.
             offload: Keep only the decoder in use on the device.
             callback: Sees every step of every batch.
@@ -158,12 +167,12 @@ class Sampler:
             The images, with their seeds and cost.
 
         Raises:
-            ConfigError: Seeds or labels that the model cannot take.
+            ConfigError: Seeds, labels or images to start from that the model cannot take.
             NumericsError: An image is not finite.
         """
         from multistage_diffusion.sampling.images import Drawing
 
-        return Drawing(self, denoiser, offload, callback, stop).samples(seeds, labels, batch_size)
+        return Drawing(self, denoiser, offload, callback, stop, start).samples(seeds, labels, batch_size)
 
     def batches(
         self,
@@ -171,6 +180,7 @@ class Sampler:
         seeds: Seeds,
         *,
         labels: Labels | None = None,
+        start: Start | None = None,
         batch_size: int = 256,
         offload: bool = False,
         callback: Callback | None = None,
@@ -184,7 +194,7 @@ class Sampler:
         """
         from multistage_diffusion.sampling.images import Drawing
 
-        return Drawing(self, denoiser, offload, callback, stop).batches(seeds, labels, batch_size)
+        return Drawing(self, denoiser, offload, callback, stop, start).batches(seeds, labels, batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
