@@ -134,13 +134,14 @@ class MultiDecoder(nn.Module):
         """The blocks of each part, in the order of `parts`: what can be checkpointed or sharded by itself."""
         return [list(part.blocks()) if hasattr(part, "blocks") else [part] for part in self.parts]  # pyright: ignore
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of blocks for the backward pass, which repeats their forward pass.
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Keep only the inputs of blocks for the backward pass, which repeats their forward pass; or all again.
 
         That takes less memory and a third more time.
         """
         for block in (block for blocks in self.blocks() for block in blocks):
-            block.__class__ = _checkpointing(type(block))
+            kind = getattr(type(block), "kept_whole", type(block))
+            block.__class__ = _checkpointing(kind) if enabled else kind
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile each encoder and decoder by itself, in place: names of parameters stay, and so does the routing."""
@@ -248,6 +249,7 @@ def _checkpointing(kind: type[nn.Module]) -> type[nn.Module]:
             return checkpoint(super().forward, *inputs, use_reentrant=False)
 
     Checkpointing.__name__, Checkpointing.__qualname__ = kind.__name__, kind.__qualname__
+    Checkpointing.kept_whole = kind  # pyright: ignore[reportAttributeAccessIssue]
     return Checkpointing
 
 

@@ -59,12 +59,7 @@ class Stages:
         An edge belongs to the stage below it. A tensor is compared with the edges as its own type rounds them, so a
         float32 tensor that was made from an edge lies where the edge itself does.
         """
-        if not isinstance(sigma, Tensor):
-            return bisect.bisect_left(self.edges, sigma)
-        # Rounding is monotone: sigma <= edge as Python numbers implies round(sigma) <= round(edge), but round(sigma)
-        # may lie just above the edge itself: 5.71 is 5.71000003815 in float32. So both sides have to be rounded alike.
-        exact = sigma.dtype if sigma.is_floating_point() else torch.float64
-        return torch.bucketize(sigma, torch.tensor(self.edges, dtype=exact).to(sigma.device))
+        return stage_of(sigma, self.edges)
 
     def bounds(self, stage: int) -> tuple[float, float]:
         """The interval (low, high] of a stage's noise levels.
@@ -147,3 +142,13 @@ class Stages:
             return cls(tuple(map(float, edges)), {key: value for key, value in document.items() if key != "edges"})
         except (ConfigError, OverflowError) as error:
             raise ConfigError(f"{where}: {error}") from error
+
+
+def stage_of(sigma: float | Tensor, edges: tuple[float, ...]) -> Any:
+    """`Stages.of` of the stages that edges cut."""
+    if not isinstance(sigma, Tensor):
+        return bisect.bisect_left(edges, sigma)
+    # Rounding is monotone: sigma <= edge as Python numbers implies round(sigma) <= round(edge), but round(sigma)
+    # may lie just above the edge itself: 5.71 is 5.71000003815 in float32. So both sides have to be rounded alike.
+    exact = sigma.dtype if sigma.is_floating_point() else torch.float64
+    return torch.bucketize(sigma, torch.tensor(edges, dtype=exact).to(sigma.device))

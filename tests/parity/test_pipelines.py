@@ -1,6 +1,7 @@
 """Our models as folders for diffusers: its pipelines draw our images, and a folder comes back as it was."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +14,16 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_ipndm import IPNDMScheduler
+from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 import tiny
 from multistage_diffusion.cli import dispatch
@@ -25,9 +32,9 @@ from multistage_diffusion.data.autoencoder import Autoencoder
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.interop.export import export
+from multistage_diffusion.interop.export import _multistage, export
+from multistage_diffusion.interop.multistage_pipeline import require_fit
 from multistage_diffusion.interop.pipeline import MultistagePipeline, MultistageUNet
-from multistage_diffusion.interop.schedulers import level
 from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow, sigma_schedule
 from multistage_diffusion.runs import load_run
 from multistage_diffusion.sampling import dpmpp_2m, euler
@@ -130,11 +137,12 @@ def test_other_schedulers_that_fit_can_be_put_in(tmp_path):
 @pytest.mark.parametrize(
     ("process", "scheduler", "message"),
     [
-        (VP(prediction="v"), DDIMScheduler(), "trained_betas must be the process's"),
-        (LDM(), DPMSolverMultistepScheduler(), "beta_schedule must be scaled_linear, got linear"),
-        (EDM(sigma_data=0.3), EDMEulerScheduler(), "sigma_data must be 0.3, got 0.5"),
-        (Flow(), DDIMScheduler(), "needs a flow-matching scheduler"),
-        (VP(), FlowMatchEulerDiscreteScheduler(), "trained_betas must be the process's"),
+        (VP(prediction="v"), DDIMScheduler(), "its images have noise of"),
+        (LDM(), DPMSolverMultistepScheduler(), "at timestep .* and the network expects"),
+        (EDM(sigma_data=0.3), EDMEulerScheduler(), "its images have noise of"),
+        (Flow(), DDIMScheduler(), "DDIMScheduler does not represent the network's process"),
+        (VP(), FlowMatchEulerDiscreteScheduler(), "its images have noise of"),
+        (EDM(), ScoreSdeVeScheduler(), "does not represent the network's process"),
     ],
 )
 def test_a_scheduler_of_another_process_is_refused(tmp_path, process, scheduler, message):
@@ -142,8 +150,42 @@ def test_a_scheduler_of_another_process_is_refused(tmp_path, process, scheduler,
     export(denoiser, tmp_path / "out")
     pipeline = MultistagePipeline.from_pretrained(str(tmp_path / "out"), low_cpu_mem_usage=False)
     pipeline.scheduler = scheduler
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         pipeline()
+
+
+@pytest.mark.parametrize(
+    ("process", "family"),
+    [(VP(), IPNDMScheduler), (VP(), EDMEulerScheduler), (LDM(), EDMEulerScheduler), (EDM(), DDIMScheduler),
+     (Flow(), IPNDMScheduler)],
+)  # fmt: skip
+def test_schedulers_are_refused_by_what_they_compute(process, family):
+    pipeline = _multistage(tiny.denoiser(process=process), None)
+    pipeline.scheduler = family.from_config(pipeline.scheduler.config)
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"{family.__name__} does not represent the network's process"):
+        pipeline()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    "family", [DDPMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler]
+)
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_schedulers_that_represent_the_process_are_accepted(family, steps):
+    pipeline = _multistage(tiny.denoiser(process=VP()), None)
+    pipeline.scheduler = family.from_config(pipeline.scheduler.config)
+    before = dict(vars(pipeline.scheduler))
+    require_fit(pipeline.scheduler, pipeline.unet, steps, 1.0)
+    assert vars(pipeline.scheduler).keys() == before.keys()  # a copy was run
+
+
+def test_latents_of_any_range_are_not_clipped():
+    pipeline = _multistage(tiny.denoiser(process=LDM()), None)
+    clipping = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
+    require_fit(clipping, pipeline.unet, 10, 1.0)
+    with pytest.raises(ValueError, match="DDIMScheduler does not represent"):
+        require_fit(clipping, pipeline.unet, 10, 3.0)
 
 
 def test_guidance_and_classes_are_ours(tmp_path):
@@ -163,7 +205,7 @@ def test_guidance_and_classes_are_ours(tmp_path):
         expected = dpmpp_2m(guided, noise * (80.0**2 + 1) ** 0.5, sigmas).clamp(-1, 1)
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
     for options, message in (({"class_labels": 4}, "has 3 classes"), ({"guidance_scale": 2.0}, "needs class_labels")):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ValueError, match=message):
             images(pipeline, 2, **options)
 
 
@@ -171,7 +213,7 @@ def test_guidance_and_classes_are_ours(tmp_path):
 def test_a_timesteps_level_is_what_the_network_is_told(process):
     made = process
     sigma = torch.logspace(-1, 1, 9, dtype=torch.float64)
-    torch.testing.assert_close(level(made, made.preconditioning(sigma).c_noise), sigma, rtol=1e-9, atol=0)
+    torch.testing.assert_close(made.level(made.preconditioning(sigma).c_noise), sigma, rtol=1e-9, atol=0)
 
 
 def test_the_network_takes_one_timestep_or_one_an_image():
@@ -194,15 +236,29 @@ def test_the_network_takes_one_timestep_or_one_an_image():
     [
         ({"resampling": "block"}, "resamples inside residual blocks"),
         ({"skip_scale": 0.7}, "scales its skips"),
-        ({"decoder_attention": "last"}, "not each block of its decoders attends"),
         ({"classes": 3}, "has 3 classes"),
         ({"groups": 4}, "not one number"),
-        ({"head_channels": 32}, "attention heads are wider than"),
+        ({"head_channels": 16, "attention": (8, 4)}, "attention heads are wider than 8 channels and not than 16"),
     ],
 )
 def test_why_a_network_is_no_unet2dmodel_is_said(tmp_path, change, reason):
     done = export(tiny.denoiser(replace(PLAIN, **change), LDM(prediction="v")), tmp_path / "out")
     assert done.pipeline == "MultistagePipeline" and reason in done.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        ({"decoder_attention": "last", "blocks": 2}, tiny.SHAPE),
+        ({"head_channels": 32}, tiny.SHAPE),
+        ({"augment_labels": 9}, tiny.SHAPE),
+        ({}, (2, 8, 16)),
+        ({"groups": 8, "group_channels": 1}, tiny.SHAPE),
+    ],
+)
+def test_what_a_unet2dmodel_can_express_is_a_standard_pipeline(tmp_path, change, shape):
+    done = export(tiny.denoiser(replace(PLAIN, **change), LDM(prediction="v"), shape), tmp_path / "out")
+    assert (done.pipeline, done.reason) == ("DDIMPipeline", None) and done.max_error < 1e-4
 
 
 def test_the_middle_block_may_be_the_decoders(tmp_path):
@@ -307,19 +363,20 @@ def test_a_run_with_its_model_card(run, tmp_path, capsys):
     assert "MultistagePipeline" in about["tags"] and "datasets" not in about
     metrics = about["model-index"][0]["results"][0]["metrics"]
     assert [(item["type"], item["value"]) for item in metrics] == [("fd", 1.5), ("precision", 0.5)]
-    assert 'MultistagePipeline.from_pretrained("card")' in text and "| 2 | 3 to inf |" in text and "PFLOPs" in text
+    assert 'DiffusionPipeline.from_pretrained("card", trust_remote_code=True)' in text
+    assert "| 2 | 3 to inf |" in text and "PFLOPs" in text
     assert str(tmp_path) not in text
 
 
-def test_the_cards_code_runs_as_it_stands_and_without_us_where_it_says_so(tmp_path):
+def test_the_cards_code_runs_as_it_stands_and_without_this_package(tmp_path):
     for model, name in ((PLAIN, "plain"), (tiny.MODEL, "staged")):
         tiny.denoiser(model, LDM(prediction="v")).save_pretrained(tmp_path / f"{name}-model")
         assert dispatch(["convert", str(tmp_path / f"{name}-model"), str(tmp_path / name)]) == 0
         code = (tmp_path / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
         code += "\nimport sys\nassert len(images) == 4 and images[0].size == (8, 8)\n"
-        if name == "plain":
-            code += "assert not any(module.startswith('multistage_diffusion') for module in sys.modules)\n"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        code = "import sys\nsys.modules['multistage_diffusion'] = sys.modules['jaxtyping'] = None\n" + code
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "HF_HOME": str(tmp_path / "cache")})  # fmt: skip
         assert done.returncode == 0, done.stderr[-800:]
 
 

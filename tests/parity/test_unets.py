@@ -40,7 +40,11 @@ def unet(**options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [DDPM, LDM, {**SMALL, "in_channels": 1, "out_channels": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [DDPM, LDM, {**SMALL, "in_channels": 1, "out_channels": 1}, {**SMALL, "norm_num_groups": 32},
+     {**SMALL, "sample_size": (8, 16)}],
+)  # fmt: skip
 def test_the_same_weights_give_the_same_output(options):
     theirs = unet(**options)
     ours = from_diffusers(theirs)
@@ -121,7 +125,7 @@ def test_the_process_is_the_schedulers(schedule, prediction):
         ({"mid_block_scale_factor": 2}, "mid_block_scale_factor must be 1, got 2"),
         ({"out_channels": 6}, "maps 3 channels to 6"),
         ({"up_block_types": (UP, UP)}, "mirrored on the way up"),
-        ({"norm_num_groups": 16}, "norm_num_groups 16 must divide it, with 4 channels a group"),
+        ({"block_out_channels": (32, 48)}, "must be multiples of the first, which must be one of 4 and of norm_num"),
         ({"sample_size": None}, "give the resolution"),
     ],
 )

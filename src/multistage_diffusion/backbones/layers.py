@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 from typing import Literal, TypeVar, final
 
 import torch
@@ -31,9 +32,9 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(input).to(input.dtype)
 
 
-def group_norm(channels: int, *, groups: int, eps: float) -> GroupNorm:
-    """Group norm with the largest number of groups, `groups` at most, that divides the channels into 4 or more each."""
-    most = max(1, min(groups, channels // 4))
+def group_norm(channels: int, *, groups: int, eps: float, least: int = 4) -> GroupNorm:
+    """Group norm with as many groups as divide the channels into `least` or more each, `groups` at most."""
+    most = max(1, min(groups, channels // least))
     divisor = next(count for count in range(most, 0, -1) if channels % count == 0)
     return GroupNorm(divisor, channels, eps=eps)
 
@@ -220,6 +221,7 @@ class Attention(nn.Module):
         channels: Channels of the feature map.
         head_channels: Channels of a head; none: one head.
         groups: Largest number of groups of the norm.
+        group_channels: Smallest number of channels of a group.
         eps: Epsilon of the norm.
         scale: Factor of the sum of input and branch.
 
@@ -235,6 +237,7 @@ class Attention(nn.Module):
         *,
         head_channels: int | None = None,
         groups: int = 32,
+        group_channels: int = 4,
         eps: float = 1e-6,
         scale: float = 1.0,
     ) -> None:
@@ -243,7 +246,7 @@ class Attention(nn.Module):
         if channels % size:
             raise ConfigError(f"model.head-channels {size} must divide the {channels} channels of an attention layer")
         self.heads, self.scale = channels // size, scale
-        self.norm = group_norm(channels, groups=groups, eps=eps)
+        self.norm = group_norm(channels, groups=groups, least=group_channels, eps=eps)
         self.qkv = initialise(nn.Conv2d(channels, 3 * channels, 1))
         self.out = initialise(nn.Conv2d(channels, channels, 1), zero=True)
 
@@ -297,6 +300,7 @@ class ResidualBlock(nn.Module):
         attention: Whether attention follows.
         head_channels: Channels of an attention head; none: one head.
         groups: Largest number of groups of a norm.
+        group_channels: Smallest number of channels of a group.
         eps: Epsilon of a norm.
         scale: Factor of the sum of input and branch.
         dropout: Share of entries dropped before the second convolution.
@@ -315,24 +319,28 @@ class ResidualBlock(nn.Module):
         attention: bool = False,
         head_channels: int | None = None,
         groups: int = 32,
+        group_channels: int = 4,
         eps: float = 1e-6,
         scale: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.scale = scale
-        self.norm0 = group_norm(inputs, groups=groups, eps=eps)
+        norm = partial(group_norm, groups=groups, eps=eps, least=group_channels)
+        self.norm0 = norm(inputs)
         self.resample = Resample(resample, filter) if resample else None
         self.conv0 = initialise(nn.Conv2d(inputs, outputs, 3, padding=1))
         self.affine = initialise(nn.Linear(embedding, outputs))
-        self.norm1 = group_norm(outputs, groups=groups, eps=eps)
+        self.norm1 = norm(outputs)
         self.dropout = Dropout(dropout)
         self.conv1 = initialise(nn.Conv2d(outputs, outputs, 3, padding=1), zero=True)
         changes = inputs != outputs or resample is not None
         self.shortcut = initialise(nn.Conv2d(inputs, outputs, 1)) if changes else None
         self.attention: Attention | None = None
         if attention:
-            self.attention = Attention(outputs, head_channels=head_channels, groups=groups, eps=eps, scale=scale)
+            self.attention = Attention(
+                outputs, head_channels=head_channels, groups=groups, group_channels=group_channels, eps=eps, scale=scale
+            )
 
     def forward(
         self, x: FeatureMaps, embedding: Float[Tensor, "batch embedding"], seed: Int[Tensor, " batch"] | None = None

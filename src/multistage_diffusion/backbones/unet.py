@@ -54,6 +54,8 @@ class UNet(Backbone):
     """Scale of a residual block's output."""
     groups: int = 16
     """Largest number of groups in a group norm."""
+    group_channels: int = 4
+    """Smallest number of channels in a group; a norm of few channels has fewer groups."""
     norm_eps: float = 1e-6
     """Epsilon of a group norm."""
     dropout: float = 0.1
@@ -86,6 +88,7 @@ class UNet(Backbone):
         check(self.norm_eps > 0, "model.norm-eps", "positive", self.norm_eps)
         check(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
         check(self.groups >= 1, "model.groups", "at least 1", self.groups)
+        check(1 <= self.group_channels <= 4, "model.group-channels", "in 1..4", self.group_channels)
 
     @property
     def capacity(self) -> int:

@@ -143,7 +143,7 @@ class UNetDecoder(nn.Module):
                 self.ups.append(block(channels, channels, resample="up"))
             elif depth > 0:
                 self.ups.append(ConvResample(channels, "up"))
-        self.norm = group_norm(channels, groups=unet.groups, eps=unet.norm_eps)
+        self.norm = group_norm(channels, groups=unet.groups, least=unet.group_channels, eps=unet.norm_eps)
         self.head = initialise(nn.Conv2d(channels, shape[0], 3, padding=1), zero=True)
 
     def blocks(self) -> list[nn.Module]:
@@ -175,6 +175,7 @@ def _blocks(unet: UNet) -> Callable[..., ResidualBlock]:
             filter=unet.filter,
             head_channels=unet.head_channels,
             groups=unet.groups,
+            group_channels=unet.group_channels,
             eps=unet.norm_eps,
             scale=unet.skip_scale,
             dropout=unet.dropout,

@@ -145,8 +145,11 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
         f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "
         f"largest difference of its images from ours {done.max_error:.1e}"
     )
-    module = "diffusers" if done.pipeline != "MultistagePipeline" else "multistage_diffusion.interop.pipeline"
-    console.print(f"load it by: from {module} import {done.pipeline}; {done.pipeline}.from_pretrained('{options.out}')")
+    trust = ", trust_remote_code=True" if done.pipeline == "MultistagePipeline" else ""
+    console.print(
+        "load it by: from diffusers import DiffusionPipeline; "
+        f"DiffusionPipeline.from_pretrained({options.out!r}{trust})"
+    )
     return {
         "source": options.source,
         "out": options.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if options.out is None:
         raise ConfigError(f"--out is needed: where to keep the run, like --out runs/{options.recipe}")
     device = prepare(options)
+    if config.model.architecture == "unified" and (reason := _why_not_standard(config)):
+        console.print(f"msd convert will make a MultistagePipeline of it, not a standard one of diffusers: {reason}")
 
     from multistage_diffusion.cli.progress import encoding_progress, training_progress
     from multistage_diffusion.training.run import train
@@ -192,6 +195,16 @@ class _InitialLoss:
                 f"starts at the loss {scalars['initial/loss']:.4f}; the trained model has "
                 f"{scalars['initial/trained_loss']:.4f} on the same training images"
             )
+
+
+def _why_not_standard(config: RunConfig) -> str | None:
+    """Why the run's model becomes no standard pipeline of diffusers, as far as it is known before the data are read."""
+    from multistage_diffusion.interop.export import why_not_standard
+
+    resolution = config.data.resolution or 64
+    with contextlib.suppress(ConfigError):  # of images that the network cannot take, which the run itself refuses
+        return why_not_standard(config.model, config.process, (3, resolution, resolution), latent=False)
+    return None
 
 
 def _profile(config: RunConfig, options: Options, console: Console) -> dict[str, Any]:

@@ -107,14 +107,12 @@ def _about(denoiser: Denoiser, facts: Facts) -> str:
 
 
 def _usage(denoiser: Denoiser, facts: Facts) -> str:
-    multistage = facts.pipeline == "MultistagePipeline"
-    home = "multistage_diffusion.interop.pipeline" if multistage else "diffusers"
-    family = facts.pipeline if multistage else "DiffusionPipeline"
+    trust = ", trust_remote_code=True" if facts.pipeline == "MultistagePipeline" else ""
     arguments = "batch_size=4" + (", class_labels=0, guidance_scale=1.5" if denoiser.classes else "")
-    install = "multistage-diffusion[diffusers]" if multistage else "diffusers torch"
     return (
-        f"`pip install {install}`\n\n```python\nfrom {home} import {family}\n\n"
-        f'pipeline = {family}.from_pretrained("{facts.name}")\nimages = pipeline({arguments}).images\n```'
+        "`pip install diffusers torch`\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{facts.name}"{trust})\n'
+        f"images = pipeline({arguments}).images\n```"
     )
 
 

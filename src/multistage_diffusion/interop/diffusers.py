@@ -94,12 +94,16 @@ def convert(
     if transformers.is_transformer(options):
         return transformers.from_dit(options, weights, process, stages=stages)
     options = complete(options)
-    resolution = resolution or options["sample_size"]
-    if not isinstance(resolution, int):
-        raise ConfigError(f"the U-Net's sample_size is {resolution}; give the resolution in pixels a side")
-    model = model_config(options, resolution, len(stages))
-    denoiser = Denoiser.from_backbone(model, process or LDM(), (options["in_channels"], resolution, resolution), stages)
-    state = our_weights(model, resolution, weights, sines_first=not options["flip_sin_to_cos"])
+    match resolution or options["sample_size"]:
+        case int(height) | [int(height)]:
+            width = height
+        case [int(height), int(width)]:
+            pass
+        case size:
+            raise ConfigError(f"the U-Net's sample_size is {size}; give the resolution in pixels a side")
+    model = model_config(options, height, len(stages))
+    denoiser = Denoiser.from_backbone(model, process or LDM(), (options["in_channels"], height, width), stages)
+    state = our_weights(model, height, weights, sines_first=not options["flip_sin_to_cos"])
     try:
         denoiser.network.load_state_dict(state)
     except RuntimeError as error:

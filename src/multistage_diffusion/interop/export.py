@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +13,24 @@ from typing import Any
 
 import torch
 
+<<<<<<< HEAD
 from multistage_diffusion.backbones import Transformer
+=======
+from multistage_diffusion.backbones import Backbone
+>>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import whole_directory
+<<<<<<< HEAD
 from multistage_diffusion.interop import transformers
 from multistage_diffusion.interop.schedulers import level, scheduler_options
+=======
+from multistage_diffusion.interop.schedulers import scheduler_options
+>>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
 from multistage_diffusion.interop.weights import misfit, unet_options, unet_weights
-from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow
+from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow, Process
 from multistage_diffusion.sampling import dpmpp_2m, euler
 
 _TOLERANCE = 1e-3  # float32 rounding leaves a hundredth of this
@@ -46,6 +57,25 @@ class Exported:
     reason: str | None
 
 
+def why_not_standard(backbone: Backbone, process: Process, shape: tuple[int, int, int], *, latent: bool) -> str | None:
+    """Why a model becomes no standard pipeline of diffusers.
+
+    Args:
+        backbone: The network's record.
+        process: Its process.
+        shape: (C, H, W) of what it denoises.
+        latent: Whether that is latents.
+
+    Returns:
+        The first reason; none if it becomes one.
+    """
+    if (reason := misfit(backbone, shape)) is not None:
+        return reason
+    if not isinstance(process, VP | Cosine | LDM):
+        return f"no standard pipeline draws from a process {process.kind}"
+    return f"LDMPipeline draws no latents of {shape[1]}x{shape[2]}" if latent and shape[1] != shape[2] else None
+
+
 def export(
     denoiser: Denoiser,
     out: str | Path,
@@ -56,9 +86,14 @@ def export(
     """Write a folder that diffusers loads, and compare its images with ours.
 
     A unified model whose network is a `UNet2DModel` and whose process is variance-preserving becomes a `DDIMPipeline`
+<<<<<<< HEAD
     (`LDMPipeline` for latents), which `DiffusionPipeline.from_pretrained` loads without this package; a transformer for
     latents that is a `DiTTransformer2DModel` a `DiTPipeline`. Any other becomes
     a `MultistagePipeline` of this package.
+=======
+    (`LDMPipeline` for latents). Any other becomes a `MultistagePipeline`, whose code lies in the folder. Both load
+    without this package, by `DiffusionPipeline.from_pretrained`, the second with `trust_remote_code=True`.
+>>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
 
     Args:
         denoiser: The model.
@@ -72,16 +107,20 @@ def export(
         CheckpointError: The folder cannot be written.
     """
     try:
-        from multistage_diffusion.interop.pipeline import MultistagePipeline
+        importlib.import_module("multistage_diffusion.interop.pipeline")
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+<<<<<<< HEAD
     reason = (transformers.misfit if isinstance(denoiser.backbone, Transformer) else misfit)(denoiser)
     if reason is None and codec is None and isinstance(denoiser.backbone, Transformer):
         reason = "DiTPipeline draws latents"
     if reason is None and not isinstance(denoiser.process, VP | Cosine | LDM):
         reason = f"no standard pipeline draws from a process {denoiser.process.kind}"
+=======
+    reason = why_not_standard(denoiser.backbone, denoiser.process, denoiser.shape, latent=codec is not None)
+>>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
     vae = None
     if codec is not None:
         vae = codec.autoencoder.module
@@ -91,14 +130,27 @@ def export(
     name = type(pipeline).__name__
     with whole_directory(Path(out)) as folder, _quiet():
         pipeline.save_pretrained(folder)
-        family: Any = DiffusionPipeline if reason is None else MultistagePipeline
-        written = family.from_pretrained(str(folder), low_cpu_mem_usage=False)
+        parts = {} if reason is None else {"unet": _by_its_own_code(folder / "unet")}
+        written = DiffusionPipeline.from_pretrained(str(folder), low_cpu_mem_usage=False, **parts)
         error = _difference(written, denoiser, codec)
         if not error < _TOLERANCE:
             raise ConfigError(f"the pipeline's images differ from ours by {error}; nothing was written")
         if card is not None:
             (folder / "README.md").write_text(card(name))
     return Exported(name, type(pipeline.scheduler).__name__, parameters, error, reason)
+
+
+def _by_its_own_code(folder: Path) -> Any:
+    """The network of a folder, by the file that lies in it."""
+    name = "multistage_unet_as_written"
+    spec = importlib.util.spec_from_file_location(name, folder / "multistage_unet.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.MultistageUNet.from_pretrained(str(folder), low_cpu_mem_usage=False)
+    finally:
+        del sys.modules[name]
 
 
 @contextmanager
@@ -176,7 +228,7 @@ def _difference(pipeline: Any, denoiser: Denoiser, codec: LatentCodec | None) ->
         drawn = {"class_labels": [transformers.NONE], "guidance_scale": 1.0}
     expected = pipeline(**drawn, generator=seed, num_inference_steps=steps, output_type="np").images
     scheduler, process = pipeline.scheduler, denoiser.process
-    sigmas = level(process, scheduler.timesteps.double())
+    sigmas = process.level(scheduler.timesteps.double())
     x = torch.randn(shape, generator=seed.manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     solver = dpmpp_2m if "solver_order" in scheduler.config else euler
     images = solver(denoiser, x / process.scale(sigmas[0]).item(), [*sigmas.tolist(), 0.0])

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError
@@ -86,6 +85,7 @@ def scheduler_options(process: Process) -> dict[str, Any]:
     return {**betas, "prediction_type": prediction, "timestep_spacing": "trailing"}  # it begins at the highest noise
 
 
+<<<<<<< HEAD
 def level(process: Process, timestep: Float[Tensor, "*steps"]) -> Float[Tensor, "*steps"]:
     """The noise level at a scheduler's timestep, which is what the network gets (`c_noise`).
 
@@ -128,8 +128,10 @@ def require_fit(options: Mapping[str, Any], process: Process) -> None:
         )
 
 
+=======
+>>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
 def _levels(process: Process) -> Tensor:
     """The noise level of each whole timestep of a variance-preserving process."""
     assert isinstance(process, VP | Cosine)
     last = math.floor(_VP_STEPS * process.times[1])
-    return level(process, torch.arange(last + 1, dtype=torch.float64))
+    return process.level(torch.arange(last + 1, dtype=torch.float64))

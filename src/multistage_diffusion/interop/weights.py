@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.backbones import UNet
+from multistage_diffusion.backbones import Backbone, UNet
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 
@@ -85,10 +85,10 @@ def model_config(options: Mapping[str, Any], resolution: int, stages: int) -> UN
         raise ConfigError(
             f"the U-Net's blocks must be DownBlock2D or AttnDownBlock2D, mirrored on the way up, got {down} and {up}"
         )
-    if any(width % widths[0] for width in widths) or widths[0] % 4 or groups > widths[0] // 4 or widths[0] % groups:
+    if any(width % widths[0] for width in widths) or widths[0] % 4 or widths[0] % groups:
         raise ConfigError(
-            f"the U-Net's block_out_channels {widths} must be multiples of the first, and norm_num_groups {groups} "
-            "must divide it, with 4 channels a group"
+            f"the U-Net's block_out_channels {widths} must be multiples of the first, which must be one of 4 and of "
+            f"norm_num_groups {groups}"
         )
     if options["in_channels"] != options["out_channels"]:
         raise ConfigError(
@@ -107,39 +107,47 @@ def model_config(options: Mapping[str, Any], resolution: int, stages: int) -> UN
         resampling="conv" if options["downsample_padding"] else "conv-after",
         skip_scale=1.0,
         groups=groups,
+        group_channels=min(4, widths[0] // groups),
         norm_eps=options["norm_eps"],
         dropout=options["dropout"],
         frequency_shift=options["freq_shift"],
     )
 
 
-def misfit(denoiser: Denoiser) -> str | None:
-    """Why a denoiser's network cannot be a `UNet2DModel`.
+def misfit(config: Backbone, shape: tuple[int, int, int]) -> str | None:
+    """Why a network cannot be a `UNet2DModel`.
+
+    Args:
+        config: Its record.
+        shape: (C, H, W) of an image.
 
     Returns:
         The first reason; none if it can.
     """
-    config, network, (_, height, width) = denoiser.backbone, denoiser.network, denoiser.shape
     if not isinstance(config, UNet):
         return "its network is not a U-Net of this package"
+    with torch.device("meta"):
+        network = config.network(shape)
     groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
-    widths = [config.width * factor for factor, attends in _resolutions(config, height) if attends] or [config.width]
-    widest = config.width * config.multipliers[-1]  # the middle block attends too
+    widths, heads = _attention_widths(config, shape[1]), config.head_channels or 0
     reasons = {
-        f"it has {len(network.decoders)} stages": len(network.decoders) > 1,
+        f"it has {network.stages} stages": network.stages > 1,
         f"it has {config.classes} classes": config.classes > 0,
-        "it takes augmentation labels": config.augment_labels > 0,
         "it resamples inside residual blocks (model.resampling block)": config.resampling == "block",
-        "it has an input pyramid": config.input_pyramid != "none",
-        f"it scales its skips by {config.skip_scale:.3g}": config.skip_scale != 1,
-        f"not each block of its decoders attends (model.decoder-attention {config.decoder_attention})": config.attention
-        and config.decoder_attention != "all",
-        f"its group norms have {sorted(groups)} groups, not one number": len(groups) > 1,
-        f"its attention heads are wider than {min(widths)} channels": config.head_channels is not None
-        and config.head_channels > min(*widths, widest),
-        f"its images are {height}x{width}": height != width,
+        "it has an input pyramid (model.input-pyramid)": config.input_pyramid != "none",
+        f"it scales its skips by {config.skip_scale:.3g} (model.skip-scale)": config.skip_scale != 1,
+        f"its group norms have {sorted(groups)} groups, not one number (model.groups)": len(groups) > 1,
+        f"its attention heads are wider than {min(widths)} channels and not than {max(widths)}": min(widths)
+        < heads
+        <= max(widths),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _attention_widths(config: UNet, height: int) -> list[int]:
+    """Channels of the attention layers, those of the middle among them."""
+    attending = [config.width * factor for factor, attends in _resolutions(config, height) if attends]
+    return [*attending, config.width * config.multipliers[-1]]
 
 
 def unet_options(denoiser: Denoiser) -> dict[str, Any]:
@@ -148,19 +156,20 @@ def unet_options(denoiser: Denoiser) -> dict[str, Any]:
     Returns:
         Arguments for its constructor.
     """
-    config, (channels, height, _) = denoiser.backbone, denoiser.shape
+    config, (channels, height, width) = denoiser.backbone, denoiser.shape
     assert isinstance(config, UNet)
     attends = [attend for _, attend in _resolutions(config, height)]
     norm = next(module for module in denoiser.network.modules() if isinstance(module, nn.GroupNorm))
+    one_head = (config.head_channels or 0) > max(_attention_widths(config, height))
     return {
-        "sample_size": height,
+        "sample_size": height if height == width else [height, width],
         "in_channels": channels,
         "out_channels": channels,
         "block_out_channels": [config.width * factor for factor in config.multipliers],
         "layers_per_block": config.blocks,
         "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
         "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        "attention_head_dim": config.head_channels,
+        "attention_head_dim": None if one_head else config.head_channels,
         "norm_num_groups": norm.num_groups,
         "norm_eps": config.norm_eps,
         "downsample_padding": 0 if config.resampling == "conv-after" else 1,
@@ -207,6 +216,9 @@ def our_weights(model: UNet, resolution: int, weights: Mapping[str, Tensor], *, 
 def unet_weights(denoiser: Denoiser) -> dict[str, Tensor]:
     """The weights of the `UNet2DModel` that a denoiser's network is, cosines before sines.
 
+    Where a decoder attends after the last block of a resolution alone, the attention that a `UNet2DModel` has after the
+    others gets weights that add nothing. Augmentation labels are left out: in sampling they are zero.
+
     Returns:
         Its state by diffusers' names.
     """
@@ -215,6 +227,9 @@ def unet_weights(denoiser: Denoiser) -> dict[str, Tensor]:
     for part, layer, modules in _layers(denoiser.backbone, denoiser.shape[1]):
         for kind in ("weight", "bias"):
             tensor = state.get(f"{part}.0.{layer}.{kind}")
+            if tensor is None and ".attention." in layer:
+                channels = len(state[f"{part}.0.{layer.split('.attention.')[0]}.conv1.bias"])
+                tensor = _no_attention(layer, kind, channels)
             if tensor is None:  # a block that needs no shortcut
                 continue
             if ".attention." in layer and tensor.ndim == 4:
@@ -222,6 +237,14 @@ def unet_weights(denoiser: Denoiser) -> dict[str, Tensor]:
             parts = zip(modules, tensor.chunk(len(modules)), strict=True)
             weights |= {f"{name}.{kind}": piece.clone() for name, piece in parts}
     return weights
+
+
+def _no_attention(layer: str, kind: str, channels: int) -> Tensor:
+    """A weight of an attention layer that adds nothing to its input."""
+    if layer.endswith("norm"):
+        return torch.ones(channels) if kind == "weight" else torch.zeros(channels)
+    rows = 3 * channels if layer.endswith("qkv") else channels
+    return torch.zeros(rows, channels) if kind == "weight" else torch.zeros(rows)
 
 
 def _resolutions(model: UNet, resolution: int) -> list[tuple[int, bool]]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.records import Tagged, check, check_numbers
 
 if TYPE_CHECKING:
@@ -92,6 +93,14 @@ class Process(Tagged, ABC, tag="kind"):
     @abstractmethod
     def preconditioning(self, sigma: Levels) -> Preconditioning:
         """Factors that turn the raw network into a denoiser."""
+
+    def level(self, c_noise: Levels) -> Levels:
+        """Noise level whose conditioning value is `c_noise`; schedulers of other projects give networks that alone.
+
+        Raises:
+            ConfigError: The process does not say.
+        """
+        raise ConfigError(f"the process {self.kind} has no method level(c_noise), which schedulers of diffusers need")
 
 
 def process_by_kind(kind: str) -> Process:

@@ -64,6 +64,10 @@ class VE(Process):
         """Noise prediction, conditioned on ln(sigma/2)."""
         return predict_noise(sigma, ones_like(sigma), (positive(sigma) / 2).log())
 
+    def level(self, c_noise: Levels) -> Levels:
+        """2 exp(c_noise)."""
+        return 2 * c_noise.exp()
+
     @property
     def _span(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
@@ -123,3 +127,7 @@ class EDM(Process):
         data = self.sigma_data
         norm = sigma.new_full(sigma.shape, data).hypot(sigma)
         return Preconditioning((data / norm) ** 2, sigma * (data / norm), 1 / norm, positive(sigma).log() / 4)
+
+    def level(self, c_noise: Levels) -> Levels:
+        """exp(4 c_noise)."""
+        return (4 * c_noise).exp()

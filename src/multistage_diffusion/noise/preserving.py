@@ -78,6 +78,10 @@ class VariancePreserving(Process):
         """The noise level as the network sees it: 999 t (score_sde's convention)."""
         return 999 * self.t(sigma)
 
+    def level(self, c_noise: Levels) -> Levels:
+        """The level at t = c_noise/999, or at the first time, if that is later."""
+        return self.sigma((c_noise / 999).clamp(min=self.times[0]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class VP(VariancePreserving):
@@ -242,6 +246,10 @@ class LDM(VariancePreserving):
     def c_noise(self, sigma: Levels) -> Levels:
         """The step's index."""
         return self.t(sigma)
+
+    def level(self, c_noise: Levels) -> Levels:
+        """The level of the step `c_noise`."""
+        return self.sigma(c_noise)
 
     @property
     def _power(self) -> float:
