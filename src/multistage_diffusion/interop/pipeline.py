@@ -24,7 +24,7 @@ def _load_config_with_installed_classes(cls: Any, *arguments: Any, **options: An
     """`DiffusionPipeline.load_config`, whose entries of converted folders name this package's classes."""
     loaded = _load_config(cls, *arguments, **options)
     config = loaded[0] if isinstance(loaded, tuple) else loaded
-    if config.get("_class_name") == ["pipeline", MultistagePipeline.__name__]:
+    if config.get("_class_name") in (["pipeline", MultistagePipeline.__name__], MultistagePipeline.__name__):
         config["_class_name"] = MultistagePipeline.__name__
         config["unet"] = [MultistageUNet.__module__, MultistageUNet.__name__]
     return loaded
