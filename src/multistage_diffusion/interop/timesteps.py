@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.interop.schedulers import level
 from multistage_diffusion.noise import EDM, Flow, Process
 from multistage_diffusion.records import from_dict, to_dict
 from multistage_diffusion.stages import Stages
@@ -74,7 +72,7 @@ def noise_levels(process: Any, argument: str) -> NoiseLevels:
     if isinstance(process, NoiseLevels):
         return process
     if isinstance(process, Process):
-        translate = _same if argument in _LEVELS else partial(level, process)
+        translate = _same if argument in _LEVELS else process.level
         document = {"process": to_dict(process)}
         return NoiseLevels(translate, process.sigma_min, process.sigma_max, (process.kind,), document)
     if argument in _LEVELS and process is None:
