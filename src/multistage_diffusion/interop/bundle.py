@@ -46,7 +46,7 @@ def bundle(*classes: type) -> str:
         Python's source; it imports what those modules import from elsewhere, and nothing of their own.
 
     Raises:
-        ConfigError: The source of a class cannot be read, or two modules give one name to two things.
+        ConfigError: The source of a class cannot be read, or a class is not at the top of its module.
     """
     return _Bundle({_PACKAGE, *(kind.__module__ for kind in classes)}, classes).text()
 
@@ -109,7 +109,7 @@ class _Bundle:
     def __init__(self, inside: set[str], classes: tuple[type, ...]) -> None:
         self.inside, self.modules = inside, dict[str, _Module]()
         self.outside: dict[str, tuple[str, str]] = {}
-        self.homes: dict[str, str] = {}
+        self.names: dict[tuple[str, str], str] = {}  # what a name of a module is called in the file
         for kind in classes:
             self.need(kind.__module__, kind.__qualname__)
 
@@ -122,11 +122,11 @@ class _Bundle:
                 raise ConfigError(f"{needed} is not at the top of {name}, so that diffusers could not load it; move it")
             self.need(*module.global_imports[needed])
         elif needed not in module.needed:
-            if self.homes.setdefault(needed, name) != name:
-                raise ConfigError(
-                    f"{name} and {self.homes[needed]} both define {needed}; rename one, so that one file holds both"
-                )
             module.needed.add(needed)
+            if needed not in self.names.values():
+                self.names[name, needed] = needed
+            else:  # of another module, too
+                self.names[name, needed] = f"_{name.split('.')[-1]}_{needed.strip('_')}"
             if needed != "source_of":
                 self._follow(module, node)
 
@@ -197,27 +197,38 @@ class _Bundle:
         return sorted(whole) + [f"from {home} import {', '.join(sorted(names[home]))}" for home in sorted(names)]
 
     def _piece(self, module: _Module, node: ast.stmt) -> str:
-        """The text of a definition, without imports from inside and without the names of modules inside."""
-        lines = list(module.lines)
-        known = module.global_imports | module.imports(node)
+        """The text of a definition, with the names of the file and without imports from inside."""
+        lines: list[str | None] = list(module.lines)
+        imports = module.global_imports | module.imports(node)
+        edits = list[tuple[ast.expr, str]]()
         for part in ast.walk(node):
             if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
-                if self._is_module(known.get(part.value.id)):
-                    line, value = part.value.lineno - 1, part.value
-                    encoded = lines[line].encode()
-                    # As long as before, so that the places of other names on the line stay.
-                    gap = "\0" * (len(value.id) + 1)
-                    lines[line] = (
-                        encoded[: value.col_offset] + gap.encode() + encoded[value.col_offset + len(gap) :]
-                    ).decode()
+                if self._is_module(imports.get(part.value.id)):
+                    edits.append((part, self._called(".".join(imports[part.value.id]), part.attr)))
+            elif isinstance(part, ast.Name):
+                home, name = imports.get(part.id, (module.name, part.id))
+                edits.append((part, self._called(home, name, part.id)))
             elif isinstance(part, ast.ImportFrom) and self._inside(part.module or ""):
-                for line in range(part.lineno - 1, part.end_lineno or part.lineno):
-                    lines[line] = "\0"
+                lines[part.lineno - 1 : part.end_lineno] = [None] * ((part.end_lineno or 0) - part.lineno + 1)
+        for part, text in sorted(edits, key=lambda edit: -edit[0].col_offset):
+            line = (lines[part.lineno - 1] or "").encode()
+            lines[part.lineno - 1] = (line[: part.col_offset] + text.encode() + line[part.end_col_offset :]).decode()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            text = lines[node.lineno - 1] or ""
+            lines[node.lineno - 1] = text.replace(node.name, self._called(module.name, node.name), 1)
         start = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))]) - 1
-        while start and lines[start - 1].startswith("#"):
+        while start and module.lines[start - 1].startswith("#"):
             start -= 1
-        kept = [line.replace("\0", "") for line in lines[start : node.end_lineno] if line != "\0"]
-        return "\n".join(kept)
+        return "\n".join(line for line in lines[start : node.end_lineno] if line is not None)
+
+    def _called(self, home: str, name: str, default: str | None = None) -> str:
+        """What a name of a module is called in the file; it may have been passed on by others."""
+        while (home, name) not in self.names and self._inside(home):
+            passed = self.modules[home].global_imports.get(name) if home in self.modules else None
+            if passed is None:
+                break
+            home, name = passed
+        return self.names.get((home, name), default or name)
 
 
 def _evaluated(node: ast.AST) -> Iterator[ast.AST]:
