@@ -200,12 +200,13 @@ class _Bundle:
         """The text of a definition, with the names of the file and without imports from inside."""
         lines: list[str | None] = list(module.lines)
         imports = module.global_imports | module.imports(node)
-        edits = list[tuple[ast.expr, str]]()
-        for part in ast.walk(node):
+        edits, modules = list[tuple[ast.expr, str]](), set[ast.AST]()
+        for part in ast.walk(node):  # what holds a part comes before it
             if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
                 if self._is_module(imports.get(part.value.id)):
                     edits.append((part, self._called(".".join(imports[part.value.id]), part.attr)))
-            elif isinstance(part, ast.Name):
+                    modules.add(part.value)
+            elif isinstance(part, ast.Name) and part not in modules:
                 home, name = imports.get(part.id, (module.name, part.id))
                 edits.append((part, self._called(home, name, part.id)))
             elif isinstance(part, ast.ImportFrom) and self._inside(part.module or ""):

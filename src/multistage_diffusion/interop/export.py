@@ -13,22 +13,14 @@ from typing import Any
 
 import torch
 
-<<<<<<< HEAD
-from multistage_diffusion.backbones import Transformer
-=======
-from multistage_diffusion.backbones import Backbone
->>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
+from multistage_diffusion.backbones import Backbone, Transformer
 from multistage_diffusion.config import to_dict
 from multistage_diffusion.data.latents import LatentCodec
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import whole_directory
-<<<<<<< HEAD
 from multistage_diffusion.interop import transformers
-from multistage_diffusion.interop.schedulers import level, scheduler_options
-=======
 from multistage_diffusion.interop.schedulers import scheduler_options
->>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
 from multistage_diffusion.interop.weights import misfit, unet_options, unet_weights
 from multistage_diffusion.noise import EDM, LDM, VP, Cosine, Flow, Process
 from multistage_diffusion.sampling import dpmpp_2m, euler
@@ -69,8 +61,11 @@ def why_not_standard(backbone: Backbone, process: Process, shape: tuple[int, int
     Returns:
         The first reason; none if it becomes one.
     """
-    if (reason := misfit(backbone, shape)) is not None:
+    transformer = isinstance(backbone, Transformer)
+    if (reason := (transformers.misfit if transformer else misfit)(backbone, shape)) is not None:
         return reason
+    if transformer and not latent:
+        return "DiTPipeline draws latents"
     if not isinstance(process, VP | Cosine | LDM):
         return f"no standard pipeline draws from a process {process.kind}"
     return f"LDMPipeline draws no latents of {shape[1]}x{shape[2]}" if latent and shape[1] != shape[2] else None
@@ -86,14 +81,9 @@ def export(
     """Write a folder that diffusers loads, and compare its images with ours.
 
     A unified model whose network is a `UNet2DModel` and whose process is variance-preserving becomes a `DDIMPipeline`
-<<<<<<< HEAD
-    (`LDMPipeline` for latents), which `DiffusionPipeline.from_pretrained` loads without this package; a transformer for
-    latents that is a `DiTTransformer2DModel` a `DiTPipeline`. Any other becomes
-    a `MultistagePipeline` of this package.
-=======
-    (`LDMPipeline` for latents). Any other becomes a `MultistagePipeline`, whose code lies in the folder. Both load
-    without this package, by `DiffusionPipeline.from_pretrained`, the second with `trust_remote_code=True`.
->>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
+    (`LDMPipeline` for latents); a transformer for latents that is a `DiTTransformer2DModel`, a `DiTPipeline`. Any
+    other becomes a `MultistagePipeline`, whose code lies in the folder. All load without this package, by
+    `DiffusionPipeline.from_pretrained`, the last with `trust_remote_code=True`.
 
     Args:
         denoiser: The model.
@@ -112,15 +102,7 @@ def export(
         raise ConfigError(f"diffusers is needed ({error}): pip install multistage-diffusion[diffusers]") from error
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-<<<<<<< HEAD
-    reason = (transformers.misfit if isinstance(denoiser.backbone, Transformer) else misfit)(denoiser)
-    if reason is None and codec is None and isinstance(denoiser.backbone, Transformer):
-        reason = "DiTPipeline draws latents"
-    if reason is None and not isinstance(denoiser.process, VP | Cosine | LDM):
-        reason = f"no standard pipeline draws from a process {denoiser.process.kind}"
-=======
     reason = why_not_standard(denoiser.backbone, denoiser.process, denoiser.shape, latent=codec is not None)
->>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
     vae = None
     if codec is not None:
         vae = codec.autoencoder.module
@@ -228,7 +210,8 @@ def _difference(pipeline: Any, denoiser: Denoiser, codec: LatentCodec | None) ->
         drawn = {"class_labels": [transformers.NONE], "guidance_scale": 1.0}
     expected = pipeline(**drawn, generator=seed, num_inference_steps=steps, output_type="np").images
     scheduler, process = pipeline.scheduler, denoiser.process
-    sigmas = process.level(scheduler.timesteps.double())
+    level = pipeline.unet.level if hasattr(getattr(pipeline, "unet", None), "level") else process.level
+    sigmas = level(scheduler.timesteps.double())
     x = torch.randn(shape, generator=seed.manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     solver = dpmpp_2m if "solver_order" in scheduler.config else euler
     images = solver(denoiser, x / process.scale(sigmas[0]).item(), [*sigmas.tolist(), 0.0])

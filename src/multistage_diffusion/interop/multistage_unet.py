@@ -71,6 +71,11 @@ class MultistageUNet(ModelMixin, ConfigMixin):
         return (self.process.t_max, self.process.t_min) if self.process.kind == "flow" else None  # pyright: ignore
 
     @property
+    def _time_scale(self) -> float:
+        """What the network sees of a timestep; schedulers of flow matching have 1000 of them."""
+        return self.process.time_scale / 1000 if self.process.kind == "flow" else 1.0  # pyright: ignore
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Whether blocks keep only their inputs for the backward pass; see `enable_gradient_checkpointing`."""
         return self._checkpoints
@@ -82,7 +87,8 @@ class MultistageUNet(ModelMixin, ConfigMixin):
 
     def level(self, timestep: Float[Tensor, "*steps"] | Int[Tensor, "*steps"]) -> Float[Tensor, "*steps"]:
         """Noise level sigma at a scheduler's timestep, float64, on the CPU."""
-        return self.process.level(timestep.detach().cpu().double()).clamp(max=_LARGEST_LEVEL)
+        c_noise = self._time_scale * timestep.detach().cpu().double()
+        return self.process.level(c_noise).clamp(max=_LARGEST_LEVEL)
 
     def preconditioning(self, timestep: Float[Tensor, "*steps"] | Int[Tensor, "*steps"]) -> Preconditioning:
         """How the raw output becomes an estimate of the clean image at a timestep."""
@@ -111,7 +117,7 @@ class MultistageUNet(ModelMixin, ConfigMixin):
         stage = (
             stage_of(sigma, self.edges).to(sample.device) if steps.numel() > 1 else stage_of(sigma.item(), self.edges)
         )
-        time = steps.to(sample.device, torch.float32).expand(len(sample))
+        time = (self._time_scale * steps.to(sample.device, torch.float32)).expand(len(sample))
         output = self.network(sample, time, stage, Conditioning(class_labels))
         return MultistageOutput(sample=output) if return_dict else (output,)
 

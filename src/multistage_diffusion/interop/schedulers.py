@@ -85,51 +85,6 @@ def scheduler_options(process: Process) -> dict[str, Any]:
     return {**betas, "prediction_type": prediction, "timestep_spacing": "trailing"}  # it begins at the highest noise
 
 
-<<<<<<< HEAD
-def level(process: Process, timestep: Float[Tensor, "*steps"]) -> Float[Tensor, "*steps"]:
-    """The noise level at a scheduler's timestep, which is what the network gets (`c_noise`).
-
-    Args:
-        process: The process.
-        timestep: Timesteps, float64.
-    """
-    match process:
-        case EDM():
-            return torch.exp(4 * timestep)
-        case Flow():
-            share = timestep / 1000
-            return share / (1 - share)
-        case LDM():
-            return process.sigma(timestep)
-        case VP() | Cosine():
-            return process.sigma((timestep / _VP_STEPS).clamp(min=process.t_min))
-        case _:
-            raise ConfigError(f"diffusers has no scheduler that fits the process {process.kind}")
-
-
-def require_fit(options: Mapping[str, Any], process: Process) -> None:
-    """Refuse a scheduler that would run a network wrongly, and silently.
-
-    Raises:
-        ConfigError: Another prediction, other betas or another range; the message names the option.
-    """
-    for name, expected in scheduler_options(process).items():
-        value = options.get(name)
-        close = isinstance(expected, float) and isinstance(value, float) and math.isclose(expected, value, rel_tol=1e-6)
-        if name != "timestep_spacing" and not close and value != expected:
-            shown = (expected, value) if name != "trained_betas" else ("the process's", "others")
-            raise ConfigError(
-                f"the scheduler's {name} must be {shown[0]}, got {shown[1]}; make it from the pipeline's own, like "
-                "DDIMScheduler.from_config(pipeline.scheduler.config)"
-            )
-    if isinstance(process, Flow) and "shift" not in options:
-        raise ConfigError(
-            "a flow-matching network needs a flow-matching scheduler, like FlowMatchEulerDiscreteScheduler"
-        )
-
-
-=======
->>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
 def _levels(process: Process) -> Tensor:
     """The noise level of each whole timestep of a variance-preserving process."""
     assert isinstance(process, VP | Cosine)

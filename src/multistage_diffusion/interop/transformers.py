@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from multistage_diffusion.backbones import Transformer
+from multistage_diffusion.backbones import Backbone, Transformer
 from multistage_diffusion.denoiser import UNDIVIDED, Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.noise import LDM, Flow, Process
@@ -178,13 +178,13 @@ def load_released(path: str | Path, process: Process | None = None, *, stages: S
     return from_released(weights, process, stages=stages)
 
 
-def misfit(denoiser: Denoiser) -> str | None:
-    """Why a denoiser's network cannot be a `DiTTransformer2DModel`; none if it can."""
-    config, (_, height, width) = denoiser.backbone, denoiser.shape
+def misfit(config: Backbone, shape: tuple[int, int, int]) -> str | None:
+    """Why a network for images of a shape cannot be a `DiTTransformer2DModel`; none if it can."""
     if not isinstance(config, Transformer):
         return "its network is not a transformer of this package"
+    (_, height, width), stages = shape, len(config.capacities)
     reasons = {
-        f"it has {denoiser.network.stages} stages": denoiser.network.stages > 1,
+        f"it has {stages} stages": stages > 1,
         f"it has {config.classes} classes, more than 1000": config.classes > NONE,
         "it takes augmentation labels": config.augment_labels > 0,
         "it has other MLPs or norms than DiT": (config.mlp, config.norm, config.qk_norm) != ("gelu", "layer", False),

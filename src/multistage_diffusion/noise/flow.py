@@ -80,10 +80,14 @@ class Flow(Process):
         return _share(sigma) ** -2
 
     def preconditioning(self, sigma: Levels) -> Preconditioning:
-<<<<<<< HEAD
         """x0 = x_s - s v with s the share of noise, x_s = (1 - s) x; conditioned on time_scale s."""
         scale, share = self.scale(sigma), _share(sigma)
         return Preconditioning(scale, -share, scale, self.time_scale * share)
+
+    def level(self, c_noise: Levels) -> Levels:
+        """The level at the share of noise c_noise/time_scale."""
+        share = c_noise / self.time_scale
+        return share / (1 - share)
 
     @property
     def _mean(self) -> float:
@@ -94,12 +98,3 @@ class Flow(Process):
 def _share(sigma: Levels) -> Levels:
     """sigma/(1 + sigma), written so that infinity is 1."""
     return 1 / (1 + 1 / sigma)
-=======
-        """x0 = x_t - t v with x_t = (1 - t) x; conditioned on 1000 t."""
-        scale, t = self.scale(sigma), self.t(sigma)
-        return Preconditioning(scale, -t, scale, 1000 * t)
-
-    def level(self, c_noise: Levels) -> Levels:
-        """The level at t = c_noise/1000."""
-        return self.sigma(c_noise / 1000)
->>>>>>> af43998 (Converted folders carry their own code for diffusers; the pipeline takes what others take and refuses schedulers by what they compute)
