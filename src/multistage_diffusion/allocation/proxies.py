@@ -182,13 +182,15 @@ def candidate_widths(model: Backbone) -> tuple[int, ...]:
     """
     unit = model.capacity_unit
     step = max(unit, model.capacity // 16 // unit * unit)
-    return tuple(sorted({*range(step, int(model.capacity * _WIDEST) + 1, step), model.capacity}))
+    sizes = map(model.nearest_capacity, range(step, int(model.capacity * _WIDEST) + 1, step))
+    return tuple(sorted({*sizes, model.capacity}))
 
 
 def proxy_widths(model: Backbone) -> tuple[int, ...]:
     """Decoder widths of the proxy runs: a quarter, half, three quarters and five quarters of the encoder's."""
     unit = model.capacity_unit
-    return tuple(sorted({max(1, round(model.capacity * share / unit)) * unit for share in PROXY_SHARES}))
+    sizes = (max(1, round(model.capacity * share / unit)) * unit for share in PROXY_SHARES)
+    return tuple(sorted(set(map(model.nearest_capacity, sizes))))
 
 
 def widths_for_training(

@@ -63,13 +63,17 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
         """What every capacity must be a multiple of."""
         return 1
 
-    def nearest_capacity(self, capacity: float) -> int:
+    def nearest_capacity(self, capacity: int | float) -> int:
         """The capacity nearest to a number that a decoder can be built with."""
         return max(1, round(capacity))
 
     def unified(self) -> Backbone:
         """The network with one stage, whose decoder has the encoder's capacity."""
         return replace(self.with_capacities((self.capacity,)), architecture="unified")
+
+    def with_width(self, factor: float) -> Backbone:
+        """The network with an encoder so many times as wide, and the decoders as they are."""
+        raise NotImplementedError
 
     def of_stage(self, stage: int) -> Backbone:
         """The record that makes a stage's decoder, where decoders differ in more than capacity."""

@@ -108,6 +108,11 @@ class Transformer(Backbone):
             decoder_patches=self.decoder_patches if len(widths) == len(self.decoder_patches) else (),
         )
 
+    def with_width(self, factor: float) -> Transformer:
+        """The network with a trunk of another width."""
+        unit = math.lcm(4, self.head_channels)
+        return replace(self, width=max(1, round(self.width * factor / unit)) * unit)
+
     @property
     def capacity_unit(self) -> int:
         """Widths hold attention's heads whole."""

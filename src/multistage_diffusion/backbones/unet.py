@@ -104,12 +104,16 @@ class UNet(Backbone):
         """The multistage network with decoders of other base widths."""
         return replace(self, architecture="multistage", decoder_widths=capacities)
 
+    def with_width(self, factor: float) -> UNet:
+        """The network with another base width of the encoder."""
+        return replace(self, width=self.nearest_capacity(self.width * factor))
+
     @property
     def capacity_unit(self) -> int:
         """Base widths are whole groups of 4 channels, and hold attention's heads whole."""
         return math.lcm(4, self.head_channels or 4)
 
-    def nearest_capacity(self, capacity: float) -> int:
+    def nearest_capacity(self, capacity: int | float) -> int:
         """Base widths are whole groups of 4 channels."""
         return max(4, 4 * round(capacity / 4))
 

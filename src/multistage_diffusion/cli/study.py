@@ -48,6 +48,8 @@ class Options(Compute):
     budget: Literal["small", "gpu", "paper"] = "small"
     """Network, data size, training FLOPs and generated images: small for two CPU cores, gpu for one GPU, paper for the
     networks and lengths of the paper's CIFAR-10 runs."""
+    backbone: Literal["unet", "dit"] = "unet"
+    """Family of all networks: the U-Net, or the staged transformer."""
     process: Literal["vp", "edm", "flow"] | None = None
     """Noise process of all models; by default the budget's, VP."""
     seeds: int | None = None
@@ -111,7 +113,7 @@ def chosen(options: Options) -> Budget:
     from multistage_diffusion.config import check
     from multistage_diffusion.studies.budgets import budget
 
-    selected = budget(options.budget, options.data)
+    selected = budget(options.budget, options.data, options.backbone)
     selected = replace(selected, base=replace(selected.base, data=replace(selected.base.data, root=options.data_root)))
     if options.process not in (None, selected.base.process.kind):
         selected = replace(selected, base=replace(selected.base, process=process_by_kind(options.process)))
@@ -150,6 +152,8 @@ def _words(options: Options) -> list[str]:
     words = ["--data", options.data, "--budget", options.budget]
     if options.data_root is not None:
         words += ["--data-root", options.data_root]
+    if options.backbone != "unet":
+        words += ["--backbone", options.backbone]
     if options.process is not None:
         words += ["--process", options.process]
     if options.seeds is not None:

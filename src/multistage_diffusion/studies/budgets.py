@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+from multistage_diffusion.backbones import Transformer
 from multistage_diffusion.config import (
     DataConfig,
     ModelConfig,
@@ -82,8 +83,8 @@ class Budget:
         check(min(self.samples, self.samples_on_the_way) >= 2, "samples", "at least 2", self.samples)
 
 
-def budget(name: str, source: str) -> Budget:
-    """A budget by its name, for a source of data.
+def budget(name: str, source: str, backbone: str = "unet") -> Budget:
+    """A budget by its name, for a source of data and a family of networks, `unet` or `dit`.
 
     `small` is for two CPU cores (some hours for all studies), `gpu` for one GPU (about an hour for one study), `paper`
     has the networks and lengths of the paper's CIFAR-10 runs.
@@ -94,7 +95,8 @@ def budget(name: str, source: str) -> Budget:
     if name not in BUDGETS:
         raise ConfigError(f"no budget {name}{suggest(name, BUDGETS)}")
     chosen = BUDGETS[name]()
-    return replace(chosen, base=replace(chosen.base, data=replace(chosen.base.data, source=source)))
+    base = chosen.base if backbone == "unet" else replace(chosen.base, model=TRANSFORMERS[name])
+    return replace(chosen, base=replace(base, data=replace(base.data, source=source)))
 
 
 def small() -> Budget:
@@ -138,6 +140,12 @@ def paper() -> Budget:
     )
 
 
+# The transformer of each budget, on patches of 2x2 pixels.
+TRANSFORMERS = {
+    "small": Transformer(width=48, depth=6, trunk=4, decoder_widths=(48,) * 3, head_channels=12),
+    "gpu": Transformer(width=256, depth=8, trunk=5, decoder_widths=(256,) * 3, head_channels=32),
+    "paper": Transformer(width=512, depth=12, trunk=8, decoder_widths=(512,) * 3, head_channels=64),
+}
 BUDGETS = {"small": small, "gpu": gpu, "paper": paper}
 
 

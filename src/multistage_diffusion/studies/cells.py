@@ -268,6 +268,11 @@ def widths(model: Backbone, *factors: float) -> tuple[int, ...]:
     return tuple(model.nearest_capacity(model.capacity * factor) for factor in factors)
 
 
+def encoder_width(model: Backbone) -> int:
+    """Channels of the encoder, for labels; what it spends, where a family has no width."""
+    return getattr(model, "width", model.capacity)
+
+
 def distinct(config: RunConfig) -> dict[str, Any]:
     """What tells a run from others: its options that are not the defaults, without those that change no weight.
 

@@ -15,7 +15,7 @@ from multistage_diffusion.config import RunConfig, StagesConfig, to_dict
 from multistage_diffusion.data import Images
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.studies.budgets import PUBLISHED, Budget
-from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, widths
+from multistage_diffusion.studies.cells import Cell, Cells, Say, cell, distinct, encoder_width, widths
 
 METHODS = {
     "timestep": "uniform in timestep",
@@ -216,10 +216,10 @@ def efficiency(finder: Finder) -> Variants:
         "multistage, narrowing": _multistage(base, NARROWING[0], widths(base.model, *NARROWING[1])),
     }
     for factor in NARROWER:
-        (width,) = widths(base.model, factor)
-        rows[f"unified, width {width}"] = unified(_of_width(base, width))
-    (narrow,) = widths(base.model, NARROWER[-1])
-    rows[f"multistage, allocated, width {narrow}"] = _of_width(finder.allocated(), narrow)
+        run = _scaled(base, factor)
+        rows[f"unified, width {encoder_width(run.model)}"] = unified(run)
+    run = _scaled(finder.allocated(), NARROWER[-1])
+    rows[f"multistage, allocated, width {encoder_width(run.model)}"] = run
     return rows
 
 
@@ -251,14 +251,16 @@ def intervals(finder: Finder) -> Variants:
     base, edges = finder.budget.base, finder.edges()
     rows = {"unified": unified(base)}
     for factor in SIZES:
-        (width,) = widths(base.model, factor)
-        rows[f"separate, width {width}"] = _multistage(_of_width(base, width), edges, (width,) * 3, "separate")
+        run = _scaled(base, factor)
+        rows[f"separate, width {encoder_width(run.model)}"] = _multistage(
+            run, edges, (run.model.capacity,) * 3, "separate"
+        )
     return rows
 
 
-def _of_width(run: RunConfig, width: int) -> RunConfig:
+def _scaled(run: RunConfig, factor: float) -> RunConfig:
     """The run with another encoder and the same decoders."""
-    return replace(run, model=replace(run.model, width=width))
+    return replace(run, model=run.model.with_width(factor))
 
 
 def _multistage(

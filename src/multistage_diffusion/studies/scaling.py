@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from multistage_diffusion.config import RunConfig, StagesConfig
+from multistage_diffusion.config import Backbone, RunConfig, StagesConfig
 from multistage_diffusion.studies.budgets import Budget
-from multistage_diffusion.studies.cells import Cell, Climb, Watch, plain, widths
+from multistage_diffusion.studies.cells import Cell, Climb, Watch, encoder_width, plain, widths
 from multistage_diffusion.studies.tables import Lab
 
 EDGES = {"vp": (0.25, 0.9, 4.0), "edm": (0.15, 0.35, 0.8)}  # in sigma; other processes cluster
@@ -84,14 +84,19 @@ def candidates(lab: Lab) -> dict[str, tuple[Candidate, ...]]:
     ladder, base, kind = lab.budget.ladder, lab.budget.base, lab.budget.base.process.kind
     edges = EDGES[kind] if kind in EDGES else lab.finder.edges(stages=4, measure="training")
     found: dict[str, list[Candidate]] = {arm: [] for arm in ARMS}
-    for width in dict.fromkeys(widths(base.model, *ladder.unified)):
-        model = replace(base.model, architecture="unified", width=width)
-        found["unified"].append(_first(f"width {width}", plain(replace(base, model=model)), lab.budget))
-    for width, *decoders in dict.fromkeys(widths(base.model, *factors) for factors in ladder.staged):
-        model = replace(base.model, architecture="multistage", width=width, decoder_widths=tuple(decoders))
+    for model in dict.fromkeys(base.model.with_width(factor) for factor in ladder.unified):
+        run = replace(base, model=replace(model, architecture="unified"))
+        found["unified"].append(_first(f"width {encoder_width(model)}", plain(run), lab.budget))
+    for model in dict.fromkeys(_staged(base.model, *factors) for factors in ladder.staged):
         run = replace(base, stages=StagesConfig(edges=edges), model=model)
-        found["staged"].append(_first(f"{width}; {' / '.join(map(str, decoders))}", run, lab.budget))
+        design = f"{encoder_width(model)}; {' / '.join(map(str, model.capacities))}"
+        found["staged"].append(_first(design, run, lab.budget))
     return {arm: tuple(own) for arm, own in found.items()}
+
+
+def _staged(model: Backbone, encoder: float, *decoders: float) -> Backbone:
+    """A staged network by the widths of its encoder and decoders, in those of the base."""
+    return model.with_width(encoder).with_capacities(widths(model, *decoders))
 
 
 def climb(lab: Lab, candidate: Candidate, seed: int = 0, point: int | None = None) -> Climb:

@@ -15,7 +15,7 @@ from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.budgets import Budget
-from multistage_diffusion.studies.cells import IMAGE_SEED, Cell, Cells, cell
+from multistage_diffusion.studies.cells import IMAGE_SEED, Cell, Cells, cell, encoder_width
 from multistage_diffusion.studies.designs import Finder, Variants
 from multistage_diffusion.studies.estimate import difference, differs, estimate
 
@@ -102,7 +102,7 @@ def costs(lab: Lab, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "architecture": model.architecture,
         "edges": list(first.config.edges),
-        "width": model.capacity,
+        "width": encoder_width(model),
         "decoder_widths": list(model.capacities),
         "shares": list(first.shares),
         "parameters": cost.parameters,
