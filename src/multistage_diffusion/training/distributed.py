@@ -150,12 +150,12 @@ def require_same_weights(processes: ProcessGroup, tensors: Mapping[str, Tensor],
 
 
 def _shard(network: MultiDecoder, device: torch.device, processes: ProcessGroup) -> None:
-    """FSDP2: each block of an encoder and each decoder is gathered when it is used; what remains, with the root."""
+    """FSDP2: each block is gathered when it is used, and what remains of a decoder; what remains then, with the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.size,))
-    encoder_blocks = [block for blocks in network.blocks()[: len(network.encoders)] for block in blocks]
-    for part in (*encoder_blocks, *network.decoders, network):
+    blocks = [block for blocks in network.blocks() for block in blocks]
+    for part in dict.fromkeys((*blocks, *network.decoders, network)):
         if any(True for _ in part.parameters()):
             fully_shard(part, mesh=mesh)
