@@ -150,7 +150,7 @@ def require_same_weights(processes: ProcessGroup, tensors: Mapping[str, Tensor],
 
 
 def _shard(network: MultiDecoder, device: torch.device, processes: ProcessGroup) -> None:
-    """FSDP2: each block is gathered when it is used, and what remains of a decoder; what remains then, with the root."""
+    """FSDP2: each block is gathered when it is used, then the rest of each decoder; what remains, with the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
