@@ -128,7 +128,7 @@ class TrainingConfig:
     """How far a decoder is trained beyond its edges in mixed batches, on either side, as a share of its stage."""
     branch_at: float = 0.0
     """Train one unified network first, and branch into stages after this share of the steps (below 1) or after this
-    many images; 0 trains stages from the start."""
+    many images (a run that is shorter is not branched yet); 0 trains stages from the start."""
     branch_moments: Literal["carry", "reset"] = "carry"
     """The optimiser's moments at the branch: carried over, each decoder by its share, or set back to 0."""
     encoder_rate: float = 1.0
@@ -307,9 +307,8 @@ class RunConfig:
         if self.training.branch_at > 0:
             divided = self.model.architecture != "unified" and stages > 1
             check(divided, "training.branch-at", "0 for a network without stages", self.training.branch_at)
-            early = 0 < self.branch_step < self.training.steps
             given = f"{self.training.branch_at:g}, which is step {self.branch_step} of {self.training.steps}"
-            check(early, "training.branch-at", "after the first step and before the last", given)
+            check(self.branch_step > 0, "training.branch-at", "after the first step", given)
 
     @property
     def branch_step(self) -> int:

@@ -66,9 +66,21 @@ class Cell:
             case _:
                 return cost.training_flops([training.batch_size * share for share in shares])
 
+    def flops(self, steps: int, shape: tuple[int, int, int]) -> float:
+        """Training FLOPs of a number of steps; those before a branch are the trunk's."""
+        before = min(self.config.branch_step, steps)
+        trunk = replace(self, config=self.config.trunk).step_flops(shape) if before else 0.0
+        return before * trunk + (steps - before) * self.step_flops(shape)
+
+    def steps_within(self, flops: float, shape: tuple[int, int, int]) -> float:
+        """The steps that a number of FLOPs pays for."""
+        before = self.config.branch_step
+        trunk = self.flops(before, shape)
+        return before * flops / trunk if flops < trunk else before + (flops - trunk) / self.step_flops(shape)
+
     def steps(self, shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Steps taken at each of its points."""
-        last = max(self.points, round(self.tflops * 1e12 / self.step_flops(shape)))
+        last = max(self.points, round(self.steps_within(self.tflops * 1e12, shape)))
         return tuple(round(last * (index + 1) / self.points) for index in range(self.points))
 
     @property
@@ -99,8 +111,8 @@ class Climb(Cell):
 
     def steps(self, shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Steps taken at each of its points."""
-        first = self.tflops * 1e12 / self.step_flops(shape)
-        return tuple(max(point + 1, round(first * 2 ** (point / 2))) for point in range(self.points))
+        budgets = (self.tflops * 1e12 * 2 ** (point / 2) for point in range(self.points))
+        return tuple(max(point + 1, round(self.steps_within(flops, shape))) for point, flops in enumerate(budgets))
 
 
 def cell(config: RunConfig, tflops: float, points: int) -> Cell:
@@ -236,7 +248,7 @@ class Cells:
         if self.done(cell, point):  # by another process, since we looked
             return
         path, steps = self.path(cell), cell.steps(self.data.shape)[: point % cell.points + 1]
-        tflops = steps[-1] * cell.step_flops(self.data.shape) / 1e12
+        tflops = cell.flops(steps[-1], self.data.shape) / 1e12
         self.say(f"{path.name}: {steps[-1]} steps, {tflops:.2f} TFLOPs")
         for index, step in enumerate(steps):
             record = self._record(cell, index)

@@ -114,8 +114,9 @@ class TrainingRun:
                 if self.initial is not None and self.trainer.step == 0:
                     self._report_initial(self.initial, report)
                 if self.branch is not None:
-                    self._train(config.branch_step, received, observer, report)
-                    self._branch()
+                    self._train(min(config.branch_step, config.training.steps), received, observer, report)
+                    if config.branch_step < config.training.steps:
+                        self._branch()
                 self._train(config.training.steps, received, observer, report)
             model = self.trainer.averaged()
             processes.on_main(lambda: model.save_pretrained(folder / "model"))
