@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.cli.editing import EditingOptions
 from multistage_diffusion.config import Precision
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
@@ -21,13 +22,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from multistage_diffusion.classes import TrainedClasses
+    from multistage_diffusion.cli.editing import Given
+    from multistage_diffusion.denoiser import Denoiser
+    from multistage_diffusion.sampling import Samples
+    from multistage_diffusion.sampling.steps import Callback
+else:
+    Callback = Denoiser = Given = Samples = Tensor = TrainedClasses = Any
 
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplerOptions, Compute):
+class Options(EditingOptions, SamplerOptions, Compute):
     """Draw images from a run, or from a folder written by save_pretrained: PNGs, a grid, and a JSON file with the cost.
 
     example: msd sample runs/digits --num 64 --solver heun --steps 18 --out samples
@@ -37,8 +44,8 @@ class Options(SamplerOptions, Compute):
     """Run directory."""
     out: str
     """Folder for the images; replaced if an earlier msd sample wrote it."""
-    num: int = 16
-    """Number of images."""
+    num: int | None = None
+    """Number of images; by default 16, or as many as --from has."""
     seed: int = 0
     """Seed of the first image; the others follow. A seed is the same image in any batch."""
     label: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
@@ -65,6 +72,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     out = Path(options.out)
     if out.exists() and not (out / RESULT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds other files; choose an empty or new folder")
+    options.require()
     device = prepare(options)
 
     from multistage_diffusion.data import to_uint8
@@ -73,7 +81,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.files import whole_directory
     from multistage_diffusion.records import to_dict
     from multistage_diffusion.runs import load_run
-    from multistage_diffusion.sampling import Trace, consecutive_seeds
+    from multistage_diffusion.sampling import Trace
 
     loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
     loaded.denoiser.precision = options.precision
@@ -83,24 +91,21 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise ConfigError(f"--format png needs a run on pictures; {options.run} was trained on fields: use npz")
     sampler = options.apply(loaded.denoiser.sampler or Sampler())
     classes, trace = _names(options.label, loaded.denoiser.trained_classes), Trace(TRACED)
-    labels = list(itertools.islice(itertools.cycle(classes), options.num)) or None
-    samples = sampler.draw(
-        loaded.denoiser,
-        consecutive_seeds(options.seed, options.num),
-        labels=labels,
-        batch_size=options.batch_size,
-        offload=options.offload,
-        callback=trace if options.denoise_trace else None,
-    )
+    given = options.read(loaded.denoiser.shape, codec)
+    num = options.num if options.num is not None else 16 if given is None else len(given.x)
+    labels = list(itertools.islice(itertools.cycle(classes), num)) or None
+    samples = _draw(options, loaded.denoiser, num, sampler, labels, given, trace if options.denoise_trace else None)
+    kind = "seed" if options.interpolate is None else "frame"
     npz = options.format == "npz" or not pictures
-    names = ["samples.npz"] if npz else [f"images/seed-{seed:08d}.png" for seed in samples.seeds]
+    names = ["samples.npz"] if npz else [f"images/{kind}-{seed:08d}.png" for seed in samples.seeds]
     document = {
         "run": options.run,
         "weights": options.weights,
         "ema_length": options.sigma_rel,
         "step": loaded.step,
-        "images": options.num,
+        "images": num,
         "classes": classes,
+        **options.document(),
         **to_dict(sampler),
         "precision": options.precision,
         "nfe": samples.nfe,
@@ -109,6 +114,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "seconds": round(samples.seconds, 3),
     }
     images = samples.images if codec is None else codec.decode(samples.images)
+    images = images if given is None else given.with_kept(images)
     scale, columns = max(1, 64 // images.shape[2]), len(classes) if len(classes) > 1 else None
     with whole_directory(out) as folder:
         if npz:
@@ -127,10 +133,36 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             (folder / "trace.png").write_bytes(strip)
         (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
     console.print(
-        f"wrote {options.num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network each "
+        f"wrote {num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network each "
         f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
     )
     return {**document, "files": [str(out / name) for name in names], "grid": str(out / "grid.png")}
+
+
+def _draw(
+    options: Options,
+    denoiser: Denoiser,
+    num: int,
+    sampler: Sampler,
+    labels: Sequence[str] | None,
+    given: Given | None,
+    callback: Callback | None,
+) -> Samples:
+    """Images of consecutive seeds, or those between two."""
+    from multistage_diffusion.sampling import consecutive_seeds, interpolate
+
+    shared: dict[str, Any] = {
+        "labels": labels,
+        "start": None if given is None else given.start(num),
+        "batch_size": options.batch_size,
+        "offload": options.offload,
+        "callback": callback,
+    }
+    if options.interpolate is None:
+        return sampler.draw(denoiser, consecutive_seeds(options.seed, num), **shared)
+    if len(options.label) > 1:
+        raise ConfigError(f"--interpolate draws one class, got {' '.join(options.label)}")
+    return interpolate(denoiser, *options.interpolate, num, sampler=sampler, **shared)
 
 
 def _names(words: Sequence[str], record: TrainedClasses | None) -> list[str]:

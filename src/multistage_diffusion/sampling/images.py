@@ -160,6 +160,8 @@ def interpolate(
     labels: Labels | None = None,
     start: Start | None = None,
     batch_size: int = 256,
+    offload: bool = False,
+    callback: Callback | None = None,
     **options: Any,
 ) -> Samples:
     """Draw images on the way from one seed to another: all their noise lies on great circles between the two seeds'.
@@ -172,7 +174,9 @@ def interpolate(
         sampler: As in `sample`.
         labels: As in `sample`.
         start: As in `sample`.
-        batch_size: Images drawn at once.
+        batch_size: As in `sample`.
+        offload: As in `sample`.
+        callback: As in `sample`.
         **options: As in `sample`.
 
     Returns:
@@ -183,7 +187,7 @@ def interpolate(
         NumericsError: An image is not finite.
     """
     sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
-    drawing = Drawing(sampler, denoiser, start=start, noise=between(first, last, num))
+    drawing = Drawing(sampler, denoiser, offload, callback, start=start, noise=between(first, last, num))
     return drawing.samples(range(num), labels, batch_size)
 
 
