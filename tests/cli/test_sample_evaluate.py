@@ -97,7 +97,10 @@ def test_samples_replace_samples_and_nothing_else(run, tmp_path, call):
     [
         (("--solver", "huen"), "got huen; did you mean heun?"),
         (("--steps", "0"), "steps must be at least 1"),
-        (("--spacing", "log-sn"), "karras, log-snr, quadratic-t, uniform-t, got log-sn; did you mean log-snr?"),
+        (
+            ("--spacing", "log-sn"),
+            "karras, log-snr, quadratic-t, singlestep, uniform-t, got log-sn; did you mean log-snr?",
+        ),
         (("--class", "3"), "unconditional"),
         (("--num", "0"), "num must be at least 1"),
         (("--device", "quantum"), "--device quantum is not available"),

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from multistage_diffusion.sampling.editing import Start
+    from multistage_diffusion.sampling.editing import Start, interpolate
     from multistage_diffusion.sampling.exponential import dpm, dpmpp_2s_ancestral, sde_dpmpp_2s
-    from multistage_diffusion.sampling.images import Samples, consecutive_seeds, interpolate, sample
+    from multistage_diffusion.sampling.images import Samples, consecutive_seeds, sample
     from multistage_diffusion.sampling.multistep import dpmpp_2m, dpmpp_3m, lms, sde_dpmpp_2m, sde_dpmpp_3m, unipc
     from multistage_diffusion.sampling.onestep import ancestral, ddim, euler, heun
     from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
@@ -50,8 +50,8 @@ __all__ = [
 
 _MODULES = {
     "exponential": ("dpm", "dpmpp_2s_ancestral", "sde_dpmpp_2s"),
-    "editing": ("Start",),
-    "images": ("Samples", "consecutive_seeds", "interpolate", "sample"),
+    "editing": ("Start", "interpolate"),
+    "images": ("Samples", "consecutive_seeds", "sample"),
     "multistep": ("dpmpp_2m", "dpmpp_3m", "lms", "sde_dpmpp_2m", "sde_dpmpp_3m", "unipc"),
     "onestep": ("ancestral", "ddim", "euler", "heun"),
     "sampler": ("Sampler", "SamplerOptions"),

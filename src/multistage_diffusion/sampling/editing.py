@@ -27,10 +27,11 @@ from multistage_diffusion.sampling.steps import Callback, SolverFunction, Solver
 
 if TYPE_CHECKING:
     from multistage_diffusion.noise import Process
+    from multistage_diffusion.sampling.images import Labels, SampledDenoiser, Samples
     from multistage_diffusion.sampling.sampler import Sampler
     from multistage_diffusion.sampling.steps import Denoise, Noise, Schedule
 else:
-    Denoise = Noise = Process = Sampler = Schedule = Any
+    Denoise = Labels = Noise = Process = SampledDenoiser = Sampler = Samples = Schedule = Any
 
 Fresh = Callable[[str], Tensor]  # name of a stream -> standard normal numbers of a batch
 NoiseSource = Callable[[str, Tensor, Sequence[int]], Tensor]  # stream, seeds, shape of an image -> numbers
@@ -118,6 +119,50 @@ class Start:
             mask = mask[rows]
         x = solve(lambda x, sigma: denoise(x, sigma).where(mask, images), x, levels, **options)
         return x.where(mask, images)
+
+
+def interpolate(
+    denoiser: SampledDenoiser,
+    first: int,
+    last: int,
+    num: int = 8,
+    *,
+    sampler: Sampler | None = None,
+    labels: Labels | None = None,
+    start: Start | None = None,
+    batch_size: int = 256,
+    offload: bool = False,
+    callback: Callback | None = None,
+    **options: Any,
+) -> Samples:
+    """Draw images on the way from one seed to another: all their noise lies on great circles between the two seeds'.
+
+    Args:
+        denoiser: The model.
+        first: Seed of the first image.
+        last: Seed of the last image.
+        num: Number of images, those of the two seeds included.
+        sampler: As in `sample`.
+        labels: As in `sample`.
+        start: As in `sample`.
+        batch_size: As in `sample`.
+        offload: As in `sample`.
+        callback: As in `sample`.
+        **options: As in `sample`.
+
+    Returns:
+        The images; their `seeds` are positions, 0 to num - 1.
+
+    Raises:
+        ConfigError: As `sample`, or the seeds are equal, or there are fewer than 2 images.
+        NumericsError: An image is not finite.
+    """
+    from multistage_diffusion.sampling.images import Drawing
+    from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
+
+    sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
+    drawing = Drawing(sampler, denoiser, offload, callback, start=start, noise=between(first, last, num))
+    return drawing.samples(range(num), labels, batch_size)
 
 
 def resampling(solve: SolverFunction, times: int, fresh: Fresh) -> SolverFunction:

@@ -19,7 +19,7 @@ from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_memory
 from multistage_diffusion.noise import Process
 from multistage_diffusion.records import check, check_count, check_seed
-from multistage_diffusion.sampling.editing import NoiseSource, Start, between, seeded
+from multistage_diffusion.sampling.editing import NoiseSource, Start, seeded
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 from multistage_diffusion.sampling.steps import Callback
 from multistage_diffusion.stages import Stages
@@ -148,47 +148,6 @@ def sample(
     if seeds is None:
         seeds = consecutive_seeds(seed, num)
     return Drawing(sampler, denoiser, offload, callback, stop, start).samples(seeds, labels, batch_size)
-
-
-def interpolate(
-    denoiser: SampledDenoiser,
-    first: int,
-    last: int,
-    num: int = 8,
-    *,
-    sampler: Sampler | None = None,
-    labels: Labels | None = None,
-    start: Start | None = None,
-    batch_size: int = 256,
-    offload: bool = False,
-    callback: Callback | None = None,
-    **options: Any,
-) -> Samples:
-    """Draw images on the way from one seed to another: all their noise lies on great circles between the two seeds'.
-
-    Args:
-        denoiser: The model.
-        first: Seed of the first image.
-        last: Seed of the last image.
-        num: Number of images, those of the two seeds included.
-        sampler: As in `sample`.
-        labels: As in `sample`.
-        start: As in `sample`.
-        batch_size: As in `sample`.
-        offload: As in `sample`.
-        callback: As in `sample`.
-        **options: As in `sample`.
-
-    Returns:
-        The images; their `seeds` are positions, 0 to num - 1.
-
-    Raises:
-        ConfigError: As `sample`, or the seeds are equal, or there are fewer than 2 images.
-        NumericsError: An image is not finite.
-    """
-    sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
-    drawing = Drawing(sampler, denoiser, offload, callback, start=start, noise=between(first, last, num))
-    return drawing.samples(range(num), labels, batch_size)
 
 
 def consecutive_seeds(seed: int, num: int) -> Int[Tensor, " num"]:
