@@ -175,7 +175,9 @@ def _options(there: Any, here: Any) -> str:
     """The options in which two records differ, for a message."""
     if type(there) is not type(here):
         return f"{type(there).__name__} there and {type(here).__name__} here"
-    free = _FREE | {here.capacity_option.replace("-", "_")} if isinstance(here, Backbone) else set[str]()
+    free = set[str]()
+    if isinstance(here, Backbone):
+        free = _FREE | {here.capacity_option.replace("-", "_"), *here.decoder_fields}
     pairs = [
         f"{field.name.replace('_', '-')} {getattr(there, field.name)} there and {getattr(here, field.name)} here"
         for field in fields(here)

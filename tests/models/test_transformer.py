@@ -11,7 +11,9 @@ import tiny
 from multistage_diffusion.backbones import Transformer
 from multistage_diffusion.backbones.layers import TokenAttention, modulated, positions
 from multistage_diffusion.conditioning import Conditioning
+from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.inherit import branch, inherit
 from multistage_diffusion.metrics.cost import network_cost
 from multistage_diffusion.recipes import preset
 from multistage_diffusion.stages import Stages
@@ -158,6 +160,23 @@ def test_one_network_in_three_architectures():
         }
         staged.load_state_dict(copied)
         torch.testing.assert_close(staged(x, c_noise, torch.tensor([2, 0, 1, 0, 2])), unified(x, c_noise, 0))
+
+
+@torch.no_grad()
+def test_stages_start_from_a_trained_network_whatever_their_depth():
+    unified = replace(MODEL, architecture="unified")
+    trained = tiny.randomise(Denoiser.from_backbone(unified, "vp", SHAPE)).eval()
+    x, sigma = torch.randn(3, *SHAPE), torch.tensor([0.2, 1.0, 9.0])
+    branched = branch(trained, Stages((0.5, 4.0)))
+    torch.testing.assert_close(branched(x, sigma), trained(x, sigma), rtol=1e-4, atol=1e-4)
+    staged = replace(MODEL, decoder_widths=(16, 16, 16), decoder_blocks=(4, 2, 1), decoder_patches=())
+    target = Denoiser.from_backbone(staged, "vp", SHAPE, Stages((0.5, 4.0)))
+    assert inherit(target, trained).kinds == ("widened", "copied", "narrowed")
+    found, expected = target(x, sigma), trained(x, sigma)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-4)
+    assert (found[2] - expected[2]).abs().max() > 0.1  # without its second block
+    with pytest.raises(ConfigError, match="the heads of a transformer start from trained ones of the same width"):
+        inherit(Denoiser.from_backbone(MODEL, "vp", SHAPE, Stages((0.5, 4.0))), trained)
 
 
 @pytest.mark.parametrize("model", [MODEL, MODERN], ids=["dit", "modern"])

@@ -38,6 +38,8 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
     """The option that holds the decoders' capacities, for messages."""
     capacity_noun: ClassVar[str] = "capacities"
     """What they are, for messages."""
+    decoder_fields: ClassVar[tuple[str, ...]] = ()
+    """Other fields that say how decoders are built, one entry a stage."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")

@@ -12,8 +12,10 @@ from multistage_diffusion.records import check
 
 if TYPE_CHECKING:
     from torch.nn import Module
+
+    from multistage_diffusion.backbones.resize import Plan
 else:
-    Module = Any
+    Module = Plan = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Transformer(Backbone):
 
     capacity_option: ClassVar[str] = "decoder-widths"
     capacity_noun: ClassVar[str] = "widths"
+    decoder_fields: ClassVar[tuple[str, ...]] = ("decoder_blocks", "decoder_patches")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,12 +103,13 @@ class Transformer(Backbone):
         if self.architecture != "unified" and capacities == self.capacities:
             return replace(self, architecture="multistage")
         widths, blocks = zip(*map(self._size, capacities), strict=True)
+        patches = () if self.architecture == "unified" else self.decoder_patches
         return replace(
             self,
             architecture="multistage",
             decoder_widths=widths,
             decoder_blocks=blocks,
-            decoder_patches=self.decoder_patches if len(widths) == len(self.decoder_patches) else (),
+            decoder_patches=patches if len(patches) == len(widths) else (),
         )
 
     def with_width(self, factor: float) -> Transformer:
@@ -145,6 +149,12 @@ class Transformer(Backbone):
         from multistage_diffusion.backbones.transformer_parts import Trunk
 
         return Trunk(self, shape)
+
+    def resize(self, trained: Module, target: Module, encoder: Module) -> Plan:
+        """A shallower head keeps the first blocks; a deeper one gets blocks that pass on what they are given."""
+        from multistage_diffusion.backbones.transformer_parts import deeper
+
+        return deeper(trained, target)
 
     def of_stage(self, stage: int) -> Transformer:
         """The record with one head, the stage's."""

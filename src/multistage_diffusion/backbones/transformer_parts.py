@@ -22,8 +22,10 @@ from multistage_diffusion.backbones.layers import (
     sinusoids,
     without_autocast,
 )
+from multistage_diffusion.backbones.resize import Entry, Plan
 from multistage_diffusion.backbones.transformer import Transformer
 from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
+from multistage_diffusion.errors import ConfigError
 
 _SINUSOIDS = 256  # channels of the noise level before its layers
 
@@ -158,3 +160,17 @@ def _modulation(layer: nn.Linear, embedding: Tensor, parts: int) -> tuple[Tensor
     """Shifts, scales and gates, (batch, 1, width); not in half precision, which would change the noise level."""
     with without_autocast(embedding):
         return layer(embedding)[:, None].chunk(parts, dim=2)
+
+
+def deeper(trained: nn.Module, target: nn.Module) -> Plan:
+    """How the weights of a head follow from those of one of another depth.
+
+    Raises:
+        ConfigError: They differ in width or patch, too.
+    """
+    old, new = trained.state_dict(), target.state_dict()
+    for name, tensor in new.items():
+        if name in old and old[name].shape != tensor.shape:
+            raise ConfigError("the heads of a transformer start from trained ones of the same width and patch alone")
+    # A fresh block adds nothing: its gates are zero.
+    return {name: Entry() if name in old else Entry(fixed=tensor.clone()) for name, tensor in new.items()}
