@@ -1,6 +1,9 @@
-"""Training steps beside diffusers: its `UNet2DModel` in a plain loop, the same network here, and the multistage one.
+"""Training steps beside diffusers: its network in a plain loop, the same network here, and the multistage one.
 
     python benchmarks/bench_diffusers.py --out benchmarks/results/diffusers-cpu.json
+    python benchmarks/bench_diffusers.py --recipe fashion-mnist-dit --out benchmarks/results/diffusers-dit-cpu.json
+
+Its network is a `UNet2DModel`, or for a recipe of the transformer a `DiTTransformer2DModel`, with one class for all.
 
 The peer is the loop of diffusers' own training example: data loader, random timesteps, `add_noise`, mean squared error,
 clipping, AdamW, `EMAModel`. Its network is the unified one, converted: the same weights and FLOPs. Each loop takes a
@@ -25,14 +28,17 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from multistage_diffusion import recipe
+from multistage_diffusion.backbones import Transformer
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import Images, load_data
+from multistage_diffusion.interop.transformers import dit_options, dit_weights
 from multistage_diffusion.interop.weights import unet_options, unet_weights
 from multistage_diffusion.runs import build_denoiser
 from multistage_diffusion.studies.cells import Cell
@@ -42,10 +48,18 @@ from multistage_diffusion.training.run import build_trainer
 
 def peer(run: RunConfig, data: Images, device: torch.device) -> Iterator[None]:
     """Steps of a plain loop with diffusers' parts and the run's own network, batch and optimiser."""
-    network, training = build_denoiser(run, data.shape).network, run.training
-    model = UNet2DModel(**unet_options(network))
-    model.load_state_dict(unet_weights(network))
+    denoiser, training = build_denoiser(run, data.shape), run.training
+    if isinstance(run.model, Transformer):
+        # Each of its blocks has a table of classes, which costs a step in proportion: the smallest one.
+        model = DiTTransformer2DModel(**{**dit_options(denoiser), "num_embeds_ada_norm": 1})
+        weights = dit_weights(denoiser).items()
+        model.load_state_dict({name: value[:2] if "class_embedder" in name else value for name, value in weights})
+    else:
+        model = UNet2DModel(**unet_options(denoiser))
+        model.load_state_dict(unet_weights(denoiser))
     model.to(device).train()  # pyright: ignore[reportArgumentType]
+    labels = torch.zeros(training.batch_size, dtype=torch.int64, device=device)
+    classes = {"class_labels": labels} if isinstance(run.model, Transformer) else {}
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
     average = EMAModel(model.parameters(), decay=0.9999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
@@ -57,7 +71,7 @@ def peer(run: RunConfig, data: Images, device: torch.device) -> Iterator[None]:
             images = images.to(device)
             noise = torch.randn_like(images)
             timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (len(images),), device=device)
-            output = model(scheduler.add_noise(images, noise, timesteps), timesteps).sample  # pyright: ignore[reportArgumentType]
+            output = model(scheduler.add_noise(images, noise, timesteps), timesteps, **classes).sample  # pyright: ignore[reportArgumentType]
             loss = F.mse_loss(output, noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -109,7 +123,7 @@ def main() -> None:
         flops = Cell(run, 1.0, 1).step_flops(data.shape)
         ratios = [own / other for own, other in zip(times[name], times[first], strict=True)]
         rows.append({
-            "loop": name, "decoder widths": list(run.model.decoder_widths), "GFLOPs a step": flops / 1e9,
+            "loop": name, "decoder widths": list(run.model.capacities), "GFLOPs a step": flops / 1e9,
             "ms a step": 1e3 * statistics.median(times[name]),
             "images/s": options.batch / statistics.median(times[name]),
             "time, diffusers 1": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4)[::2],
