@@ -69,6 +69,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
+_LONGEST = 200  # characters of a value in a message
+
+
+def short(value: object) -> str:
+    """A value as text for a message: one line, cut where it is long, with how much there was."""
+    if isinstance(value, (list, tuple)) and len(value) > 12:
+        return f"{short(type(value)(value[:6]))[:-1]}, ... ({len(value)} in all)"
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
 def suggest(name: str, names: Iterable[str]) -> str:
     """What to append to a message about an unknown name: `; did you mean "vp"?`, or `; known: edm, vp`."""
     names = sorted(names)

@@ -33,17 +33,24 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         CheckpointError: Something is damaged; with `--json` the document says what, and is printed first.
     """
     from multistage_diffusion.denoiser import CONFIG, WEIGHTS
+    from multistage_diffusion.runs import Run
     from multistage_diffusion.runs.averages import list_snapshots
     from multistage_diffusion.runs.checkpoints import list_checkpoints
+    from multistage_diffusion.runs.whole import strangeness
 
     folder = Path(options.run)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a run: it has no config.json")
-    rows, damages = [], []
+    rows, damages, last = [], [], None
     for checkpoint in list_checkpoints(folder / "checkpoints"):
         damage = checkpoint.damage()
         rows.append({"step": checkpoint.step, "valid": damage is None, "damage": damage})
         console.print(f"{checkpoint.path}: {damage or 'valid'}")
+        damages += [damage] if damage else []
+        last = checkpoint if damage is None else last
+    if last is not None:
+        damage = strangeness(folder, Run.open(folder).config, last)
+        console.print(f"{folder}: {damage or 'of one piece'}")
         damages += [damage] if damage else []
     document: dict[str, Any] = {"run": str(folder), "checkpoints": rows, "snapshots": [], "model": None}
     for path in list_snapshots(folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multistage_diffusion.denoiser import CONFIG
-from multistage_diffusion.errors import CheckpointError, ConfigError
+from multistage_diffusion.errors import CheckpointError, ConfigError, short
 from multistage_diffusion.files import check_directory, read_json
 
 RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -45,7 +45,21 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
         if not isinstance(document, dict) or not _STATE_KEYS <= document.keys():
             raise CheckpointError(f"{self.path / STATE} lacks entries: it must have {', '.join(sorted(_STATE_KEYS))}")
+        shape, images = document["shape"], document["stage_images"]
+        right = {
+            "step": _is_count(document["step"]),
+            "shape": isinstance(shape, list) and len(shape) == 3 and all(_is_count(n, 1, 65_536) for n in shape),
+            "stage_images": isinstance(images, list) and all(map(_is_count, images)),
+            "trunk_images": _is_count(document.get("trunk_images", 0)),
+        }
+        for key, holds in right.items():
+            if not holds:
+                raise CheckpointError(f"{self.path / STATE}: {key} is {short(document.get(key))}, which no run writes")
         return document
+
+
+def _is_count(value: Any, least: int = 0, most: int = 2**62) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from torch import nn
 from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.denoiser import Denoiser
-from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.records import from_dict
 from multistage_diffusion.runs.averages import Combination, rebuild
 from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, list_checkpoints, newest
+from multistage_diffusion.runs.whole import strangeness
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.weights import load_weights
+from multistage_diffusion.weights import load_weights, require_fit
 
 METRICS = "metrics.jsonl"
 
@@ -99,15 +101,12 @@ class Run:
         return list_checkpoints(self.path / "checkpoints")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of `metrics.jsonl` that are whole, in their order."""
-        lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else ()
-        for line in lines:
-            try:
+        """The lines of `metrics.jsonl` that are whole, in their order; others are passed over."""
+        for line in (self.path / METRICS).read_bytes().splitlines() if (self.path / METRICS).is_file() else ():
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
+                if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**62:
+                    yield record
 
     def load(
         self,
@@ -125,6 +124,11 @@ class Run:
         # A run that is to branch later is a unified network until then.
         trunk = self.config.branch_step > 0 and checkpoint.step <= self.config.branch_step
         config = self.config.trunk if trunk else self.config
+        if strange := strangeness(self.path, self.config, checkpoint):
+            raise CheckpointError(f"{strange}; restore the file")
+        if network is None and config.model.builds:  # before memory is taken for what a strange file asks
+            with torch.device("meta"):
+                require_fit(config.model.network((channels, height, width)), checkpoint.path / RAW)
         denoiser = build_denoiser(config, (channels, height, width), None if trunk else self.stages, network=network)
         denoiser.trained_classes = TrainedClasses.load(self.path)
         combination = None

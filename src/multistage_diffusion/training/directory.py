@@ -23,14 +23,15 @@ from multistage_diffusion.records import to_dict, with_new_keys
 from multistage_diffusion.runs import Checkpoint, Run
 from multistage_diffusion.runs.averages import FOLDER as SNAPSHOTS
 from multistage_diffusion.runs.checkpoints import newest_valid
+from multistage_diffusion.runs.whole import RATES, digests, strangeness
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import prune, restore_checkpoint, save_checkpoint
-from multistage_diffusion.training.guard import StoppedError, lock, signals
+from multistage_diffusion.training.guard import Place, StoppedError, lock, signals
 from multistage_diffusion.training.initial import Initial, require_same_initial
 from multistage_diffusion.training.observe import Observer
 from multistage_diffusion.training.report import Report, Window
 from multistage_diffusion.training.snapshots import save_snapshot
-from multistage_diffusion.training.target import RATES, check_target, other_data
+from multistage_diffusion.training.target import check_target, other_data
 from multistage_diffusion.training.trainer import StepResult, Trainer
 
 _SKIPPED = 100  # lines about the data that a checkpoint repeats
@@ -88,6 +89,7 @@ class TrainingRun:
         self.folder, self.config, self.trainer, self.data = folder, config, trainer, trainer.data
         self.processes, self.window, self.on_step = trainer.processes, Window(), on_step
         self.stages, self.initial, self.branch = stages, initial, branch
+        self.place: Place | None = None
 
     def run(self, images: tuple[Images, Images] | None, started: float) -> TrainingSummary:
         """Train to the end.
@@ -100,7 +102,11 @@ class TrainingRun:
             How it ended.
         """
         folder, config, processes = self.folder, self.config, self.processes
-        with lock(folder) if processes.is_main else contextlib.nullcontext(), signals() as received:
+        with contextlib.ExitStack() as held:
+            if processes.is_main:
+                held.enter_context(lock(folder))
+                self.place = held.enter_context(contextlib.closing(Place(folder)))
+            received = held.enter_context(signals())
             self._open()
             resumed, device = self.trainer.step, self.trainer.device
             with processes.local_main_first():  # what it needs may have to be fetched
@@ -144,6 +150,8 @@ class TrainingRun:
                 report.training(result, self.window, self._flops())
             if self.on_step is not None:
                 self.on_step(result, self.config.training.steps)
+            if self.processes.size == 1:  # several look at the next save, together
+                self._require_place(report)
             saved = self._save_what_is_due(report)
             stop = received[0] if self.processes.size == 1 and received else result.stop
             if stop is None:  # after the checkpoint, so that a kill while it draws costs no step
@@ -195,6 +203,8 @@ class TrainingRun:
             warnings.warn(f"{damage}; an older checkpoint is used", stacklevel=2)
         if checkpoint is None:
             return None
+        if (strange := strangeness(folder, self.config, checkpoint)) is not None:
+            raise CheckpointError(f"{strange}; restore the file, or choose another --out")
         state = checkpoint.state()
         try:
             window, digest, changes = Window(**state["window"]), state["data"], self._changes(state)
@@ -252,8 +262,26 @@ class TrainingRun:
             self._save(report)
         raise StoppedError(number, self.trainer.step)
 
+    def _require_place(self, report: Report) -> None:
+        """End the run where its directory was renamed or deleted, with a checkpoint where it is now."""
+        gone = self.place is not None and not self.place.is_at(self.folder)
+        if not self.processes.broadcast(gone):
+            return
+        before, step = self.folder, self.trainer.step
+        there = self.processes.broadcast(self.place.path() if self.place is not None else None)
+        if there is None:
+            raise CheckpointError(
+                f"{before} was deleted while it trained; step {step} is not saved, and the same command begins anew"
+            )
+        self.folder = Path(there)
+        self._save(report)
+        raise CheckpointError(
+            f"{before} was moved to {there} while it trained; step {step} is saved there, and --out {there} goes on"
+        )
+
     def _save(self, report: Report) -> None:
         """Write a checkpoint; all processes must call, as each may hold a shard."""
+        self._require_place(report)
         report.sync()
         trainer, data, checkpoints = self.trainer, self.data, self.folder / "checkpoints"
         state = {
@@ -263,6 +291,7 @@ class TrainingRun:
             "device": trainer.device.type,
             "engine": self._engine(),
             "shape": list(data.shape),
+            "files": digests(self.folder) if self.processes.is_main else {},
             "skipped": {"count": len(data.skipped), "first": list(data.skipped[:_SKIPPED])},
         }
         save_checkpoint(checkpoints, trainer, state, to_dict(self.config))

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -171,3 +172,38 @@ def signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+class Place:
+    """A directory that is followed where it goes.
+
+    Args:
+        folder: An existing directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether a path leads to it."""
+        try:
+            return os.path.samestat(os.stat(folder), os.fstat(self._handle))
+        except OSError:
+            return False
+
+    def path(self) -> str | None:
+        """Where it is now; none if it was deleted, or the system does not say."""
+        try:
+            if sys.platform == "darwin":
+                import fcntl
+
+                path = fcntl.fcntl(self._handle, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+            else:
+                path = os.readlink(f"/proc/self/fd/{self._handle}")
+        except (OSError, UnicodeError):
+            return None
+        return path if self.is_at(Path(path)) else None
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self._handle)

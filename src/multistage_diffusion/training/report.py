@@ -108,6 +108,8 @@ class Report:
         for line in (folder / METRICS).read_bytes().splitlines() if (folder / METRICS).is_file() else ():
             with contextlib.suppress(*_MALFORMED):
                 document = json.loads(line)
+                if type(document["step"]) is not int or not 0 <= document["step"] < 2**62:
+                    continue
                 reported |= dict.fromkeys(flat_numbers(document), int(document["step"]))
                 if document["step"] <= step:
                     kept.append(line + b"\n")

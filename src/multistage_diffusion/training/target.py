@@ -10,19 +10,8 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import is_leftover, read_json
-from multistage_diffusion.records import flat, from_dict, to_dict
-
-RATES = ("learning_rate", "encoder_rate", "stage_rates")  # a change is said
-# What may change when a run is resumed, whole sections or single values: none of these changes what is computed, but
-# for rounding by the engine, which is said. Where the images come from may change: their digest must be the same.
-CHANGEABLE = {
-    *(f"training.{name}" for name in ("steps", "save_every", "keep", "keep_every", "log_every", "ema_snapshot_every")),
-    *(f"training.{name}" for name in RATES),
-    *(f"data.{name}" for name in ("source", "root", "resolution", "on_bad_file", "max_bad")),
-    *(f"data.{name}" for name in ("memory", "workers", "timeout")),
-    "engine",
-    "logging",
-}
+from multistage_diffusion.records import from_dict
+from multistage_diffusion.runs.whole import CHANGEABLE, first_difference
 
 
 def check_target(folder: Path, config: RunConfig) -> None:
@@ -48,16 +37,16 @@ def check_target(folder: Path, config: RunConfig) -> None:
     document = read_json(folder / "config.json")
     if isinstance(document, dict) and "format" in document:
         raise ConfigError(f"--out {folder} holds a saved model, not a run; choose another folder")
-    before, now = flat(to_dict(from_dict(RunConfig, document, str(folder / "config.json")))), flat(to_dict(config))
+    before = from_dict(RunConfig, document, str(folder / "config.json"))
     # A schedule that falls to 0 at training.steps decides every rate by them, and a share of them where it branches.
     fixed = config.training.schedule in ("linear", "cosine") or 0 < config.training.branch_at < 1
     changeable = CHANGEABLE - {"training.steps"} if fixed else CHANGEABLE
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and changeable.isdisjoint((key, key.split(".")[0])):
-            raise ConfigError(
-                f"{folder} holds another run: {key.replace('_', '-')} is {before.get(key)} there and {now.get(key)} "
-                "here; choose another --out, or repeat its options"
-            )
+    if (difference := first_difference(before, config, changeable)) is not None:
+        option, value, other = difference
+        raise ConfigError(
+            f"{folder} holds another run: {option} is {value} there and {other} here; choose another --out, or repeat "
+            "its options"
+        )
 
 
 def other_data(folder: Path, data: Examples, shape: Any, before: TrainedClasses | None) -> str:
