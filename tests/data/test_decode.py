@@ -2,7 +2,9 @@
 
 import io
 import resource
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -52,8 +54,6 @@ def test_16_bit_grey_is_scaled_not_clipped(kind):
 
 
 def test_16_bit_colour():
-    import zlib
-
     ramp = np.linspace(0, 65535, 256 * 3).round().astype(">u2").reshape(16, 16, 3)
     rows = b"".join(b"\0" + row.tobytes() for row in ramp)
     assert_near(decode(png(16, 16, depth=16, colour=2, data=zlib.compress(rows))), np.round(ramp / 257.0), 1)
@@ -166,7 +166,62 @@ def test_two_hundred_hostile_files_are_named_or_read(tmp_path):
     named = {line.partition(": ")[0] for line in images.skipped}
     unnamed = [name for name in names if name not in named]
     assert len(images) == len(unnamed) + len(KINDS)  # all others decode to pixels
-    assert {name for name in unnamed if not name.startswith(("cut", "flip"))} <= {"idat.png"}  # read as far as needed
+    readable = {"idat.png", "iccp.png", "itxt.png", "ztxt.png"}  # read as far as needed; texts are not pixels
+    assert {name for name in unnamed if not name.startswith(("cut", "flip"))} <= readable
     assert "1 link to a folder: not followed" in images.skipped
     with pytest.raises(DataError, match=r"^folder:.*; remove it, or leave it out \(on-bad-file skip\)$"):
         load_data(f"folder:{tmp_path}", resolution=16)
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def of_several():
+    buffer = io.BytesIO()
+    image = Image.fromarray(COLOUR)
+    image.save(buffer, "MPO", save_all=True, append_images=[image.rotate(90)])
+    return buffer.getvalue()
+
+
+def damaged_metadata():
+    """Pictures whose pixels are whole: each with a text, a profile, EXIF data or an index that is not."""
+    picture, photo, several = saved(Image.fromarray(COLOUR)), saved(Image.fromarray(COLOUR), "JPEG"), of_several()
+    long = zlib.compress(b"a" * 3_000_000)
+    texts = {
+        "zTXt": chunk(b"zTXt", b"k\0\0" + long),
+        "iTXt": chunk(b"iTXt", b"k\0\1\0\0\0" + long),
+        "iCCP": chunk(b"iCCP", b"k\0\0" + long),
+        "tEXt of another checksum": chunk(b"tEXt", b"k\0v")[:-1] + b"\0",
+    }
+    cases = {name: (picture, picture[:33] + text + picture[33:]) for name, text in texts.items()}
+    index = several.index(b"MPF\0")
+    cases["index"] = (several, several[: index + 20] + b"\xff" * 12 + several[index + 32 :])
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"x" * 30
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    return {**cases, "EXIF": (photo, photo[:2] + segment + photo[2:])}
+
+
+@pytest.mark.parametrize("name", damaged_metadata())
+def test_metadata_are_no_pixels(name, tmp_path):
+    whole, damaged = damaged_metadata()[name]
+    notices = []
+    assert torch.equal(decode(damaged, notices=notices), decode(whole))
+    assert all("\n" not in line for line in notices)
+    for i, content in enumerate((damaged, whole, saved(Image.fromarray(COLOUR[::-1])))):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    assert ("metadata" in load_data(f"folder:{tmp_path}", split="all").notes) == bool(notices)
+    with pytest.raises(PictureError):
+        decode(damaged[: len(damaged) // 2])
+
+
+def test_a_photograph_of_many_pixels_is_reduced_where_it_is_made_smaller(tmp_path):
+    high, wide = 5000, 6000
+    x, y = np.meshgrid(np.linspace(0, 255, wide), np.linspace(0, 255, high))
+    photo = Image.fromarray(((x + y) / 2).astype(np.uint8))
+    (tmp_path / "a.jpg").write_bytes(saved(photo, "JPEG"))
+    with pytest.raises(DataError, match="6000 x 5000 pixels, more than the 25,000,000 allowed; choose a resolution"):
+        load_data(f"folder:{tmp_path}")
+    small = load_data(f"folder:{tmp_path}", resolution=16).images[0]
+    expected = photo.crop((500, 0, 5500, 5000)).resize((16, 16), Image.Resampling.BILINEAR)
+    assert_near(small, expected, 2)

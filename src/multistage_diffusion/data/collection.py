@@ -104,6 +104,7 @@ def collect(
     if reading.labels == "auto":
         require_all(source, entries, notes["labels"])
     good, keys, bad, files = list[Entry](), list[int](), list[str](), dict[str, str]()
+    notices = list[str]()
     pixels = _Pixels(source, reading.writer, len(entries))
     for number, entry in enumerate(entries):
         if reading.progress is not None:
@@ -111,7 +112,7 @@ def collect(
         try:
             content = entry.read()
             files[entry.name] = hashlib.sha256(content).hexdigest()
-            picture = decode(content)
+            picture = decode(content, reduce=reading.resolution is not None, notices=notices)
         except PictureError as error:
             bad.append(f"{shown(entry.name)}: {error}")
             if reading.max_bad == 0:
@@ -129,6 +130,8 @@ def collect(
     if not good:
         hint = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
         raise DataError(f"{source}: no images found{hint}")
+    if notices:
+        notes["metadata"] = f"{len(notices)} damaged or odd, not needed for pixels, the first: {notices[0]}"
     classes, labels = number_labels([entry.label for entry in good])
     images = Images(source, pixels.finish(), labels, classes, skipped, notes)
     if any(entry.test is None for entry in good) or len({entry.test for entry in good}) == 1:
