@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
+import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,7 @@ from multistage_diffusion.weights import load_weights, require_fit
 Precision = Literal["fp32", "bf16", "fp16"]
 UNDIVIDED = Stages()
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+METADATA = "multistage-diffusion"  # key in the header of an export
 
 
 @final
@@ -205,6 +207,13 @@ class Denoiser(nn.Module):
         Raises:
             CheckpointError: The disk is full, or the folder cannot be written.
         """
+        with whole_directory(Path(directory)) as temporary:
+            (temporary / CONFIG).write_text(json.dumps(self.document(), indent=2) + "\n")
+            state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+            safetensors.torch.save_file(state, temporary / WEIGHTS)
+
+    def document(self) -> dict[str, Any]:
+        """What the denoiser is, but for its weights, as JSON holds it."""
         document = {
             "format": "multistage-diffusion denoiser 1",
             "shape": list(self.shape),
@@ -218,19 +227,16 @@ class Denoiser(nn.Module):
             document["label_optional"] = False
         if self.trained_classes is not None:
             document["classes"] = self.trained_classes.document()
-        with whole_directory(Path(directory)) as temporary:
-            (temporary / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
-            state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-            safetensors.torch.save_file(state, temporary / WEIGHTS)
+        return document
 
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, *, device: str | torch.device = "cpu", network: nn.Module | None = None
     ) -> Denoiser:
-        """Read what `save_pretrained` wrote. Nothing that the folder names is imported.
+        """Read what `save_pretrained` or `msd export` wrote. Nothing that the folder names is imported.
 
         Args:
-            directory: The folder.
+            directory: The folder, or the safetensors file of `msd export`.
             device: Where the weights go.
             network: The network, for a folder of one that no backbone of this package made; its weights are replaced.
 
@@ -244,9 +250,10 @@ class Denoiser(nn.Module):
         folder = Path(directory)
         if (folder / MANIFEST).exists() and (damage := check_directory(folder, (CONFIG, WEIGHTS))):
             raise CheckpointError(f"{damage}; if you changed it on purpose, delete {folder / MANIFEST}")
-        where = str(folder / CONFIG)
+        is_export = folder.is_file()
+        where, weights = (str(folder), folder) if is_export else (str(folder / CONFIG), folder / WEIGHTS)
         try:
-            document = read_json(folder / CONFIG)
+            document = _exported(folder) if is_export else read_json(folder / CONFIG)
             process = from_dict(Process, document["process"], where, "process")
             shape, backbone = _shape(document["shape"]), from_dict(Backbone, document["model"], where, "model")
             stages = Stages.parse(document["stages"], f"{where}, stages")
@@ -255,17 +262,30 @@ class Denoiser(nn.Module):
             else:
                 with torch.device("meta"):
                     skeleton = backbone.network(shape)
-                require_fit(skeleton, folder / WEIGHTS)  # before memory is taken for what a strange file asks
+                require_fit(skeleton, weights)  # before memory is taken for what a strange file asks
                 denoiser = cls.from_backbone(backbone, process, shape, stages)
             if "sampling" in document:
                 denoiser.sampler = from_dict(Sampler, document["sampling"], where, "sampling")
             denoiser.label_optional = document.get("label_optional") is not False
-            if "classes" in document:
+            if document.get("classes") is not None:
                 denoiser.trained_classes = TrainedClasses.parse(document["classes"], where)
         except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no saved denoiser: {error}") from error
-        load_weights(denoiser.network, folder / WEIGHTS)
+        load_weights(denoiser.network, weights)
         return denoiser.to(device).eval()
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    """What the metadata of a file of `msd export` say."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if text is None:
+        raise ConfigError("its metadata do not say what it is; msd export writes files that do")
+    document = json.loads(text)
+    return {"stages": {"edges": document.get("edges")}, **document}
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

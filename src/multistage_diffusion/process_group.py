@@ -142,6 +142,17 @@ class ProcessGroup:
             dist.all_reduce(values)
         return values
 
+    def rows_on_main(self, rows: Tensor) -> Tensor:
+        """Rows of all processes one after the other, in process 0; the others get theirs back. On the CPU."""
+        counts = self.gather_objects(len(rows))
+        if not self.is_main:
+            dist.send(rows, 0)
+            return rows
+        parts = [rows, *(rows.new_empty(count, *rows.shape[1:]) for count in counts[1:])]
+        for rank, part in enumerate(parts[1:], start=1):
+            dist.recv(part, rank)
+        return torch.cat(parts)
+
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The float32 CPU tensors of process 0, by name; the others give none."""
         shapes = self.broadcast([(name, list(tensor.shape)) for name, tensor in (tensors or {}).items()])
@@ -181,7 +192,9 @@ SINGLE = ProcessGroup()
 
 
 def local_device(device: torch.device | str) -> torch.device:
-    """The device of this process: `cuda` becomes the GPU of its LOCAL_RANK."""
+    """The device of this process: `auto` is a GPU where there is one, `cuda` becomes the GPU of its LOCAL_RANK."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type != "cuda" or device.index is not None:
         return device

@@ -94,6 +94,9 @@ class Tagged:
         return cls.by_kind(str(document.get(cls._tag, cls._untagged or "")))
 
 
+_WHOLE = ("int", "int | None", "tuple[int, ...]")  # types of fields that hold whole numbers
+
+
 def check(condition: bool, option: str, expected: str, value: object) -> None:
     """Refuse a value.
 
@@ -138,6 +141,10 @@ def check_numbers(record: Any, section: str) -> None:
     """
     for item in fields(record):
         value = getattr(record, item.name)
+        if str(item.type) in _WHOLE:
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                whole = isinstance(number, Integral) and not isinstance(number, bool)
+                check(whole, f"{section}.{item.name.replace('_', '-')}", "a whole number", number)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)):
                 check(abs(number) <= _LARGEST, f"{section}.{item.name.replace('_', '-')}", "a finite number", value)

@@ -28,8 +28,8 @@ def shown(monkeypatch, *, terminal=False, device=None, steps=(1, 2, 3, 4)):
 
 def test_lines_where_there_is_no_terminal(monkeypatch):
     assert shown(monkeypatch).splitlines() == [
-        "training step 2/100  loss 0.5000 (stages 0.250 - 1.000)  2 images/s  0:03:16 left",
-        "training step 4/100  loss 0.5000 (stages 0.250 - 1.000)  2 images/s  0:03:12 left",
+        "training step 2/100  loss 0.5000 (smoothed, weighted; stages 0.250 - 1.000)  2 images/s  0:03:16 left",
+        "training step 4/100  loss 0.5000 (smoothed, weighted; stages 0.250 - 1.000)  2 images/s  0:03:12 left",
     ]
 
 

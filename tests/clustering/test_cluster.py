@@ -300,7 +300,7 @@ def test_a_line_through_parts_that_have_no_edge_is_refused():
 @pytest.mark.parametrize(
     ("images", "options", "error", "message"),
     [
-        (1, {}, DataError, "at least two images, got 1"),
+        (1, {}, DataError, "at least two images to train on, got 1"),
         (2, {}, DataError, "2 images cannot tell 3 stages apart"),
         (9, {"alpha": 1.2}, ConfigError, "alpha must be between 0 and 1, got 1.2"),
         (9, {"eta": 0.0}, ConfigError, "eta must be positive, got 0.0"),

@@ -82,7 +82,7 @@ def test_shards_have_the_size_they_were_written_with(pictures, tmp_path):
     convert("digits", tmp_path / "digits", None, Reading(resolution=6))
     same(load_data(pictures, resolution=6), load_data(f"shards:{tmp_path}/six", resolution=6))
     same(load_data("digits", resolution=6), load_data(f"shards:{tmp_path}/digits"))
-    with pytest.raises(DataError, match=r"holds images of 6 x 6.*again with --resolution 8"):
+    with pytest.raises(DataError, match=r"holds images of 6 x 6.*again with the resolution 8"):
         load_data(f"shards:{tmp_path}/six", resolution=8)
 
 

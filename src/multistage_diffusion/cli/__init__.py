@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from decimal import Decimal
 from types import FrameType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -166,9 +168,9 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
     """
     import tyro
 
-    arguments = new_words(arguments)
+    arguments = list(_switches(new_words(arguments), kind, default))
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
-    extra: dict[str, Any] = {"registry": _named_values()} | ({} if default is None else {"default": default})
+    extra: dict[str, Any] = {"registry": _rules()} | ({} if default is None else {"default": default})
     out, err = io.StringIO(), io.StringIO()
     wants_help = any(word in ("-h", "--help") for word in arguments)
     if wants_help:
@@ -181,11 +183,52 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
         raise ConfigError(f"{_message(panel, kind, config, extra)}; see msd {name} --help") from stop
 
 
-def _named_values() -> Any:
-    """A rule of tyro's for options of named values that in Python may be others, too: the names are the choices."""
-    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
+def _switches(words: Sequence[str], kind: Any, default: Any) -> Iterator[str]:
+    """The words with `--data.flip true` as `--data.flip`, and `--data.flip false` as the word that means so, if any."""
+    rest = iter(itertools.pairwise((*words, "")))
+    for word, following in rest:
+        name, equals, value = word.partition("=")
+        value = (value if equals else following).lower()
+        before = _switch(name, kind, default) if name.startswith("--") and value in ("true", "false") else None
+        if before is None:
+            yield word
+            continue
+        if not equals:
+            next(rest)
+        if value == "true" and not before:
+            yield name
+        elif value == "false" and before:
+            section, dot, option = name.removeprefix("--").rpartition(".")
+            yield f"--{section}{dot}no-{option}"
+
+
+def _switch(option: str, kind: Any, default: Any) -> bool | None:
+    """The default of an option without a value; none for other options."""
+    for value in (kind,) if default is None else (default, getattr(default, "run", None)):
+        for name in option.removeprefix("--").replace("-", "_").split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, bool):
+            return value
+    return None
+
+
+def _rules() -> Any:
+    """Rules of tyro's: whole numbers may be written 1e3; of options of named values, the names are the choices."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def whole_number(info: Any) -> Any:
+        if info.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=lambda words: _whole_number(words[0]),
+            is_instance=lambda value: isinstance(value, int),
+            str_from_instance=lambda value: [str(value)],
+        )
 
     @registry.primitive_rule
     def named_value(info: Any) -> Any:
@@ -196,6 +239,16 @@ def _named_values() -> Any:
         return ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(names, info.markers))
 
     return registry
+
+
+def _whole_number(word: str) -> int:
+    try:
+        number = Decimal(word)
+        if number == number.to_integral_value() and abs(number) < 10**30:
+            return int(number)
+    except ArithmeticError:
+        pass
+    raise ValueError(f"must be a whole number, got {word}")
 
 
 def _plain(panel: str) -> str:

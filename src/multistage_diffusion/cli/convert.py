@@ -120,7 +120,7 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.interop.export import export
     from multistage_diffusion.runs import load_run
 
-    loaded = load_run(options.source, weights=options.weights)
+    loaded = load_run(options.source, weights=options.weights, device="cpu")
     results = Path(options.source) / "results.json"
 
     def card(pipeline: str) -> str:

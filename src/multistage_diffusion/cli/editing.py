@@ -131,9 +131,10 @@ class Given:
 def _examples(path: str, *, fields: bool) -> Examples:
     """A picture, the pictures of a folder in the order of their names, or an array."""
     from multistage_diffusion.data.arrays import read_npy, read_npz
-    from multistage_diffusion.data.collection import Entry, Reading, collect
+    from multistage_diffusion.data.collection import Reading, collect
     from multistage_diffusion.data.decode import read_regular
     from multistage_diffusion.data.files import read_folder
+    from multistage_diffusion.data.layout import Entry
 
     place = Path(path)
     if place.suffix in (".npy", ".npz"):
@@ -142,7 +143,7 @@ def _examples(path: str, *, fields: bool) -> Examples:
     if fields:
         raise ConfigError(f"--from {path}: the run draws fields; give an npy or npz file")
     if place.is_dir():
-        return read_folder(path, place, Reading()).images
+        return read_folder(path, place, Reading(labels="none")).images
     return collect(path, [Entry(place.name, lambda: read_regular(place))], Reading()).images
 
 

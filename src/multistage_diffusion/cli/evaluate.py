@@ -85,11 +85,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     device = prepare(options)
     target = Path(options.target)
-    if not target.is_dir():
-        raise ConfigError(f"{target} is neither a run directory nor a folder of images")
+    if not (target.is_dir() or _is_model(target)):
+        raise ConfigError(f"{target} is neither a run directory, a file of msd export nor a folder of images")
     text = options.metrics
     if text is None:
-        text = "fd,loss" if (target / _RUN).is_file() else "fd"
+        text = "fd,loss" if _is_model(target) else "fd"
     names = [name.strip() for name in text.split(",") if name.strip()]
     check(len(names) > 0, "metrics", "one or more names separated by commas", repr(text))
     if "fid" in names and options.features.partition(":")[0] != "inception":
@@ -112,6 +112,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             value = f"{len(value)} noise levels, in the document of --json and --out"
         console.print(f"{key}: {_shown(value)}")
     return document
+
+
+def _is_model(target: Path) -> bool:
+    """Whether the target is a run, a saved model, a folder for diffusers (refused) or an export, and not images."""
+    names = (_RUN, "model_index.json")
+    return any((target / name).is_file() for name in names) or (target.is_file() and target.suffix == ".safetensors")
 
 
 def _shown(value: Any) -> str:
@@ -140,7 +146,7 @@ def _measure(
     from multistage_diffusion.runs import load_run
 
     loaded = None
-    if (target / _RUN).is_file():
+    if _is_model(target):
         loaded = load_run(target, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
     of_features, of_model = resolve(metrics)
     statistics = None if options.reference in ("test", "train") else read_moments(Path(options.reference))

@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 
 from multistage_diffusion.cli.common import Common
-from multistage_diffusion.config import to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +34,22 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Export."""
     import safetensors.torch
 
+    from multistage_diffusion.data.latents import load_codec
+    from multistage_diffusion.denoiser import METADATA
     from multistage_diffusion.files import sha256, write_atomic
     from multistage_diffusion.runs import load_run
 
-    loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel)
+    loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device="cpu")
     denoiser, path = loaded.denoiser, Path(options.out)
     about = {
-        "model": to_dict(denoiser.backbone),
-        "process": to_dict(denoiser.process),
+        **denoiser.document(),
         "edges": list(denoiser.stages.edges),
-        "shape": list(denoiser.shape),
-        "classes": None if denoiser.trained_classes is None else denoiser.trained_classes.document(),
+        "decoded": load_codec(options.run) is not None,
         "weights": options.weights,
         "ema_length": options.sigma_rel,
         "step": loaded.step,
     }
-    metadata = {"multistage-diffusion": json.dumps(about)}  # one entry: safetensors writes several in random order
+    metadata = {METADATA: json.dumps(about)}  # one entry: safetensors writes several in random order
     write_atomic(path, safetensors.torch.save(denoiser.network.state_dict(), metadata))
     kind = f"{options.weights} weights" if options.sigma_rel is None else f"ema weights of length {options.sigma_rel}"
     console.print(f"wrote {kind} of {options.run} to {path}")

@@ -58,7 +58,10 @@ def training_progress(
             clock["rate"] = done * config.batch_size / (now - clock["time"])
             clock["time"], clock["step"] = now, result.step
         stages = " ".join("-" if loss is None else f"{loss:.3f}" for loss in result.stage_loss)
-        text = f"loss {clock['loss']:.4f} (stages {stages})  {clock['rate']:.0f} images/s{_memory(device)}"
+        text = (
+            f"loss {clock['loss']:.4f} (smoothed, weighted; stages {stages})  {clock['rate']:.0f} images/s"
+            f"{_memory(device)}"
+        )
         bar.update(task, completed=result.step, total=steps, text=text)
         if due and not console.is_terminal:
             left = min((steps - result.step) * config.batch_size / max(clock["rate"], 1e-3), 1e9)

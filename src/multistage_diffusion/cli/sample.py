@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,19 +23,25 @@ if TYPE_CHECKING:
 
     from multistage_diffusion.classes import TrainedClasses
     from multistage_diffusion.cli.editing import Given
+    from multistage_diffusion.data.fields import Scale
+    from multistage_diffusion.data.latents import LatentCodec
     from multistage_diffusion.denoiser import Denoiser
-    from multistage_diffusion.sampling import Samples
+    from multistage_diffusion.process_group import ProcessGroup
+    from multistage_diffusion.sampling import Samples, Trace
     from multistage_diffusion.sampling.steps import Callback
 else:
-    Callback = Denoiser = Given = Samples = Tensor = TrainedClasses = Any
+    Callback = Denoiser = Given = LatentCodec = ProcessGroup = Samples = Scale = Tensor = Trace = TrainedClasses = Any
 
 RESULT = "samples.json"
 TRACED = 8  # images in a denoising trace
+_MINUTES = 10.0  # that processes wait for one another
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EditingOptions, SamplerOptions, Compute):
     """Draw images from a run, or from a folder written by save_pretrained: PNGs, a grid, and a JSON file with the cost.
+
+    Under torchrun the processes share the images: torchrun --nproc_per_node 2 -m -- multistage_diffusion sample ...
 
     example: msd sample runs/digits --num 64 --solver heun --steps 18 --out samples
     """
@@ -75,63 +81,45 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     options.require()
     device = prepare(options)
 
-    from multistage_diffusion.data import to_uint8
     from multistage_diffusion.data.latents import load_codec
-    from multistage_diffusion.data.pictures import grid, picture, png, stack
-    from multistage_diffusion.files import whole_directory
+    from multistage_diffusion.process_group import join, local_device
     from multistage_diffusion.records import to_dict
     from multistage_diffusion.runs import load_run
     from multistage_diffusion.sampling import Trace
 
-    loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
-    loaded.denoiser.precision = options.precision
-    codec = load_codec(options.run, device)
-    pictures = codec is None or codec.pictures
-    if options.format == "png" and not pictures:
-        raise ConfigError(f"--format png needs a run on pictures; {options.run} was trained on fields: use npz")
-    sampler = options.apply(loaded.denoiser.sampler or Sampler())
-    classes, trace = _names(options.label, loaded.denoiser.trained_classes), Trace(TRACED)
-    given = options.read(loaded.denoiser.shape, codec)
-    num = options.num if options.num is not None else 16 if given is None else len(given.x)
-    labels = list(itertools.islice(itertools.cycle(classes), num)) or None
-    samples = _draw(options, loaded.denoiser, num, sampler, labels, given, trace if options.denoise_trace else None)
-    kind = "seed" if options.interpolate is None else "frame"
-    npz = options.format == "npz" or not pictures
-    names = ["samples.npz"] if npz else [f"images/{kind}-{seed:08d}.png" for seed in samples.seeds]
-    document = {
-        "run": options.run,
-        "weights": options.weights,
-        "ema_length": options.sigma_rel,
-        "step": loaded.step,
-        "images": num,
-        "classes": classes,
-        **options.document(),
-        **to_dict(sampler),
-        "precision": options.precision,
-        "nfe": samples.nfe,
-        "stage_calls": list(samples.stage_calls),
-        "seed": options.seed,
-        "seconds": round(samples.seconds, 3),
-    }
-    images = samples.images if codec is None else codec.decode(samples.images)
-    images = images if given is None else given.with_kept(images)
-    scale, columns = max(1, 64 // images.shape[2]), len(classes) if len(classes) > 1 else None
-    with whole_directory(out) as folder:
-        if npz:
-            _write_arrays(folder / names[0], to_uint8(images) if pictures else images, samples.seeds, labels)
-        else:
-            (folder / "images").mkdir()
-            for name, image in zip(names, to_uint8(images), strict=True):
-                (folder / name).write_bytes(png(picture(image)))
-        shown = images if codec is None or pictures else codec.preview(samples.images)
-        (folder / "grid.png").write_bytes(png(grid(shown, scale=scale, columns=columns)))
-        if options.denoise_trace:
-            frames = [loaded.denoiser.stages.of(sigma) for sigma in trace.sigmas]
-            estimates = trace.denoised if codec is None else [codec.preview(item) for item in trace.denoised]
-            framed = frames * len(estimates[0])
-            strip = png(grid(stack(estimates), columns=len(frames), scale=scale, gap=3, frames=framed))
-            (folder / "trace.png").write_bytes(strip)
-        (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
+    device = local_device(device)
+    with join(device, _MINUTES) as processes:
+        loaded = load_run(options.run, weights=options.weights, sigma_rel=options.sigma_rel, device=device)
+        loaded.denoiser.precision = options.precision
+        codec = load_codec(options.run, device)
+        if options.format == "png" and codec is not None and not codec.pictures:
+            raise ConfigError(f"--format png needs a run on pictures; {options.run} was trained on fields: use npz")
+        sampler = options.apply(loaded.denoiser.sampler or Sampler())
+        classes = _names(options.label, loaded.denoiser.trained_classes)
+        given = options.read(loaded.denoiser.shape, codec)
+        num = options.num if options.num is not None else 16 if given is None else len(given.x)
+        labels = list(itertools.islice(itertools.cycle(classes), num)) or None
+        trace = Trace(TRACED) if options.denoise_trace and processes.is_main else None
+        samples = _draw(options, loaded.denoiser, num, sampler, labels, given, trace, processes)
+        document = {
+            "run": options.run,
+            "weights": options.weights,
+            "ema_length": options.sigma_rel,
+            "step": loaded.step,
+            "images": num,
+            "classes": classes,
+            **options.document(),
+            **to_dict(sampler),
+            "precision": options.precision,
+            "nfe": samples.nfe,
+            "stage_calls": list(samples.stage_calls),
+            "seed": options.seed,
+            "seconds": round(samples.seconds, 3),
+        }
+        names = list[str]()
+        with processes.all_or_none():  # the others wait for the files
+            if processes.is_main:
+                names = _write(options, document, samples, labels, codec, given, trace, loaded.denoiser)
     console.print(
         f"wrote {num} images and grid.png to {out}: {sampler.name}, {samples.nfe} calls of the network each "
         f"({', '.join(f'stage {k}: {calls}' for k, calls in enumerate(samples.stage_calls))}), {samples.seconds:.1f} s"
@@ -147,22 +135,80 @@ def _draw(
     labels: Sequence[str] | None,
     given: Given | None,
     callback: Callback | None,
+    processes: ProcessGroup,
 ) -> Samples:
-    """Images of consecutive seeds, or those between two."""
+    """Images of consecutive seeds, or those between two, which one process draws; in process 0.
+
+    Of several processes, each draws its share: an image does not depend on which.
+    """
     from multistage_diffusion.sampling import consecutive_seeds, interpolate
 
+    start = None if given is None else given.start(num)
+    seeds, shares = consecutive_seeds(options.seed, num), processes.size > 1 and options.interpolate is None
+    part = processes.shard(num) if shares else range(num if processes.is_main else 0)
+    rows = slice(part.start, max(part.stop, part.start + 1))  # a process without a share draws one image in vain
+    if shares:
+        labels = None if labels is None else labels[rows]
+        start = None if start is None or start.images is None else replace(start, images=start.images[rows])
     shared: dict[str, Any] = {
         "labels": labels,
-        "start": None if given is None else given.start(num),
+        "start": start,
         "batch_size": options.batch_size,
         "offload": options.offload,
         "callback": callback,
     }
-    if options.interpolate is None:
-        return sampler.draw(denoiser, consecutive_seeds(options.seed, num), **shared)
-    if len(options.label) > 1:
-        raise ConfigError(f"--interpolate draws one class, got {' '.join(options.label)}")
-    return interpolate(denoiser, *options.interpolate, num, sampler=sampler, **shared)
+    with processes.all_or_none():
+        if options.interpolate is None:
+            samples = sampler.draw(denoiser, seeds[rows], **shared)
+        elif len(options.label) > 1:
+            raise ConfigError(f"--interpolate draws one class, got {' '.join(options.label)}")
+        else:
+            samples = interpolate(denoiser, *options.interpolate, num, sampler=sampler, **shared)
+    if processes.size == 1:
+        return samples
+    images = processes.rows_on_main(samples.images[: len(part)])
+    return replace(samples, images=images, seeds=tuple(seeds.tolist()) if shares else samples.seeds)
+
+
+def _write(
+    options: Options,
+    document: dict[str, Any],
+    samples: Samples,
+    labels: Sequence[str] | None,
+    codec: LatentCodec | Scale | None,
+    given: Given | None,
+    trace: Trace | None,
+    denoiser: Denoiser,
+) -> list[str]:
+    """Write the folder; the names of the files of images in it."""
+    from multistage_diffusion.data import to_uint8
+    from multistage_diffusion.data.pictures import grid, picture, png, stack
+    from multistage_diffusion.files import whole_directory
+
+    pictures = codec is None or codec.pictures
+    kind = "seed" if options.interpolate is None else "frame"
+    npz = options.format == "npz" or not pictures
+    names = ["samples.npz"] if npz else [f"images/{kind}-{seed:08d}.png" for seed in samples.seeds]
+    images = samples.images if codec is None else codec.decode(samples.images)
+    images = images if given is None else given.with_kept(images)
+    scale, columns = max(1, 64 // images.shape[2]), len(options.label) if len(options.label) > 1 else None
+    with whole_directory(Path(options.out)) as folder:
+        if npz:
+            _write_arrays(folder / names[0], to_uint8(images) if pictures else images, samples.seeds, labels)
+        else:
+            (folder / "images").mkdir()
+            for name, image in zip(names, to_uint8(images), strict=True):
+                (folder / name).write_bytes(png(picture(image)))
+        shown = images if codec is None or pictures else codec.preview(samples.images)
+        (folder / "grid.png").write_bytes(png(grid(shown, scale=scale, columns=columns)))
+        if trace is not None:
+            frames = [denoiser.stages.of(sigma) for sigma in trace.sigmas]
+            estimates = trace.denoised if codec is None else [codec.preview(item) for item in trace.denoised]
+            framed = frames * len(estimates[0])
+            strip = png(grid(stack(estimates), columns=len(frames), scale=scale, gap=3, frames=framed))
+            (folder / "trace.png").write_bytes(strip)
+        (folder / RESULT).write_text(json.dumps(document, indent=2) + "\n")
+    return names
 
 
 def _names(words: Sequence[str], record: TrainedClasses | None) -> list[str]:

@@ -23,7 +23,7 @@ from multistage_diffusion.recipes import RECIPES, recipe
 from multistage_diffusion.records import Tagged, with_new_keys
 
 # Options that change the defaults of others.
-_FIRST = ("--config", "--init", "--model.architecture", "--model.backbone", "--process.kind", "--stages")
+_FIRST = ("--config", "--init", "--resume", "--model.architecture", "--model.backbone", "--process.kind", "--stages")
 
 if TYPE_CHECKING:
     from multistage_diffusion.training.callbacks import LogRecord
@@ -46,6 +46,8 @@ class Options(Compute):
     """JSON file with values that replace the recipe's, like the config.json of another run."""
     stages: str | None = None
     """File from msd cluster; sets stages.edges, and model.decoder-widths where the file has them."""
+    resume: str | None = None
+    """Run directory to go on with, in place of a recipe and --out: msd train --resume RUN --training.steps 60."""
     init: str | None = None
     """Trained model to start from: a run, a saved model, a folder of diffusers (they set --model and --process), or a
     .safetensors file of the recipe's network."""
@@ -71,11 +73,14 @@ def parse(arguments: Sequence[str]) -> Options:
         ConfigError: No recipe, or a wrong option.
     """
     wants_help = any(word in ("-h", "--help") for word in arguments)
+    values = dict(_values(arguments))
+    if "--resume" in values and not wants_help:
+        return _resume(values, arguments)
     if not arguments or arguments[0].startswith("-"):
         if not wants_help:
-            raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}")
+            raise ConfigError(f"msd train needs a recipe as its first word, or --resume RUN: {', '.join(RECIPES)}")
         arguments = ["digits", *arguments]
-    values = dict(_values(arguments))
+    values = dict(_values(arguments))  # again: help shows the options of a recipe
     base = recipe(arguments[0], _architecture(values))
     if "--config" in values:
         base = _merge(base, values["--config"])
@@ -90,6 +95,19 @@ def parse(arguments: Sequence[str]) -> Options:
 
         base = start_from(base, load_initial(values["--init"]))
     return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
+
+
+def _resume(values: dict[str, str], arguments: Sequence[str]) -> Options:
+    """The options of a run as it is, with those changed that the words change."""
+    from multistage_diffusion.runs import Run
+
+    folder = values["--resume"]
+    for option in set(values) & {"--config", "--init", "--stages"} | {word for word in arguments if word == "--out"}:
+        raise ConfigError(f"--resume takes everything from the run; leave {option} out")
+    if not arguments[0].startswith("-"):
+        raise ConfigError(f"--resume takes the recipe from the run; leave {arguments[0]} out")
+    default = Options(recipe="resume", out=folder, run=Run.open(folder).config)
+    return parse_words(Options, "train", ["resume", *arguments], default)
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:

@@ -239,7 +239,9 @@ def _result(
 
 def _check_number(count: int, options: ClusterOptions) -> None:
     if count < 2:
-        raise DataError(f"clustering needs at least two images, got {count}")
+        raise DataError(
+            f"clustering needs at least two images to train on, got {count}; a part of each source is held out"
+        )
     if count < options.stages:
         raise DataError(f"{count} images cannot tell {options.stages} stages apart; use more images")
 

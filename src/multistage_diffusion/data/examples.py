@@ -154,10 +154,12 @@ class Examples(ABC):
         """
         if self.shape[1:] == (resolution, resolution):
             return self
-        mend = "convert their source again with" if self.device is None else "make them of that size, or leave out"
+        mend = (
+            "convert their source again with the" if self.device is None else "make them of that size, or leave out the"
+        )
         raise DataError(
-            f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; {mend} "
-            f"--resolution {resolution}"
+            f"{self.name}: holds images of {self.shape[1]} x {self.shape[2]}, which are not resized; {mend} resolution "
+            f"{resolution}"
         )
 
     def take(self: Set, index: Int[Tensor, " n"]) -> Set:

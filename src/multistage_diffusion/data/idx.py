@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from multistage_diffusion.errors import DataError
 
 _MAX_EXPANSION = 200  # images do not deflate further; deflate itself reaches 1032
 _UNCHECKED = 2**20  # bytes below which a file may expand as it likes
-_DEBIAN = Path("/usr/share/datasets")
+_DEBIAN, _KERAS = Path("/usr/share/datasets"), "~/.keras/datasets"
 _FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -116,6 +117,16 @@ def _find(name: str, root: str | None) -> Path:
     for place in places:
         if any((place / f"train-images-idx3-ubyte{ending}").is_file() for ending in (".gz", "")):
             return place
+    keras = next(
+        (
+            place / f"{name}.npz"
+            for place in (*places, Path(os.path.expanduser(_KERAS)))
+            if (place / f"{name}.npz").is_file()
+        ),
+        None,
+    )
+    if keras is not None:
+        raise DataError(f"{name}: these are not its idx files, but there is Keras's {keras}: use npz:{keras}")
     first = f"{places[0]} (--data-root)" if root is not None else "--data-root (not given)"
     package = f"; on Debian and Ubuntu: apt-get install dataset-{name}" if name == "fashion-mnist" else ""
     raise DataError(

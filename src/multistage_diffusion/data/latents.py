@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor
 
 from multistage_diffusion.config import DataConfig
@@ -23,7 +24,7 @@ from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import RECORD as SCALE
 from multistage_diffusion.data.fields import Scale, load_scale
 from multistage_diffusion.data.shards import ShardWriter, open_shards
-from multistage_diffusion.data.sources import Split, doubts, load_data
+from multistage_diffusion.data.sources import Split, load_data, warn_of
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.files import read_json, whole_directory, write_json
 
@@ -142,6 +143,8 @@ def load_examples(
     """
     if images is None:
         images = load_images(config)
+    else:
+        warn_of(images)
     if config.autoencoder is None:
         return images
     autoencoder = load_autoencoder(config.autoencoder, device)
@@ -171,8 +174,7 @@ def load_images(config: DataConfig, split: Split = "train") -> Examples:
         labels=config.labels,
     )
     if split == "train":
-        for line in doubts(images):
-            warnings.warn(f"{images.name}: {line}", stacklevel=2)
+        warn_of(images)
     return images
 
 
@@ -230,6 +232,8 @@ def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCod
         CheckpointError: It is not the one that the run was trained with.
     """
     folder = Path(run)
+    if folder.is_file():
+        return _require_plain(folder)
     if folder.name == "model" and not any((folder / name).is_file() for name in (RECORD, SCALE)):
         folder = folder.parent
     if (folder / SCALE).is_file():
@@ -245,6 +249,14 @@ def load_codec(run: str | Path, device: torch.device | str = "cpu") -> LatentCod
     if autoencoder.digest != digest:
         raise CheckpointError(f"{name} is another autoencoder than {folder} was trained with: its weights differ")
     return LatentCodec(autoencoder, float(scale), int(channels))
+
+
+def _require_plain(export: Path) -> None:
+    """Refuse a file of `msd export` whose model needs a codec, which the file does not hold."""
+    with safe_open(export, framework="pt") as file:
+        about = (file.metadata() or {}).get("multistage-diffusion", "{}")
+    if json.loads(about).get("decoded"):
+        raise ConfigError(f"{export} holds a model of latents or fields without what decodes them; give the run itself")
 
 
 def _write(

@@ -29,7 +29,7 @@ from multistage_diffusion.data.idx import read_mnist_like
 from multistage_diffusion.data.images import Images, require_pictures
 from multistage_diffusion.data.layout import shown
 from multistage_diffusion.data.shards import INDEX, ShardWriter
-from multistage_diffusion.errors import DataError, suggest
+from multistage_diffusion.errors import CheckpointError, DataError, suggest
 from multistage_diffusion.files import remove_abandoned, whole_directory
 from multistage_diffusion.rng import permutation
 
@@ -145,20 +145,26 @@ def _part(collection: Collection, split: Split, resolution: int | None) -> Examp
     return images if resolution is None else images.fitted(resolution)
 
 
-def doubts(images: Examples) -> list[str]:
-    """What people should know of a set before they train on it: what was left out, and pixels that use a small range.
+def warn_of(images: Examples) -> None:
+    """Warn of what people should know before they train on a set: what was left out, and pixels of a small range.
 
     Raises:
         DataError: All pixels of several images are the same.
     """
-    lines = [f"{len(images.skipped)} left out: {'; '.join(images.skipped[:3])}"] if images.skipped else []
+    if images.skipped:
+        _say(images, f"{len(images.skipped)} left out: {'; '.join(images.skipped[:3])}")
     if not isinstance(images, Images) or images.device is None or len(images) == 1:
-        return lines
+        return
     low, high = int(images.stored().min()), int(images.stored().max())
     doubt = range_doubt(low, high)
     if low == high:
         raise DataError(f"{images.name}: {doubt}")
-    return [*lines, doubt] if doubt else lines
+    if doubt is not None:
+        _say(images, doubt)
+
+
+def _say(images: Examples, line: str) -> None:
+    warnings.warn(f"{images.name}: {line}", stacklevel=4)
 
 
 def range_doubt(low: int, high: int) -> str | None:
@@ -196,11 +202,10 @@ def look(source: str, split: Split, root: str | None, reading: Reading) -> Look:
 
     Raises:
         DataError: As for `load_data`.
-        CheckpointError: The cache cannot be written.
     """
     collection, place = read_source(source, split, root, reading), _place(source, root)
     changes = changes_since(place, collection)
-    remember(place, collection)
+    _remember(place, collection)
     return Look(_part(collection, split, reading.resolution), changes)
 
 
@@ -223,7 +228,15 @@ def convert(source: str, folder: Path, root: str | None, reading: Reading) -> No
         if reading.resolution is not None:
             collection = replace(collection, images=collection.images.fitted(reading.resolution))
         write_images(collection, temporary, writer)
-    remember(_place(source, root), collection)
+    _remember(_place(source, root), collection)
+
+
+def _remember(place: str, collection: Collection) -> None:
+    """Record the files; a cache that cannot be written costs the record, and nothing that was read."""
+    try:
+        remember(place, collection)
+    except CheckpointError as error:
+        warnings.warn(f"changes of these files cannot be told later: {error}", stacklevel=3)
 
 
 def read_source(source: str, split: Split, root: str | None, reading: Reading) -> Collection:

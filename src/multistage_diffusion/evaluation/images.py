@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -98,7 +97,7 @@ def distances(
         for batch in images:
             statistics.update(extractor(batch))
     if processes.size > 1:
-        statistics.combine(lambda part: processes.all_reduce(part.clone()), lambda rows: _join(rows, processes))
+        statistics.combine(lambda part: processes.all_reduce(part.clone()), processes.rows_on_main)
     with processes.all_or_none():
         if not processes.is_main:
             return {}
@@ -130,15 +129,3 @@ def _check_reference(
             f"{reference.source} is of {len(reference.mu)} features, and {extractor.name} gives "
             f"{extractor.num_features}; choose other features"
         )
-
-
-def _join(rows: Tensor, processes: ProcessGroup) -> Tensor:
-    """Rows of all processes one after the other, in the first process."""
-    counts = processes.gather_objects(len(rows))
-    if not processes.is_main:
-        dist.send(rows, 0)
-        return rows
-    parts = [rows, *(rows.new_empty(count, *rows.shape[1:]) for count in counts[1:])]
-    for rank, part in enumerate(parts[1:], start=1):
-        dist.recv(part, rank)
-    return torch.cat(parts)

@@ -42,7 +42,7 @@ def load_initial(source: str | Path) -> Denoiser:
     pipeline = any((folder / name).exists() for name in ("model_index.json", "unet", "transformer"))
     document = None if pipeline or not (folder / "config.json").is_file() else read_json(folder / "config.json")
     if isinstance(document, dict) and "process" in document:
-        return load_run(folder).denoiser
+        return load_run(folder, device="cpu").denoiser
     if pipeline or isinstance(document, dict):
         return load_diffusers(folder)
     raise ConfigError(f"--init {folder} holds no config.json and no model_index.json: it is no run and no saved model")

@@ -199,7 +199,7 @@ def prdc(
     if min(len(real), len(generated)) <= neighbours:
         raise DataError(
             f"prdc needs more than {neighbours} images of each kind, got {len(real)} real and {len(generated)} "
-            "generated ones; raise num, or leave prdc out of metrics"
+            "generated ones; take more of them, or leave prdc out of metrics"
         )
     radius_real, radius_generated = _radii(real, neighbours), _radii(generated, neighbours)
     inside, recalled, covered = [], torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)

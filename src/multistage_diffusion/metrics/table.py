@@ -99,11 +99,11 @@ def measure(metrics: Sequence[FeatureMetric], real: Moments, generated: Statisti
     """
     compares = any(metric.compares for metric in metrics)
     for kind, count, mend in (
-        ("real", real.num_images if compares else 2, "take a larger source"),
-        ("generated", generated.count, "raise num"),
+        ("real", real.num_images if compares else 2, "take a larger source, or more of it: a tenth may be held out"),
+        ("generated", generated.count, "raise num, or take a folder of more images"),
     ):
         if count is not None and count < 2:
-            raise DataError(f"at least 2 {kind} images are needed for a distance, got {count}; {mend}")
+            raise DataError(f"a distance needs at least 2 {kind} images, and there is {count}; {mend}")
     result = dict[str, Any]()
     for metric in metrics:
         result |= metric.measure(real, generated, seed=seed)

@@ -17,6 +17,7 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
+from multistage_diffusion.process_group import local_device
 from multistage_diffusion.records import from_dict
 from multistage_diffusion.runs.averages import Combination, rebuild
 from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, list_checkpoints, newest
@@ -113,13 +114,14 @@ class Run:
         *,
         weights: str = "ema",
         sigma_rel: float | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         network: nn.Module | None = None,
     ) -> LoadedRun:
         """The denoiser of the newest checkpoint; arguments and errors as in `load_run`."""
         checkpoint = newest(self.path)
         state = checkpoint.state()
         channels, height, width = state["shape"]
+        device = local_device(device)
         stage_images = tuple(state["stage_images"])
         # A run that is to branch later is a unified network until then.
         trunk = self.config.branch_step > 0 and checkpoint.step <= self.config.branch_step
@@ -167,16 +169,16 @@ def load_run(
     *,
     weights: str = "ema",
     sigma_rel: float | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     network: nn.Module | None = None,
 ) -> LoadedRun:
-    """Load the newest checkpoint of a run, or a folder written by `Denoiser.save_pretrained`.
+    """Load the newest checkpoint of a run, a folder written by `Denoiser.save_pretrained`, or a file of `msd export`.
 
     Args:
-        path: The run directory or the folder.
+        path: The run directory, the folder or the file.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
         sigma_rel: Relative width of another average, put together from the run's snapshots.
-        device: Where the weights go.
+        device: Where the weights go; by default a GPU where there is one, as in the commands.
         network: The network, for a run of one of the user's own; its weights are replaced. Nothing that a folder names
             is imported.
 
@@ -192,15 +194,19 @@ def load_run(
         raise ConfigError(f"--weights must be ema or raw, got {weights}")
     if sigma_rel is not None and weights == "raw":
         raise ConfigError(f"--sigma-rel {sigma_rel} chooses an average, and --weights raw none; drop one of the two")
-    if "format" in _document(folder):
+    if folder.is_file() or "format" in _document(folder):
         if sigma_rel is not None:
             raise ConfigError(f"--sigma-rel needs the snapshots of a run, and {folder} is a saved model")
-        return LoadedRun(Denoiser.from_pretrained(folder, device=device, network=network))
+        return LoadedRun(Denoiser.from_pretrained(folder, device=local_device(device), network=network))
     return Run.open(folder).load(weights=weights, sigma_rel=sigma_rel, device=device, network=network)
 
 
 def _document(folder: Path) -> dict[str, Any]:
     """The configuration in a folder, as it is written."""
+    if (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"{folder} is a folder for diffusers: draw with its pipeline, as its README.md says, or give the run itself"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} is not a run: it has no config.json; train one with msd train RECIPE --out {folder}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -148,6 +149,8 @@ class TrainingRun:
             self.window.add(result)
             if result.step % log_every == 0:
                 report.training(result, self.window, self._flops())
+            elif result.step == self.config.training.steps:  # the checkpoint keeps the sums for a run that goes on
+                report.training(result, copy.deepcopy(self.window), self._flops(), partial=True)
             if self.on_step is not None:
                 self.on_step(result, self.config.training.steps)
             if self.processes.size == 1:  # several look at the next save, together

@@ -23,6 +23,7 @@ from multistage_diffusion.training.trackers import SAMPLES, TrackedRun, Trackers
 from multistage_diffusion.training.trainer import StepResult
 
 METRICS, _EVALUATION = "metrics.jsonl", "evaluation"
+_PARTIAL = "partial"  # marks a last line that a run leaves before its turn, and drops when it goes on
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)  # of a foreign line
 
 
@@ -111,7 +112,7 @@ class Report:
                 if type(document["step"]) is not int or not 0 <= document["step"] < 2**62:
                     continue
                 reported |= dict.fromkeys(flat_numbers(document), int(document["step"]))
-                if document["step"] <= step:
+                if document["step"] <= step and not document.get(_PARTIAL):
                     kept.append(line + b"\n")
                     self._evaluated |= {document["step"]} if _EVALUATION in document else set()
         for picture in sorted((folder / SAMPLES).glob("step-*.png")):
@@ -134,13 +135,14 @@ class Report:
         if self._file is not None:
             os.close(self._file)
 
-    def training(self, result: StepResult, window: Window, flops: float) -> None:
+    def training(self, result: StepResult, window: Window, flops: float, *, partial: bool = False) -> None:
         """Report what was trained since the last line.
 
         Args:
             result: The last step.
             window: The losses since the last line; begins anew.
             flops: FLOPs spent in all.
+            partial: Whether the run ends before a line is due; a run that goes on drops the line.
         """
         now, (then, step) = time.perf_counter(), self._last_line
         self._last_line = (now, result.step)
@@ -154,6 +156,8 @@ class Report:
             "training_flops": flops,
             "images_per_second": round(images / max(now - then, 1e-9), 3),
         }
+        if partial:
+            line[_PARTIAL] = True
         if self._device.type == "cuda":
             line["gpu_memory_gib"] = round(torch.cuda.max_memory_reserved(self._device) / 2**30, 3)
         self._write(line)

@@ -17,6 +17,7 @@ from multistage_diffusion.data import Images, load_parts
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import make_feed
 from multistage_diffusion.data.latents import load_examples
+from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.inherit import inherit
 from multistage_diffusion.process_group import SINGLE, ProcessGroup, join, local_device
@@ -37,11 +38,11 @@ def train(
     config: RunConfig,
     out: str | Path,
     *,
-    data: Examples | None = None,
+    data: Data | None = None,
     stages: Stages | None = None,
     network: nn.Module | None = None,
     initial: Initial | Callable[[tuple[int, int, int]], Initial] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     callbacks: Sequence[Callback] = (),
     on_step: Callable[[StepResult, int], None] | None = None,
     on_encode: Callable[[int, int], None] | None = None,
@@ -53,12 +54,12 @@ def train(
     Args:
         config: The whole configuration.
         out: The run directory.
-        data: Training images or latents; by default loaded, and encoded, as `config.data` says.
+        data: Training images or latents, or what `as_data` takes; by default loaded and encoded as `config.data` says.
         stages: The partition with its provenance, kept in `stages.json`; its edges are those of the configuration.
         network: A network of the user's, in place of the one that `config.model` describes.
         initial: A trained denoiser to start from, or a function that gives it for a shape; by default weights are
             random.
-        device: Where to train; `cuda` is the GPU of this process.
+        device: Where to train: by default a GPU where there is one; `cuda` is the GPU of this process.
         callbacks: Whose `on_log` takes what metrics.jsonl and the grids show, in process 0.
         on_step: Called after each step with its result and the number of steps to take.
         on_encode: Called with the number of images encoded into latents, and of all, where that is not in the cache.
@@ -218,10 +219,11 @@ def fit(
 
 
 def _read(
-    config: RunConfig, data: Examples | None, device: torch.device, on_encode: Callable[[int, int], None] | None
+    config: RunConfig, data: Data | None, device: torch.device, on_encode: Callable[[int, int], None] | None
 ) -> tuple[Examples, tuple[Images, Images] | None]:
     """What is trained on, and where something is to be measured the training and held-out images; read once."""
     images = load_parts(config.data) if config.logging.evaluate_every else None
     if data is None:
         data = load_examples(config.data, device, on_encode, None if images is None else images[0])
+    data = as_data(data)
     return data, (data, images[1]) if images is not None and isinstance(data, Images) else images

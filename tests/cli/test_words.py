@@ -1,0 +1,141 @@
+"""Words that people try: each does what it says, or one line says what works."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import multistage_diffusion as msd
+import ranks
+import tiny
+from multistage_diffusion.cli import dispatch
+from multistage_diffusion.cli.train import parse
+from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.training.run import train
+
+CONDITIONAL = tiny.replace(tiny.SMALLEST, classes=3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words") / "run"
+    train(tiny.run_config(CONDITIONAL, steps=3, log_every=2), folder, data=tiny.images(labels=True))
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*words):
+        code = dispatch([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()[-1] if err else ""
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "flip", "steps"),
+    [
+        (["--data.flip", "true"], True, None),
+        (["--data.flip", "True", "--training.steps", "1e3"], True, 1000),
+        (["--data.flip=false"], False, None),
+        (["--data.flip", "--training.steps=2.5e3"], True, 2500),
+    ],
+)
+def test_switches_take_values_and_whole_numbers_exponents(words, flip, steps):
+    config = parse(["digits", *words]).run
+    assert config.data.flip is flip and (steps is None or config.training.steps == steps)
+
+
+@pytest.mark.parametrize("word", ["1.5", "1e-3", "many", "1e99"])
+def test_fractions_are_no_whole_numbers(word):
+    with pytest.raises(ConfigError, match=r"--training\.steps: must be a whole number, got"):
+        parse(["digits", "--training.steps", word])
+
+
+def test_classes_by_name_on_the_command_line(run, call, tmp_path):
+    options = ["--num", 2, "--steps", 2, "--json"]
+    code, out, _ = call("sample", run, "--class", "c", "a", "--out", tmp_path / "x", "--format", "npz", *options)
+    assert code == 0 and json.loads(out)["classes"] == ["c", "a"]
+    assert np.load(tmp_path / "x" / "samples.npz")["labels"].tolist() == ["c", "a"]
+    for word, message in (("d", "no class d; the model was trained on a, b, c"), ("3", "no class 3")):
+        code, _, err = call("sample", run, "--class", word, "--out", tmp_path / "y", *options)
+        assert code == 2 and message in err
+
+
+def test_an_export_is_a_model_and_a_folder_for_diffusers_is_named(run, call, tmp_path):
+    file = tmp_path / "model.safetensors"
+    assert call("export", run, "--out", file)[0] == 0
+    options = ["--num", 2, "--steps", 2, "--format", "npz"]
+    for target, out in ((run, "a"), (run / "model", "b"), (file, "c")):
+        assert call("sample", target, "--out", tmp_path / out, *options)[0] == 0
+    drawn = [np.load(tmp_path / name / "samples.npz")["images"] for name in "abc"]
+    assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+    assert msd.load_run(file).denoiser.trained_classes == msd.load_run(run).denoiser.trained_classes
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model_index.json").write_text("{}")
+    for command in (["sample", tmp_path / "folder", "--out", tmp_path / "d"], ["evaluate", tmp_path / "folder"]):
+        code, _, err = call(*command)
+        assert code == 2 and "is a folder for diffusers: draw with its pipeline" in err
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert "cannot read" in call("sample", tmp_path / "other.safetensors", "--out", tmp_path / "d")[2]
+
+
+def test_a_run_goes_on_from_its_folder_alone(tmp_path, call):
+    words = ["--training.steps", 2, "--training.batch-size", 4, "--training.log-every", 3]
+    network = ["--model.width", 8, "--model.decoder-widths", 8, 8, 8, "--model.blocks", 1, "--data.flip"]
+    assert call("train", "digits", "--out", tmp_path / "run", *words, *network)[0] == 0
+    lines = list(msd.Run.open(tmp_path / "run").metrics())
+    assert [line["step"] for line in lines] == [2] and lines[0]["partial"]
+    code, out, _ = call("train", "--resume", tmp_path / "run", "--training.steps", 4, "--json")
+    assert code == 0 and (json.loads(out)["resumed"], json.loads(out)["step"]) == (2, 4)
+    assert [line["step"] for line in msd.Run.open(tmp_path / "run").metrics()] == [3, 4]
+    for more, message in (
+        (["digits", "--resume", tmp_path / "run"], "leave digits out"),
+        (["--resume", tmp_path / "run", "--out", "x"], "leave --out out"),
+        (["--resume", tmp_path], "is not a run"),
+        (["--resume", tmp_path / "run", "--data.no-flip"], "data.flip is True there and False here"),
+    ):
+        code, _, err = call("train", *more)
+        assert code == 2 and message in err
+
+
+def test_the_mnist_of_keras_is_named(tmp_path, call):
+    (tmp_path / "mnist.npz").write_bytes(b"")
+    code, _, err = call("data", "mnist", "--data-root", tmp_path)
+    assert code == 3 and f"use npz:{tmp_path}/mnist.npz" in err
+
+
+def test_data_says_how_it_was_read(tmp_path, call):
+    np.savez(tmp_path / "x.npz", images=np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8) % 50, labels=[4, 1] * 3)
+    code, out, _ = call("data", f"npz:{tmp_path}/x.npz", "--split", "all")
+    assert code == 0
+    for line in ("classes: 1 3, 4 3", "labels: the file's", "split: held out: a tenth, by content", "pixels use 0..49"):
+        assert line in out
+    code, out, _ = call("data", f"npz:{tmp_path}/x.npz", "--labels", "none", "--json")
+    assert json.loads(out)["classes"] == [] and json.loads(out)["notes"]["labels"].startswith("none: ")
+
+
+def shared(rank, run, out, errors):
+    return ranks.command(
+        rank, ["sample", str(run), "--num", "5", "--steps", "2", "--out", str(out), "--device", "cpu"], errors
+    )
+
+
+def test_processes_share_the_images(run, tmp_path, call):
+    assert ranks.run(shared, tmp_path / "ranks", run, tmp_path / "together", tmp_path) == [0, 0]
+    assert call("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "alone", "--device", "cpu")[0] == 0
+    for i in range(5):
+        name = f"images/seed-{i:08d}.png"
+        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    out, _ = ranks.printed(tmp_path)
+    assert len(out) == 1 and "wrote 5 images" in out[0]
+
+
+def test_python_draws_as_the_command_does(run, call, tmp_path):
+    assert call("sample", run, "--num", 2, "--format", "npz", "--out", tmp_path / "x", "--class", "b")[0] == 0
+    images = msd.sample(msd.load_run(run).denoiser, 2, labels="b").images
+    from multistage_diffusion.data import to_uint8
+
+    assert torch.equal(to_uint8(images), torch.from_numpy(np.load(tmp_path / "x" / "samples.npz")["images"]))
