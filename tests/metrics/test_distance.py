@@ -204,7 +204,7 @@ def test_too_little_is_refused_or_cautioned():
     rows = normal(5)
     with pytest.raises(DataError, match=r"at least 2 generated images, and there is 1; raise num, or take a folder of more images$"):
         measure(["fd"], rows, rows[:1])
-    with pytest.raises(DataError, match=r"prdc needs more than 5 .*; raise num, or leave prdc out of metrics$"):
+    with pytest.raises(DataError, match=r"prdc needs more than 5 .*; raise num, or take a folder of more images, or leave prdc out of metrics$"):
         measure(["prdc"], rows, rows)
     with pytest.raises(
         DataError, match=r"fd_infinity needs at least 32 .*; raise num, or leave fd_infinity out of metrics$"

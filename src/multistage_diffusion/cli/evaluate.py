@@ -86,7 +86,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     device = prepare(options)
     target = Path(options.target)
     if not (target.is_dir() or _is_model(target)):
-        raise ConfigError(f"{target} is neither a run directory, a file of msd export nor a folder of images")
+        raise ConfigError(f"{target} is neither a run directory nor a folder of images, nor a file of msd export")
     text = options.metrics
     if text is None:
         text = "fd,loss" if _is_model(target) else "fd"

@@ -197,9 +197,10 @@ def prdc(
     Source: Kynkaanniemi et al. 2019 (precision, recall); Naeem et al. 2020 (density, coverage).
     """
     if min(len(real), len(generated)) <= neighbours:
+        mend = "raise num, or take a folder of more images" if len(generated) <= neighbours else "take a larger source"
         raise DataError(
             f"prdc needs more than {neighbours} images of each kind, got {len(real)} real and {len(generated)} "
-            "generated ones; take more of them, or leave prdc out of metrics"
+            f"generated ones; {mend}, or leave prdc out of metrics"
         )
     radius_real, radius_generated = _radii(real, neighbours), _radii(generated, neighbours)
     inside, recalled, covered = [], torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
