@@ -149,7 +149,7 @@ def _draw(
     rows = slice(part.start, max(part.stop, part.start + 1))  # a process without a share draws one image in vain
     if shares:
         labels = None if labels is None else labels[rows]
-        start = None if start is None or start.images is None else replace(start, images=start.images[rows])
+        start = None if start is None else replace(start, images=start.images[rows])
     shared: dict[str, Any] = {
         "labels": labels,
         "start": start,
