@@ -33,7 +33,7 @@ COMMANDS = {
     "evaluate": "measure a run, or a folder of images",
     "study": "a table or figure of the paper, with seeds, intervals and a report",
     "verify": "check every file of a run against its manifest",
-    "convert": "a run to a folder for diffusers, or a U-Net of diffusers to a model",
+    "convert": "a run to a folder for diffusers, or the weights of others to a model",
     "export": "write a run's weights as one safetensors file",
 }
 

@@ -29,23 +29,33 @@ class Options(Common):
 
     A UNet2DModel or DiTTransformer2DModel, or a pipeline with one: with stages, every stage gets a decoder of its own
     that starts as the network's, ready to be trained apart. Outputs are compared with those of diffusers, which must be
-    installed. A safetensors file with the weights of DiT or SiT under their released names, too.
+    installed.
+
+    A file of weights that others published (.safetensors, or .pt, .pth, .ckpt without code in it): EDM's DDPM++, score
+    SDE's DDPM++ and NCSN++, the U-Net of latent diffusion, DiT, SiT, and the networks of Zhang et al. 2024.
 
     example: msd convert runs/digits models/digits
     """
 
     source: tyro.conf.Positional[str]
-    """Run directory, folder of save_pretrained, folder that diffusers saved, or file of released weights."""
+    """Run directory, folder of save_pretrained, folder that diffusers saved, or file (or its folder) of published
+    weights."""
     out: tyro.conf.Positional[str]
     """Folder for the result."""
     stages: str | None = None
-    """From diffusers: file with the stages, from msd cluster; by default one stage."""
+    """Of others: file with the stages, from msd cluster; by default one, or those of the published network."""
     resolution: int | None = None
-    """From diffusers: pixels a side; by default the U-Net's sample_size."""
+    """Of others: pixels a side; by default the U-Net's sample_size; of a file that does not tell 32, of latents 64."""
     released: Literal["dit", "sit"] = "dit"
     """Of a file: whose weights it has, DiT's (noise prediction, 1000 steps) or SiT's (velocity on the linear path)."""
+    preconditioning: Literal["edm", "vp", "ve"] = "edm"
+    """Of a file of EDM's code: what the network was trained for."""
+    groups: int | None = None
+    """Of a file: groups of the network's norms, which no file tells; by default as published."""
+    head_channels: int | None = None
+    """Of a file of latent diffusion: channels of an attention head, which no file tells; by default 32."""
     weights: Literal["ema", "raw"] = "ema"
-    """Of a run: the averaged weights, or the trained ones."""
+    """Of a run, or of a file that has both: the averaged weights, or the trained ones."""
     license: str | None = None
     """Of a run: the license for the model card, like apache-2.0."""
 
@@ -53,11 +63,13 @@ class Options(Common):
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Convert."""
     source = Path(options.source)
-    if source.suffix == ".safetensors":
-        return _import_released(options, console)
-    check(options.released == "dit", "released", "used with a file of weights", options.released)
+    if (file := _file(source)) is not None:
+        return _import_released(file, options, console)
+    for name, default in (("released", "dit"), ("preconditioning", "edm"), ("groups", None), ("head_channels", None)):
+        value = getattr(options, name)
+        check(value == default, name.replace("_", "-"), "used with a file of weights", value)
     if not source.is_dir():
-        raise ConfigError(f"{source} is neither a run directory nor a folder that diffusers saved")
+        raise ConfigError(f"{source} is neither a run directory, a folder that diffusers saved, nor a file of weights")
     pipeline = any((source / name).exists() for name in ("model_index.json", "unet", "transformer"))
     about = None if pipeline else read_json(source / "config.json")
     if isinstance(about, dict) and "process" in about:
@@ -83,17 +95,43 @@ def _import(options: Options, console: Console) -> dict[str, Any]:
     return _written(options, console, denoiser, error)
 
 
-def _import_released(options: Options, console: Console) -> dict[str, Any]:
+def _file(source: Path) -> Path | None:
+    """The file of published weights: the source itself, or the only one in a folder that holds nothing else of ours."""
+    suffixes = (".safetensors", ".pt", ".pth", ".ckpt", ".pkl")
+    if source.is_dir():
+        files = [file for file in source.iterdir() if file.suffix in suffixes]
+        described = any((source / name).exists() for name in ("config.json", "model_index.json"))
+        return files[0] if len(files) == 1 and not described else None
+    return source if source.suffix in suffixes else None
+
+
+def _import_released(file: Path, options: Options, console: Console) -> dict[str, Any]:
     """From a file of weights, which no configuration comes with: nothing to compare with."""
-    from multistage_diffusion.interop.transformers import load_released
+    from multistage_diffusion.interop.official import from_official, read_state, recognise
+    from multistage_diffusion.interop.transformers import from_released
     from multistage_diffusion.noise import Flow
     from multistage_diffusion.stages import Stages
 
-    stages = Stages() if options.stages is None else Stages.load(Path(options.stages))
-    process = Flow(time_scale=1.0, times="uniform") if options.released == "sit" else None
-    denoiser = load_released(options.source, process, stages=stages)
+    check(options.license is None, "license", "used with a run", options.license)
+    stages = None if options.stages is None else Stages.load(Path(options.stages))
+    state = read_state(file, weights=options.weights)
+    if "x_embedder.proj.weight" in state:
+        what, process = "DiT", None
+        if options.released == "sit":
+            what, process = "SiT", Flow(time_scale=1.0, times="uniform")
+        denoiser = from_released(state, process, head_channels=options.head_channels, stages=stages or Stages())
+    else:
+        official = recognise(
+            state,
+            resolution=options.resolution,
+            process=options.preconditioning,
+            groups=options.groups,
+            head_channels=options.head_channels,
+        )
+        what, denoiser = official.what, from_official(official, stages)
     denoiser.save_pretrained(options.out)
-    return _written(options, console, denoiser, None)
+    console.print(f"{file}: {what}")
+    return {**_written(options, console, denoiser, None), "what": what}
 
 
 def _written(options: Options, console: Console, denoiser: Denoiser, error: float | None) -> dict[str, Any]:

@@ -9,12 +9,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from multistage_diffusion.backbones import Backbone, Transformer
@@ -163,19 +160,6 @@ def from_released(
     if isinstance(process, Flow):
         state |= _turned(state)
     return _denoiser(model, state, process, (channels, side * patch, side * patch), stages, trunk)
-
-
-def load_released(path: str | Path, process: Process | None = None, *, stages: Stages = UNDIVIDED) -> Denoiser:
-    """`from_released` of a safetensors file.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or a weight is missing, left over or of another shape.
-    """
-    try:
-        weights = safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read weights {path}: {error}") from error
-    return from_released(weights, process, stages=stages)
 
 
 def misfit(config: Backbone, shape: tuple[int, int, int]) -> str | None:

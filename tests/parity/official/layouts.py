@@ -5,11 +5,13 @@ once makes a state dict in its layout, and running it again computes the network
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 ROOT_HALF = 2**-0.5
+FIR, BOX = [1.0, 3.0, 3.0, 1.0], [1.0, 1.0]
 
 
 class Weights(dict):
@@ -51,7 +53,7 @@ def filtered(x, taps, *, up=1, down=1, pad):
         wide = x.new_zeros(*x.shape[:2], x.shape[2] * up, x.shape[3] * up)
         wide[:, :, ::up, ::up] = x
         x = wide
-    weight = kernel(taps).expand(x.shape[1], 1, -1, -1) * up**2
+    weight = kernel(taps).to(x).expand(x.shape[1], 1, -1, -1) * up**2
     return F.conv2d(F.pad(x, (pad[0], pad[1]) * 2), weight.flip(2, 3), groups=x.shape[1])[:, :, ::down, ::down]
 
 
@@ -64,55 +66,75 @@ def softmax_attention(query, key, value):
 # EDM
 
 
-def edm(w, x, c_noise, *, labels=None, augment=None, side, width, multipliers, blocks, attention, taps, pyramid=False,
-        groups=32, decoder="dec", decoder_width=None, classes=0):  # fmt: skip
+def edm_embedding(w, c_noise, width, classes, labels, augment):
     rates = (1 / 10_000) ** (torch.arange(width // 2) / (width // 2 - 1))
-    angle = c_noise[:, None] * rates
-    embedding = torch.cat((angle.sin(), angle.cos()), dim=1)
+    angle = c_noise.float()[:, None] * rates
+    embedding = torch.cat((angle.sin(), angle.cos()), dim=1).to(c_noise)
     if classes:
-        one_hot = torch.zeros(len(x), classes) if labels is None else F.one_hot(labels, classes).float()
+        none = torch.zeros(len(c_noise), classes).to(c_noise)
+        one_hot = none if labels is None else F.one_hot(labels, classes).to(c_noise)
         embedding = embedding + w.linear(one_hot * math.sqrt(classes), "map_label", width)
     if augment is not None:
         embedding = embedding + augment @ w.get("map_augment.weight", width, 9).T
     embedding = F.silu(w.linear(embedding, "map_layer0", 4 * width))
-    embedding = F.silu(w.linear(embedding, "map_layer1", 4 * width))
+    return F.silu(w.linear(embedding, "map_layer1", 4 * width))
 
-    def block(x, name, outputs, *, resample=None, attend=False):
-        h, skip = F.silu(w.norm(x, f"{name}.norm0", groups, 1e-6)), x
-        if resample:
-            side_pad = (len(taps) - 1) // 2
-            change = (
-                (lambda t: filtered(t, taps, down=2, pad=(side_pad, side_pad)))
-                if resample == "down"
-                else (lambda t: filtered(t, taps, up=2, pad=(len(taps) - 1 - side_pad, side_pad)))
-            )
-            h, skip = change(h), change(skip)
-            w.setdefault(f"{name}.conv0.resample_filter", kernel(taps)[None, None])
-            w.setdefault(f"{name}.skip.resample_filter", kernel(taps)[None, None])
-        h = w.conv(h, f"{name}.conv0", outputs) + w.linear(embedding, f"{name}.affine", outputs)[:, :, None, None]
-        h = w.conv(F.silu(w.norm(h, f"{name}.norm1", groups, 1e-6)), f"{name}.conv1", outputs)
-        if resample or x.shape[1] != outputs:
-            skip = w.conv(skip, f"{name}.skip", outputs, 1)
-        x = (h + skip) * ROOT_HALF
-        if attend:
-            qkv = w.conv(w.norm(x, f"{name}.norm2", groups, 1e-6), f"{name}.qkv", 3 * outputs, 1)
-            query, key, value = qkv.reshape(len(x), outputs, 3, -1).unbind(2)
-            mixed = softmax_attention(query, key, value).reshape(x.shape)
-            x = (w.conv(mixed, f"{name}.proj", outputs, 1) + x) * ROOT_HALF
-        return x
 
-    aux, skips = x, []
+def edm_resample(x, taps, direction):
+    pad = (len(taps) - 1) // 2
+    if direction == "down":
+        return filtered(x, taps, down=2, pad=(pad, pad))
+    return filtered(x, taps, up=2, pad=(len(taps) - 1 - pad, pad))
+
+
+def edm_block(w, embedding, groups, taps, x, name, outputs, *, resample=None, attend=False):
+    h, skip = F.silu(w.norm(x, f"{name}.norm0", groups, 1e-6)), x
+    if resample:
+        h, skip = edm_resample(h, taps, resample), edm_resample(skip, taps, resample)
+        w.setdefault(f"{name}.conv0.resample_filter", kernel(taps)[None, None])
+        w.setdefault(f"{name}.skip.resample_filter", kernel(taps)[None, None])
+    h = w.conv(h, f"{name}.conv0", outputs) + w.linear(embedding, f"{name}.affine", outputs)[:, :, None, None]
+    h = w.conv(F.silu(w.norm(h, f"{name}.norm1", groups, 1e-6)), f"{name}.conv1", outputs)
+    if resample or x.shape[1] != outputs:
+        skip = w.conv(skip, f"{name}.skip", outputs, 1)
+    x = (h + skip) * ROOT_HALF
+    if attend:
+        qkv = w.conv(w.norm(x, f"{name}.norm2", groups, 1e-6), f"{name}.qkv", 3 * outputs, 1)
+        query, key, value = qkv.reshape(len(x), outputs, 3, -1).unbind(2)
+        mixed = softmax_attention(query, key, value).reshape(x.shape)
+        x = (w.conv(mixed, f"{name}.proj", outputs, 1) + x) * ROOT_HALF
+    return x
+
+
+def edm(
+    w,
+    x,
+    c_noise,
+    *,
+    side,
+    width,
+    multipliers,
+    blocks,
+    attention,
+    taps,
+    pyramid=False,
+    groups=32,
+    decoder="dec",
+    decoder_width=None,
+    classes=0,
+    labels=None,
+    augment=None,
+):
+    block = partial(edm_block, w, edm_embedding(w, c_noise, width, classes, labels, augment), groups, taps)
+    channels, aux, skips = x.shape[1], x, []
     for level, multiplier in enumerate(multipliers):
         name = f"enc.{side >> level}x{side >> level}"
-        if level == 0:
-            x = w.conv(x, f"{name}_conv", width)
-        else:
-            x = block(x, f"{name}_down", x.shape[1], resample="down")
-            if pyramid:
-                pad = len(taps) // 2
-                w.setdefault(f"{name}_aux_residual.resample_filter", kernel(taps)[None, None])
-                smooth = filtered(aux, taps, pad=(pad, pad))
-                x = aux = (x + w.conv(smooth, f"{name}_aux_residual", x.shape[1], stride=2, padding=0)) * ROOT_HALF
+        x = w.conv(x, f"{name}_conv", width) if level == 0 else block(x, f"{name}_down", x.shape[1], resample="down")
+        if level > 0 and pyramid:
+            pad = len(taps) // 2
+            w.setdefault(f"{name}_aux_residual.resample_filter", kernel(taps)[None, None])
+            smooth = filtered(aux, taps, pad=(pad, pad))
+            x = aux = (x + w.conv(smooth, f"{name}_aux_residual", x.shape[1], stride=2, padding=0)) * ROOT_HALF
         skips.append(x)
         for index in range(blocks):
             x = block(x, f"{name}_block{index}", width * multiplier, attend=side >> level in attention)
@@ -127,52 +149,49 @@ def edm(w, x, c_noise, *, labels=None, augment=None, side, width, multipliers, b
             attend = index == blocks and side >> level in attention
             outputs = (decoder_width or width) * multiplier
             x = block(torch.cat((x, skips.pop()), dim=1), f"{name}_block{index}", outputs, attend=attend)
-    return w.conv(F.silu(w.norm(x, f"{name}_aux_norm", groups, 1e-6)), f"{name}_aux_conv", aux_channels(w, name))
-
-
-def aux_channels(w, name):
-    return w[f"{name}_aux_conv.weight"].shape[0] if f"{name}_aux_conv.weight" in w else 3
+    return w.conv(F.silu(w.norm(x, f"{name}_aux_norm", groups, 1e-6)), f"{name}_aux_conv", channels)
 
 
 # Score SDE
 
 
-def score_sde(w, x, time, *, side, width, multipliers, blocks, attention, fir, groups=32, stage=None,
-              decoder_width=None):  # fmt: skip
-    channels, taps = x.shape[1], [1.0, 3.0, 3.0, 1.0]
-    home, number = ("all_modules" if stage is None else "en_modules"), -1
+class Modules:
+    """Score SDE's modules, numbered in the order in which they are met."""
 
-    def following():
-        nonlocal number
-        number += 1
-        return f"{home}.{number}"
+    def __init__(self, w, home, groups, fir):
+        self.w, self.home, self.number, self.groups, self.fir = w, home, -1, groups, fir
+        self.embedding = None
 
-    w.setdefault("sigmas", torch.linspace(50, 0.01, 8))
-    half = width // 2
-    angle = time[:, None] * torch.exp(torch.arange(half) * -(math.log(10_000) / (half - 1)))
-    embedding = w.linear(torch.cat((angle.sin(), angle.cos()), dim=1), following(), 4 * width)
-    embedding = w.linear(F.silu(embedding), following(), 4 * width)
+    def following(self):
+        self.number += 1
+        return f"{self.home}.{self.number}"
 
-    def down(x):
-        return filtered(x, taps, down=2, pad=(1, 1)) if fir else F.avg_pool2d(x, 2)
+    def embed(self, time, width):
+        half = width // 2
+        angle = time.float()[:, None] * torch.exp(torch.arange(half) * -(math.log(10_000) / (half - 1)))
+        embedding = self.w.linear(torch.cat((angle.sin(), angle.cos()), dim=1).to(time), self.following(), 4 * width)
+        self.embedding = self.w.linear(F.silu(embedding), self.following(), 4 * width)
 
-    def up(x):
-        return filtered(x, taps, up=2, pad=(2, 1)) if fir else x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    def resample(self, x, direction):
+        if self.fir:
+            return filtered(x, FIR, down=2, pad=(1, 1)) if direction == "down" else filtered(x, FIR, up=2, pad=(2, 1))
+        return F.avg_pool2d(x, 2) if direction == "down" else x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
-    def block(x, outputs=None, resample=None):
-        name, outputs = following(), outputs or x.shape[1]
-        h = F.silu(w.norm(x, f"{name}.GroupNorm_0", groups, 1e-6))
+    def block(self, x, outputs=None, resample=None):
+        name, outputs, w = self.following(), outputs or x.shape[1], self.w
+        h = F.silu(w.norm(x, f"{name}.GroupNorm_0", self.groups, 1e-6))
         if resample:
-            h, x = resample(h), resample(x)
-        h = w.conv(h, f"{name}.Conv_0", outputs) + w.linear(F.silu(embedding), f"{name}.Dense_0", outputs)[:, :, None, None]
-        h = w.conv(F.silu(w.norm(h, f"{name}.GroupNorm_1", groups, 1e-6)), f"{name}.Conv_1", outputs)
+            h, x = self.resample(h, resample), self.resample(x, resample)
+        h = w.conv(h, f"{name}.Conv_0", outputs)
+        h = h + w.linear(F.silu(self.embedding), f"{name}.Dense_0", outputs)[:, :, None, None]
+        h = w.conv(F.silu(w.norm(h, f"{name}.GroupNorm_1", self.groups, 1e-6)), f"{name}.Conv_1", outputs)
         if resample or outputs != x.shape[1]:
             x = w.conv(x, f"{name}.Conv_2", outputs, 1)
         return (x + h) * ROOT_HALF
 
-    def attend(x):
-        name, size = following(), x.shape[1]
-        h = w.norm(x, f"{name}.GroupNorm_0", groups, 1e-6).flatten(2)
+    def attend(self, x):
+        name, size, w = self.following(), x.shape[1], self.w
+        h = w.norm(x, f"{name}.GroupNorm_0", self.groups, 1e-6).flatten(2)
 
         def matrix(h, k):
             weight, bias = w.get(f"{name}.NIN_{k}.W", size, size), w.get(f"{name}.NIN_{k}.b", size, scale=0.1)
@@ -181,39 +200,60 @@ def score_sde(w, x, time, *, side, width, multipliers, blocks, attention, fir, g
         mixed = softmax_attention(*(matrix(h, k) for k in range(3)))
         return (x + matrix(mixed, 3).reshape(x.shape)) * ROOT_HALF
 
-    pyramid = x
-    skips = [x := w.conv(x, following(), width)]
+    def pyramid(self, aux, x):
+        smooth = filtered(aux, FIR, pad=(2, 2))
+        step = self.w.conv(smooth, f"{self.following()}.Conv2d_0", x.shape[1], stride=2, padding=0)
+        return (step + x) * ROOT_HALF
+
+
+def score_sde(
+    w, x, time, *, side, width, multipliers, blocks, attention, fir, groups=32, stage=None, decoder_width=None
+):
+    w.setdefault("sigmas", torch.linspace(50, 0.01, 8))
+    modules = Modules(w, "all_modules" if stage is None else "en_modules", groups, fir)
+    modules.embed(time, width)
+    channels, aux, last = x.shape[1], x, len(multipliers) - 1
+    skips = [x := w.conv(x, modules.following(), width)]
     for level, multiplier in enumerate(multipliers):
         for _ in range(blocks):
-            x = block(x, width * multiplier)
-            x = attend(x) if side >> level in attention else x
+            x = modules.block(x, width * multiplier)
+            skips.append(x := modules.attend(x) if side >> level in attention else x)
+        if level < last:
+            x = modules.block(x, resample="down")
+            x = aux = modules.pyramid(aux, x) if fir else x
             skips.append(x)
-        if level < len(multipliers) - 1:
-            x = block(x, resample=down)
-            if fir:
-                smooth = filtered(pyramid, taps, pad=(2, 2))
-                step = w.conv(smooth, f"{following()}.Conv2d_0", x.shape[1], stride=2, padding=0)
-                x = pyramid = (step + x) * ROOT_HALF
-            skips.append(x)
-    x = block(attend(block(x)))
+    x = modules.block(modules.attend(modules.block(x)))
     if stage is not None:
-        home, number = f"de_modules.{stage}", -1
+        modules.home, modules.number = f"de_modules.{stage}", -1
     for level, multiplier in reversed(list(enumerate(multipliers))):
         for _ in range(blocks + 1):
-            x = block(torch.cat((x, skips.pop()), dim=1), (decoder_width or width) * multiplier)
-        x = attend(x) if side >> level in attention else x
-        x = block(x, resample=up) if level else x
-    return w.conv(F.silu(w.norm(x, following(), groups, 1e-6)), following(), channels)
+            x = modules.block(torch.cat((x, skips.pop()), dim=1), (decoder_width or width) * multiplier)
+        x = modules.attend(x) if side >> level in attention else x
+        x = modules.block(x, resample="up") if level else x
+    return w.conv(F.silu(w.norm(x, modules.following(), groups, 1e-6)), modules.following(), channels)
 
 
 # Latent diffusion
 
 
-def latent_diffusion(w, x, step, *, side, width, multipliers, blocks, attention, head_channels, stage=None,
-                     decoder_width=None, decoder_attends=True):  # fmt: skip
+def latent_diffusion(
+    w,
+    x,
+    step,
+    *,
+    side,
+    width,
+    multipliers,
+    blocks,
+    attention,
+    head_channels,
+    stage=None,
+    decoder_width=None,
+    decoder_attends=True,
+):
     channels, half = x.shape[1], width // 2
-    angle = step[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / half)
-    embedding = w.linear(torch.cat((angle.cos(), angle.sin()), dim=1), "time_embed.0", 4 * width)
+    angle = step.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / half)
+    embedding = w.linear(torch.cat((angle.cos(), angle.sin()), dim=1).to(step), "time_embed.0", 4 * width)
     embedding = w.linear(F.silu(embedding), "time_embed.2", 4 * width)
 
     def block(x, name, outputs=None):

@@ -9,17 +9,16 @@ import safetensors.torch
 import torch
 
 from multistage_diffusion.cli import dispatch
-from multistage_diffusion.conditioning import Conditioning
+from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.interop.official import from_official, read_state, recognise
 from multistage_diffusion.stages import Stages
 
 SIZES = {"side": 16, "width": 32, "multipliers": (1, 2, 2), "blocks": 2, "attention": (8,)}
-FIR, BOX = [1.0, 3.0, 3.0, 1.0], [1.0, 1.0]
 WIDTHS = (48, 32, 16)
 LEVELS = (0.4, 5.0, 40.0)  # one in each of the published stages
-EDM = {**SIZES, "taps": BOX}
+EDM = {**SIZES, "taps": layouts.BOX}
 LATENT = {**SIZES, "head_channels": 16}
 
 
@@ -43,12 +42,19 @@ def staged(network, options, home):
     return weights, functions
 
 
-def agree(denoiser, reference, c_noise, stage=0, conditioning=None):
-    """Largest difference over the largest output; the networks alone, at one value of the noise level's embedding."""
+def double(weights):
+    """In float64, but for the sinusoids of a noise level, which are float32 in every one of the networks."""
+    wide = layouts.Weights()
+    wide.update({name: tensor.double() for name, tensor in weights.items()})
+    return wide
+
+
+def difference(denoiser, function, weights, stage=0, conditioning=NO_CONDITIONING, sign=1.0):
+    """Largest difference of the raw networks over the largest output, in float64."""
+    c_noise = torch.tensor([-0.3, 0.2, 0.9], dtype=torch.float64)
     with torch.no_grad():
-        x = images()
-        ours = denoiser.network(x, c_noise, stage, conditioning or Conditioning())
-        theirs = reference(x, c_noise)
+        ours = denoiser.network.double()(images().double(), c_noise, stage, conditioning)
+        theirs = sign * function(double(weights), images().double(), c_noise)
     assert theirs.std() > 0.1
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
@@ -57,7 +63,7 @@ def agree(denoiser, reference, c_noise, stage=0, conditioning=None):
     ("network", "options", "read", "what"),
     [
         (layouts.edm, EDM, {}, "EDM's DDPM++ for edm"),
-        (layouts.edm, {**EDM, "taps": FIR, "pyramid": True}, {}, "EDM's NCSN++ for edm"),
+        (layouts.edm, {**EDM, "taps": layouts.FIR, "pyramid": True}, {}, "EDM's NCSN++ for edm"),
         (layouts.score_sde, {**SIZES, "fir": False}, {"resolution": 16}, "score SDE's DDPM++"),
         (layouts.score_sde, {**SIZES, "fir": True}, {"resolution": 16}, "score SDE's NCSN++"),
         (layouts.latent_diffusion, LATENT, {"resolution": 16, "head_channels": 16}, "the U-Net of latent diffusion"),
@@ -67,8 +73,7 @@ def test_unified_networks_agree(network, options, read, what):
     weights = state(network, **options)
     official = recognise(dict(weights), **read)
     assert official.what == what and (official.channels, official.resolution) == (3, 16)
-    c_noise = torch.tensor([-0.3, 0.2, 600.0])
-    assert agree(from_official(official), partial(network, weights, **options), c_noise) < 1e-5
+    assert difference(from_official(official), partial(network, **options), weights) < 1e-6
 
 
 @pytest.mark.parametrize("noise", [("vp", 1.0), ("ve", -1.0)])
@@ -77,9 +82,7 @@ def test_edm_s_code_for_other_processes(noise):
     weights = state(layouts.edm, **EDM)
     official = recognise({f"model.{name}": tensor.clone() for name, tensor in weights.items()}, process=kind)
     assert official.process.kind == kind
-    c_noise = torch.tensor([0.1, 0.5, 3.0])
-    reference = partial(layouts.edm, weights, **EDM)
-    assert agree(from_official(official), lambda x, c: sign * reference(x, c), c_noise) < 1e-5
+    assert difference(from_official(official), partial(layouts.edm, **EDM), weights, sign=sign) < 1e-6
 
 
 def test_labels_and_augmentation_of_edm():
@@ -87,15 +90,13 @@ def test_labels_and_augmentation_of_edm():
     weights = layouts.Weights()
     augment = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([3, 0, 2])
-    reference = partial(layouts.edm, weights, **options)
-    reference(images(), torch.ones(3), labels=labels, augment=augment)
+    network = partial(layouts.edm, **options)
+    network(weights, images(), torch.ones(3), labels=labels, augment=augment)
     official = recognise(dict(weights))
     assert (official.model.classes, official.model.augment_labels) == (4, 9)
-    denoiser, c_noise = from_official(official), torch.tensor([-0.3, 0.2, 0.9])
-    told = Conditioning(labels, augment=augment)
-    told_there = partial(reference, labels=labels, augment=augment)
-    assert agree(denoiser, told_there, c_noise, conditioning=told) < 1e-5
-    assert agree(denoiser, partial(reference, augment=0 * augment), c_noise) < 1e-5  # no class, not augmented
+    denoiser, with_both = from_official(official), partial(network, labels=labels, augment=augment.double())
+    assert difference(denoiser, with_both, weights, conditioning=Conditioning(labels, augment=augment)) < 1e-6
+    assert difference(denoiser, network, weights) < 1e-6  # no class, not augmented
 
 
 @pytest.mark.parametrize(
@@ -120,15 +121,14 @@ def test_the_paper_s_networks_agree_in_every_stage(network, options, home, read)
     denoiser = from_official(official)
     assert [denoiser.stages.of(sigma) for sigma in LEVELS] == [0, 1, 2]
     for stage, function in enumerate(functions):
-        assert agree(denoiser, partial(function, weights), torch.tensor([0.3, 0.4, 0.5]), stage) < 1e-5
+        assert difference(denoiser, function, weights, stage) < 1e-6
 
 
 def test_stages_of_a_unified_network_start_as_copies():
     weights = state(layouts.score_sde, **SIZES, fir=False)
     denoiser = from_official(recognise(dict(weights), resolution=16), Stages((0.5, 2.0)))
-    reference = partial(layouts.score_sde, weights, **SIZES, fir=False)
     for stage in range(3):
-        assert agree(denoiser, reference, torch.tensor([3.0, 50.0, 700.0]), stage) < 1e-5
+        assert difference(denoiser, partial(layouts.score_sde, **SIZES, fir=False), weights, stage) < 1e-6
 
 
 # Files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -81,5 +82,5 @@ def swap(tensor: Tensor, dim: int) -> Tensor:
 
 def homes(weights: Mapping[str, Tensor], name: str) -> list[str]:
     """The decoders of a list of that name, in their order; none where there is no such list."""
-    indices = {int(key.split(".")[1]) for key in weights if key.startswith(f"{name}.")}
+    indices = {int(place[1]) for key in weights if (place := re.match(rf"{name}\.(\d+)\.", key))}
     return [f"{name}.{index}" for index in sorted(indices)]

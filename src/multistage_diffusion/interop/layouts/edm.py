@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion.backbones import UNet
-from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.interop.layouts.base import Official, Weights, homes, swap
 from multistage_diffusion.noise import EDM, VE, VP, Process
 
@@ -30,7 +31,9 @@ def from_edm(weights: Mapping[str, Tensor], *, kind: Preconditioned = "edm", gro
     if any(name.startswith(("out_norm", "map_noise")) for name in weights):
         raise ConfigError("the network is EDM's ADM, or its noise level has Fourier features; ours has neither")
     filters = [read.left.pop(name) for name in list(read.left) if name.endswith("resample_filter")]
-    sides = sorted({int(name.split("x")[0][4:]) for name in weights if name.startswith("enc.")}, reverse=True)
+    sides = sorted({int(place[1]) for name in weights if (place := re.match(r"enc\.(\d+)x", name))}, reverse=True)
+    if not sides:
+        raise CheckpointError("the weights have no encoder: names like enc.32x32_conv.weight")
     staged = any(name.startswith("decs.") for name in weights)
     decoders = homes(weights, "decs") or ["dec"]
     pyramid = any(name.endswith("aux_residual.weight") for name in weights)
