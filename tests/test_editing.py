@@ -164,7 +164,13 @@ def test_noise_between_seeds_is_as_long_as_noise():
     ("start", "options", "words"),
     [
         ({"images": pictures(2)}, {}, "the images to start from must be 1 or 3, one for each drawn, got 2"),
-        ({"images": torch.zeros(1, 3, 8, 8)}, {}, "the images to start from must be of shape (1, 8, 8), got (3, 8, 8)"),
+        (
+            {"images": torch.zeros(1, 3, 8, 8)},
+            {},
+            "the images to start from must be of shape (N, 1, 8, 8), got (1, 3, 8, 8)",
+        ),
+        ({"images": torch.zeros(1, 8, 8)}, {}, "the images to start from must be of shape (N, 1, 8, 8), got (1, 8, 8)"),
+        ({"images": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, {}, "must be floats in the unit of the data"),
         ({"sigma": 1000.0}, {}, "from-sigma must be above 0.00317798 and at most 152"),
         ({"sigma": 0.001}, {}, "from-sigma must be above 0.003"),
         ({"sigma": float("nan")}, {}, "from-sigma must be above 0.003"),

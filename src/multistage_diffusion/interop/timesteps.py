@@ -106,10 +106,7 @@ def _of_scheduler(scheduler: Any, config: Mapping[str, Any]) -> NoiseLevels:
     """The meaning of a scheduler's timesteps, as its network gets them."""
     name = type(scheduler).__name__
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction" or "shift" in config:
-        steps = config.get("num_train_timesteps", 1000)
-        if steps != 1000:
-            raise ConfigError(f"{name} has {steps} timesteps, and only 1000 are known; give a function")
-        return noise_levels(Flow(), "timestep")
+        return noise_levels(Flow(time_scale=float(config.get("num_train_timesteps", 1000))), "timestep")
     if config.get("timestep_type") == "continuous" or "sigma_data" in config:
         scale = getattr(scheduler, "precondition_noise", lambda sigma: 0.25 * torch.log(sigma))
         if not math.isclose(float(scale(torch.tensor(math.e))), 0.25, rel_tol=1e-4):

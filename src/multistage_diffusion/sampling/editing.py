@@ -42,16 +42,17 @@ class Start:
     """Images that drawing begins from.
 
     Attributes:
-        images: One for each image that is drawn, or one for all, in the unit of the data (pictures in [-1, 1]).
+        images: (N, C, H, W), one for each image that is drawn or one for all; floats in the unit of the data
+            (pictures in [-1, 1]).
         sigma: Noise level that they are noised to; the lower, the more of them stays. By default the process's highest.
-        mask: True where an image is repainted; the rest of it comes out as it is. (H, W) for all images, or
-            (N, C, H, W) with 1 for N or C. By default all is repainted.
+        mask: True, or above 0, where an image is repainted; the rest of it comes out as it is. (H, W) for all images,
+            or (N, C, H, W) with 1 for N or C. By default all is repainted.
         resample: How often each step is made: more than 1 needs a mask, and fits what is repainted to the rest.
     """
 
-    images: Float[Tensor, "num channels height width"]
+    images: Shaped[Tensor, "*shape"]
     sigma: float | None = None
-    mask: Shaped[Tensor, "*shape"] | None = None
+    mask: Shaped[Tensor, "*mask"] | None = None
     resample: int = 1
 
     def check(self, sampler: Sampler, process: Process, shape: tuple[int, int, int], num: int) -> None:
@@ -67,7 +68,10 @@ class Start:
             ConfigError: Another shape or number of images, a mask of another shape, or a noise level out of range.
         """
         size = tuple(self.images.shape)
-        check(size[1:] == shape, "the images to start from", f"of shape {shape}", f"{size[1:]}")
+        unit = "floats in the unit of the data (pictures in [-1, 1])"
+        check(self.images.is_floating_point(), "the images to start from", unit, self.images.dtype)
+        fits = len(size) == 4 and size[1:] == shape
+        check(fits, "the images to start from", f"of shape (N, {', '.join(map(str, shape))})", size)
         check(size[0] in (1, num), "the images to start from", f"1 or {num}, one for each drawn", size[0])
         low, high = process.sigma_min, process.sigma_max
         inside = self.sigma is None or low < self.sigma <= high
