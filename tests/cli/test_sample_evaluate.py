@@ -1,6 +1,7 @@
 """msd sample and msd evaluate, on a run of a few steps."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -144,6 +145,24 @@ def test_evaluate_names_mistakes(run, tmp_path, call):
     assert "one or more names" in call("evaluate", run, "--metrics", ",")[2]
     (tmp_path / "pictures").mkdir()
     assert "--data is needed" in call("evaluate", tmp_path / "pictures")[2]
+
+
+def test_evaluate_takes_what_data_takes(run, tmp_path, call):
+    """Images as guided-diffusion (arr_0 and arr_1, channels last) and EDM (zip) write them, and sources by name."""
+    call("sample", run, "--num", 24, "--steps", 2, "--out", tmp_path / "samples")
+    files = sorted((tmp_path / "samples" / "images").glob("*.png"))
+    pictures = np.stack([pixels(file) for file in files]).astype(np.uint8)
+    np.savez(tmp_path / "batch.npz", arr_0=pictures[..., None], arr_1=np.zeros(24, dtype=np.int64))
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in files:
+            archive.write(file, f"00000/{file.name}")
+    paths = [tmp_path / name for name in ("samples", "batch.npz", "pictures.zip")]
+    targets = [*paths, f"npz:{paths[1]}", f"folder:{files[0].parent}"]
+    words = ("--data", "digits", "--metrics", "fd,is", "--json")
+    figures = [json.loads(call("evaluate", target, *words)[1]) for target in targets]
+    assert all(figure["fd"] == pytest.approx(figures[0]["fd"], rel=1e-6) for figure in figures)
+    assert "is is of one split of 24 images; from 10000 on it is a mean over 10, as published" in figures[0]["cautions"]
+    assert "no data source" in call("evaluate", f"npx:{tmp_path}", "--data", "digits")[2]
 
 
 def test_evaluate_measures_a_folder_to_published_statistics(run, tmp_path, call):

@@ -90,6 +90,7 @@ def test_inception_score_by_hand():
         "is": pytest.approx(4.0),
         "is_std": 0.0,
         "is_splits": 1,
+        "cautions": ["is is of one split of 40 images; from 10000 on it is a mean over 10, as published"],
     }
 
 
@@ -202,16 +203,21 @@ def test_fd_infinity_takes_the_bias_away():
 
 def test_too_little_is_refused_or_cautioned():
     rows = normal(5)
-    with pytest.raises(DataError, match=r"at least 2 generated images, and there is 1; raise num, or take a folder of more images$"):
+    with pytest.raises(
+        DataError, match=r"at least 2 generated images, and there is 1; raise num, or take a folder of more images$"
+    ):
         measure(["fd"], rows, rows[:1])
-    with pytest.raises(DataError, match=r"prdc needs more than 5 .*; raise num, or take a folder of more images, or leave prdc out of metrics$"):
+    with pytest.raises(
+        DataError,
+        match=r"prdc needs more than 5 .*; raise num, or take a folder of more images, or leave prdc out of metrics$",
+    ):
         measure(["prdc"], rows, rows)
     with pytest.raises(
         DataError, match=r"fd_infinity needs at least 32 .*; raise num, or leave fd_infinity out of metrics$"
     ):
         measure(["fd_infinity"], rows, rows)
     assert len(FrechetDistance().cautions(5, 0, 8)) == 2
-    assert FrechetDistance().cautions(16, 16, 8) == InceptionScore().cautions(5, 0, 8) == ()
+    assert FrechetDistance().cautions(16, 16, 8) == InceptionScore().cautions(5, 10_000, 8) == ()
     assert len(measure(["fd"], normal(20), normal(5))["cautions"]) == 1
 
 

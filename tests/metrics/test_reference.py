@@ -43,6 +43,23 @@ def test_the_distance_to_statistics_is_that_to_their_images(extractor, tmp_path)
     assert "reference" not in document and len(statistics.digest) == 64
 
 
+@pytest.mark.parametrize("layout", ["edm", "pytorch-fid", "adm"])
+def test_each_published_layout_is_read(layout, tmp_path):
+    """EDM: float64 in no order; pytorch-fid: compressed; ADM: spatial features and the images beside them."""
+    mu, sigma = np.arange(4.0), np.eye(4) * 2
+    file = tmp_path / "statistics.npz"
+    if layout == "edm":
+        np.savez(file, sigma=sigma, mu=mu)
+    elif layout == "pytorch-fid":
+        np.savez_compressed(file, mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))
+    else:
+        images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+        np.savez(file, arr_0=images, mu=mu, sigma=sigma, mu_s=np.zeros(9), sigma_s=np.eye(9))
+    moments = read_moments(file)
+    assert torch.equal(moments.mean(), torch.from_numpy(mu)) and moments.mean().dtype == torch.float64
+    assert torch.equal(moments.covariance(), torch.from_numpy(sigma))
+
+
 def test_the_loss_is_still_that_of_the_images(extractor, tmp_path):
     statistics = read_moments(saved(tmp_path / "real.npz", extractor, tiny.images(200)))
     options = {"num": 20, "sampler": Sampler(solver="ddim", steps=1), "statistics": statistics}

@@ -69,7 +69,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         value = getattr(options, name)
         check(value == default, name.replace("_", "-"), "used with a file of weights", value)
     if not source.is_dir():
-        raise ConfigError(f"{source} is neither a run directory, a folder that diffusers saved, nor a file of weights")
+        raise ConfigError(
+            f"{source} is neither a run directory nor a folder that diffusers saved, nor a file of weights"
+        )
     pipeline = any((source / name).exists() for name in ("model_index.json", "unet", "transformer"))
     about = None if pipeline else read_json(source / "config.json")
     if isinstance(about, dict) and "process" in about:

@@ -43,7 +43,8 @@ class Options(SamplerOptions, Compute):
     """
 
     target: tyro.conf.Positional[str]
-    """Run directory, or folder of images."""
+    """Run directory, folder of images, or what --data takes, like npz:FILE or zip:FILE; also FILE.npz and FILE.zip, as
+    guided-diffusion and EDM write images."""
     data: str | None = None
     """Source of the real images; by default that of the run."""
     metrics: str | None = None
@@ -85,8 +86,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     device = prepare(options)
     target = Path(options.target)
-    if not (target.is_dir() or _is_model(target)):
-        raise ConfigError(f"{target} is neither a run directory nor a folder of images, nor a file of msd export")
+    if not _is_model(target):
+        _images_source(options.target)
     text = options.metrics
     if text is None:
         text = "fd,loss" if _is_model(target) else "fd"
@@ -118,6 +119,27 @@ def _is_model(target: Path) -> bool:
     """Whether the target is a run, a saved model, a folder for diffusers (refused) or an export, and not images."""
     names = (_RUN, "model_index.json")
     return any((target / name).is_file() for name in names) or (target.is_file() and target.suffix == ".safetensors")
+
+
+def _images_source(target: str) -> str:
+    """The source of generated images, as `load_data` takes it.
+
+    Raises:
+        ConfigError: The target is no folder, no file of images and no source.
+    """
+    from multistage_diffusion.data.sources import NAMES
+
+    path = Path(target)
+    if path.is_dir():
+        return f"folder:{path / 'images' if (path / SAMPLES).is_file() else path}"
+    if path.is_file() and path.suffix in (".npz", ".npy", ".zip"):
+        return f"{path.suffix[1:]}:{target}"
+    if path.is_file() or not (":" in target or target in NAMES):
+        raise ConfigError(
+            f"{target} is neither a run directory nor a folder or file of images, nor a source like npz:FILE, nor a "
+            "file of msd export"
+        )
+    return target
 
 
 def _shown(value: Any) -> str:
@@ -159,9 +181,8 @@ def _measure(
         with processes.local_main_first():  # a classifier is trained, or weights are downloaded, once
             extractor = load_extractor(options.features, train, test, device=device)
     if loaded is None:
-        pictures = target / "images" if (target / SAMPLES).is_file() else target
         evaluation = evaluate_images(
-            load_data(f"folder:{pictures}", split="all", labels="none"),
+            load_data(_images_source(options.target), split="all", root=options.data_root, labels="none"),
             real,
             metrics,
             features=extractor or options.features,

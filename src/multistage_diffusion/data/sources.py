@@ -35,7 +35,7 @@ from multistage_diffusion.rng import permutation
 
 Split: TypeAlias = Literal["train", "test", "all"]
 
-_NAMES = (
+NAMES = (
     *("digits", "mnist", "fashion-mnist", "cifar10", "noto-emoji"),
     *("folder:PATH", "zip:PATH", "npz:PATH", "npy:PATH", "shards:PATH", "webdataset:PATTERN", "hf:NAME"),
 )
@@ -281,7 +281,7 @@ def _read(source: str, split: Split, root: str | None, reading: Reading) -> Coll
         case "noto-emoji":
             return read_emoji(root, reading)
         case _:
-            raise DataError(f"no data source {source!r}{_meant(source, root) or suggest(kind, _NAMES)}")
+            raise DataError(f"no data source {source!r}{_meant(source, root) or suggest(kind, NAMES)}")
 
 
 def _require_short(path: Path) -> None:

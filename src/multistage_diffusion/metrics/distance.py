@@ -150,6 +150,13 @@ class InceptionScore(FeatureMetric):
     companions = ("is_std",)
     compares = False
 
+    def cautions(self, real: int | None, generated: int, num_features: int) -> tuple[str, ...]:
+        """With few images there are no splits."""
+        least = SPLITS * self.split_size
+        if not 0 < generated < least:
+            return ()
+        return (f"is is of one split of {generated} images; from {least} on it is a mean over {SPLITS}, as published",)
+
     def measure(self, real: Moments, generated: Statistics, *, seed: int) -> Figures:
         """Mean and standard deviation over the splits, and their number: `is`, `is_std`, `is_splits`."""
         if generated.split_probability.shape[1] == 0:
