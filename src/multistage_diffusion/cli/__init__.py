@@ -34,6 +34,7 @@ COMMANDS = {
     "study": "a table or figure of the paper, with seeds, intervals and a report",
     "verify": "check every file of a run against its manifest",
     "convert": "a run to a folder for diffusers, or the weights of others to a model",
+    "merge": "a run's stages back to one unified network",
     "export": "write a run's weights as one safetensors file",
 }
 
