@@ -120,6 +120,16 @@ class Trunk(nn.Module):
             tokens = block(tokens, embedding)
         return TrunkFeatures(tokens, embedding)
 
+    def refresh(
+        self, features: TrunkFeatures, change: FeatureMaps, c_noise: Float[Tensor, " batch"], conditioning: Conditioning
+    ) -> TrunkFeatures:
+        """Features of an earlier call for images that changed and another noise level, without the blocks.
+
+        The change goes through the residual stream alone; what the blocks would make of it is left out.
+        """
+        moved = F.linear(F.pixel_unshuffle(change, self.patch).flatten(2).transpose(1, 2), self.stem.weight)
+        return TrunkFeatures(features.tokens + moved, self.embedding(c_noise, conditioning))
+
 
 @final
 class Head(nn.Module):

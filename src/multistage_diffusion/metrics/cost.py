@@ -150,6 +150,14 @@ def training_flops(denoiser: Denoiser, stage_images: Sequence[int], trunk_images
 
 
 @lru_cache(maxsize=64)
+def encoder_flops(backbone: Backbone, shape: tuple[int, int, int]) -> int:
+    """FLOPs of an encoder alone for one image (C, H, W)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        backbone.encoder(shape)(torch.empty(1, *shape), torch.empty(1))
+    return counter.get_total_flops()
+
+
+@lru_cache(maxsize=64)
 def _backbone_cost(backbone: Backbone, shape: tuple[int, int, int]) -> Cost:
     with torch.device("meta"):
         network = backbone.network(shape)

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,7 @@ from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_me
 from multistage_diffusion.noise import Process
 from multistage_diffusion.records import check, check_count, check_seed
 from multistage_diffusion.sampling.editing import NoiseSource, Start, seeded
+from multistage_diffusion.sampling.reuse import reusing
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 from multistage_diffusion.sampling.steps import Callback
 from multistage_diffusion.stages import Stages
@@ -95,6 +96,7 @@ class Samples:
         nfe: Network evaluations of each image; a guided one, which evaluates the network twice, counts once.
         seconds: Wall time.
         stage_calls: How many of the `nfe` evaluations each stage had, stage 0 first.
+        encoder_passes: How many of the `nfe` evaluations the encoder ran in; fewer where its features are reused.
     """
 
     images: Float[Tensor, "num channels height width"]
@@ -102,6 +104,7 @@ class Samples:
     nfe: int
     seconds: float
     stage_calls: tuple[int, ...]
+    encoder_passes: int
 
 
 def sample(
@@ -176,6 +179,7 @@ class Drawing:
     stop: Callable[[], bool] | None = None
     start: Start | None = None
     noise: NoiseSource = seeded
+    _passes: list[int] = field(default_factory=list)  # of the encoder in each batch, where its features are reused
 
     def samples(self, seeds: Seeds, labels: Labels | None, batch_size: int) -> Samples:
         """All images, and the account of them."""
@@ -186,7 +190,8 @@ class Drawing:
         stage_calls = tuple(Counter(map(stages.of, levels))[stage] for stage in range(len(stages)))
         images = torch.cat([image for _, image in drawn]) if drawn else torch.zeros(0, *denoiser.shape)
         finished = tuple(seed for batch, _ in drawn for seed in batch.tolist())
-        return Samples(images, finished, sum(stage_calls), time.perf_counter() - begin, stage_calls)
+        nfe, seconds = sum(stage_calls), time.perf_counter() - begin
+        return Samples(images, finished, nfe, seconds, stage_calls, max(self._passes, default=nfe))
 
     def batches(self, seeds: Seeds, labels: Labels | None, batch_size: int) -> Iterator[SeedsAndImages]:
         """The images batch by batch; the arguments are checked at the call."""
@@ -208,8 +213,10 @@ class Drawing:
                 count = len(seeds[rows])
                 batch_labels = None if labels is None else labels[rows].to(device)
                 try:
-                    with _evaluation(denoiser):
+                    with _evaluation(denoiser), reusing(denoiser, self.sampler.trunk_every) as encoders:
                         images = self._batch(seeds[rows].to(device), batch_labels, rows)
+                    if encoders:
+                        self._passes.append(sum(encoder.passes for encoder in encoders))
                 except _Stopped:
                     return
                 except (MemoryError, RuntimeError) as error:

@@ -48,6 +48,8 @@ class Sampler:
     """Share of the ancestral noise in ddim."""
     lower_order_below: int = 15
     """Multistep solvers end in steps of lower order where there are fewer steps than this; 10 in the authors' code."""
+    trunk_every: int = 1
+    """Network evaluations to one pass of a transformer's trunk, whose features the others reuse: faster, not exact."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
@@ -72,6 +74,7 @@ class Sampler:
         check_needs(singlestep, "spacing singlestep", "solver dpm-1, dpm-2 or dpm-3", self.name)
         check(self.churn >= 0, "sampling.churn", "at least 0", self.churn)
         check(0 <= self.eta <= 1, "sampling.eta", "between 0 and 1", self.eta)
+        check_count(self.trunk_every, "sampling.trunk-every")
         check_count(self.lower_order_below, "sampling.lower-order-below", 0)
         interval = self.guidance_interval or (0.0, 0.0)
         ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1]
@@ -213,6 +216,8 @@ class SamplerOptions:
     """Share of the ancestral noise in ddim; by default the run's."""
     lower_order_below: int | None = None
     """Multistep solvers end in steps of lower order where there are fewer steps than this; by default the run's."""
+    trunk_every: int | None = None
+    """Network evaluations to one pass of a transformer's trunk: above 1 faster, not exact; by default the run's."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; by default the run's."""
     guidance_interval: tuple[float, float] | None = None
