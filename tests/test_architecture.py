@@ -12,6 +12,7 @@ import multistage_diffusion
 SOURCE = Path(multistage_diffusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
+    ("text",),
     ("errors",),
     ("files", "records", "rng", "devices"),
     ("process_group",),

@@ -24,6 +24,7 @@ from multistage_diffusion.noise import Process, process_by_kind
 from multistage_diffusion.records import from_dict, to_dict
 from multistage_diffusion.sampling.sampler import Sampler
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.text import short
 from multistage_diffusion.weights import load_weights, require_fit
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -81,8 +82,8 @@ class Denoiser(nn.Module):
             stages = UNDIVIDED
         elif network.stages != len(stages):
             raise ConfigError(
-                f"the network has {network.stages} decoders, and the edges {stages.edges} cut {len(stages)} stages; "
-                "each stage needs a decoder"
+                f"the network has {network.stages} decoders, and the edges {short(stages.edges)} cut {len(stages)} "
+                "stages; each stage needs a decoder"
             )
         self.process = process_by_kind(process) if isinstance(process, str) else process
         self.network, self.stages, self.shape, self.classes = network, stages, shape, classes

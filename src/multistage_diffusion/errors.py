@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from multistage_diffusion.text import bounded
+
 
 class UserError(Exception):
     """Base of all errors that are shown to the user as one line, without a traceback."""
@@ -16,7 +18,7 @@ class UserError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, document: Any = None) -> None:
-        super().__init__(message)
+        super().__init__(bounded(message))
         self.document = document  # results from before the failure, for --json
 
 
@@ -48,7 +50,7 @@ class PeerError(UserError):
     """Another process of the run failed and prints the reason; this one exits with the same code, without a line."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(bounded(message))
         self.exit_code = exit_code
 
 
@@ -67,17 +69,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-
-
-_LONGEST = 200  # characters of a value in a message
-
-
-def short(value: object) -> str:
-    """A value as text for a message: one line, cut where it is long, with how much there was."""
-    if isinstance(value, (list, tuple)) and len(value) > 12:
-        return f"{short(type(value)(value[:6]))[:-1]}, ... ({len(value)} in all)"
-    text = str(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 from multistage_diffusion.errors import ConfigError, suggest
+from multistage_diffusion.text import short
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ def check(condition: bool, option: str, expected: str, value: object) -> None:
         ConfigError: `condition` is false.
     """
     if not condition:
-        raise ConfigError(f"{option} must be {expected}, got {value}")
+        raise ConfigError(f"{option} must be {expected}, got {short(value)}")
 
 
 def check_needs(condition: bool, option: str, other: str, value: object) -> None:
@@ -305,7 +306,9 @@ def _warn(message: str) -> None:
 def _read(kind: type[Any], document: Any, where: str, path: str) -> Any:
     """A record and those inside it."""
     if not isinstance(document, dict):
-        raise ConfigError(f"{where}: {path.rstrip('.') or 'the document'} must hold named values, got {document!r}")
+        raise ConfigError(
+            f"{where}: {path.rstrip('.') or 'the document'} must hold named values, got {short(repr(document))}"
+        )
     try:
         kind = kind.of_document(document) if issubclass(kind, Tagged) else kind
     except ConfigError as error:
@@ -337,7 +340,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join((key, *(str(part) for part in first["loc"] if isinstance(part, int))))
-        raise ConfigError(f"{where}: {place}: {first['msg'].lower()}, got {first['input']!r}") from error
+        raise ConfigError(f"{where}: {place}: {first['msg'].lower()}, got {short(repr(first['input']))}") from error
 
 
 @functools.cache

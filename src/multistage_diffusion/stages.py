@@ -16,6 +16,7 @@ from torch import Tensor
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json, write_json
 from multistage_diffusion.noise import Process
+from multistage_diffusion.text import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ class Stages:
         object.__setattr__(self, "edges", edges)
         increasing = all(low < high for low, high in zip((0.0, *edges), edges, strict=False))
         if not increasing or not all(map(math.isfinite, edges)):
-            raise ConfigError(f"stage edges must be finite, positive and increasing in sigma, got {edges}")
+            raise ConfigError(f"stage edges must be finite, positive and increasing in sigma, got {short(edges)}")
 
     def __len__(self) -> int:
         return len(self.edges) + 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.records import Tagged, check, check_numbers
+from multistage_diffusion.text import short
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -164,7 +165,7 @@ class Backbone(Tagged, tag="backbone", untagged="unet"):
             ConfigError: There are more or fewer decoders.
         """
         if self.architecture != "unified":
-            expected = f"{count} {self.capacity_noun}, one for each stage that stages.edges {edges} cut"
+            expected = f"{count} {self.capacity_noun}, one for each stage that stages.edges {short(edges)} cut"
             check(len(self.capacities) == count, f"model.{self.capacity_option}", expected, self.capacities)
 
     @property

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from multistage_diffusion.cli.streams import standard_streams
 from multistage_diffusion.errors import ConfigError, PeerError, UserError, is_out_of_memory, suggest
 from multistage_diffusion.records import new_words
+from multistage_diffusion.text import line, message
 
 COMMANDS = {
     "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
@@ -78,7 +79,7 @@ def _exit_code(arguments: list[str]) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:
@@ -93,7 +94,7 @@ def _exit_code(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_unforeseen(error)}", file=sys.stderr)
+        print(f"error: {line(_unforeseen(error))}", file=sys.stderr)
         return 1
 
 
@@ -282,10 +283,10 @@ def _near(name: str, names: Sequence[str]) -> str:
     return hint.replace('"', "") if "did you mean" in hint else ""
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+def _show_warning(warning: Warning | str, *_: object, **__: object) -> None:
     """One line for people, without the place in the code."""
     if is_main():
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"warning: {message(str(warning))}", file=sys.stderr)
 
 
 def _overview() -> str:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.text import Text
 
 from multistage_diffusion.config import DataConfig, LabelMode, Scaling, check
 from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.text import line
 
 if TYPE_CHECKING:
     import torch
 
 
 class Terminal(Console):
-    """rich's console, which leaves the exit code of a closed pipe to the command."""
+    """rich's console for text: nothing is markup, and each string is one line.
+
+    The exit code of a closed pipe is left to the command.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string of a line, a title or a cell."""
+        return super().render_str(line(text), **options)
 
     def on_broken_pipe(self) -> None:
         """Raise, where rich would exit with 1."""

@@ -173,7 +173,8 @@ def _print(document: dict[str, Any], console: Console) -> None:
         lines.append(f"  files: {document['changes']}")
     if "grid" in document:
         lines.append(f"  grid: {document['grid']}")
-    console.print("\n".join(lines), markup=False, highlight=False)
+    for line in lines:
+        console.print(line, highlight=False)
 
 
 def _picture(images: Examples) -> bytes:

@@ -38,8 +38,9 @@ def training_progress(
         A function to call after each step, with its result and the number of steps wanted.
     """
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", markup=False), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
     )  # fmt: skip
     task = bar.add_task(name, total=None, text="")
     clock = {"time": time.perf_counter(), "step": -1, "loss": float("nan"), "rate": 0.0}

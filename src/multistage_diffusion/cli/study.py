@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.noise import process_by_kind
@@ -91,7 +92,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     lab = replace(lab, finder=replace(lab.finder, guess=False))
     command = shlex.join(["msd", "study", options.name, *_words(options)])
     for name in studies:
-        console.rule(f"[bold]{name}") if console.is_terminal else console.print(f"study {name}")
+        console.rule(Text(name, "bold")) if console.is_terminal else console.print(f"study {name}")
         with _progress(lab, console) as watch:
             result = run_study(name, lab, out, watch=watch)
         result = publish(result, out, command, device)

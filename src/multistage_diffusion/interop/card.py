@@ -11,6 +11,7 @@ from multistage_diffusion.config import DataConfig
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.metrics.cost import denoiser_cost, training_flops
 from multistage_diffusion.metrics.table import SHOWN
+from multistage_diffusion.text import code, markdown
 
 _TASK = "unconditional-image-generation"
 _DATASETS = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}
@@ -51,7 +52,7 @@ def model_card(denoiser: Denoiser, facts: Facts) -> str:
     Returns:
         Markdown, with YAML front matter.
     """
-    sections = [_front(facts), f"# {facts.name}", _about(denoiser, facts), "## Use", _usage(denoiser, facts)]
+    sections = [_front(facts), f"# {markdown(facts.name)}", _about(denoiser, facts), "## Use", _usage(denoiser, facts)]
     sections += ["## Stages", _stages(denoiser)]
     if facts.step is not None and facts.stage_images is not None:
         flops = training_flops(denoiser, facts.stage_images, facts.trunk_images)
@@ -95,12 +96,13 @@ def _about(denoiser: Denoiser, facts: Facts) -> str:
     config, (channels, height, width) = denoiser.backbone, denoiser.shape
     latent = facts.data is not None and facts.data.autoencoder is not None
     record = denoiser.trained_classes
-    names = "" if record is None else f" ({', '.join(f'{k} {name}' for k, name in enumerate(record.names))})"
+    names = "" if record is None else f" ({', '.join(f'{k} {markdown(name)}' for k, name in enumerate(record.names))})"
     classes = f" of {config.classes} classes{names}" if config.classes else ""
     source = facts.data.source if facts.data is not None and ":" not in facts.data.source else None
     return (
         f"A {config.architecture} diffusion model{classes} with the process `{denoiser.process.kind}`, "
-        f"{channels}x{height}x{width} {'latents' if latent else 'pixels'}{f', trained on {source}' if source else ''}. "
+        f"{channels}x{height}x{width} {'latents' if latent else 'pixels'}"
+        f"{f', trained on {markdown(source)}' if source else ''}. "
         "Made with multistage-diffusion, after [Zhang et al. 2024](https://arxiv.org/abs/2312.09181): noise levels in "
         "stages, one encoder, a decoder for each stage."
     )
@@ -111,7 +113,7 @@ def _usage(denoiser: Denoiser, facts: Facts) -> str:
     arguments = "batch_size=4" + (", class_labels=0, guidance_scale=1.5" if denoiser.classes else "")
     return (
         "`pip install diffusers torch`\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{facts.name}"{trust})\n'
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(facts.name)}{trust})\n"
         f"images = pipeline({arguments}).images\n```"
     )
 
@@ -146,4 +148,4 @@ def _figures(results: Mapping[str, Any] | None) -> dict[str, float]:
 def _measured(results: Mapping[str, Any]) -> str:
     """With what: distances of other features do not compare."""
     conditions = {name: results[name] for name in ("features", "samples", "reference") if results.get(name)}
-    return f"Measured with `{json.dumps(conditions)}`." if conditions else ""
+    return f"Measured with {code(json.dumps(conditions))}." if conditions else ""

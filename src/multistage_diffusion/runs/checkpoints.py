@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from multistage_diffusion.denoiser import CONFIG
-from multistage_diffusion.errors import CheckpointError, ConfigError, short
+from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import check_directory, read_json
+from multistage_diffusion.text import short
 
 RAW, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 FILES = (RAW, EMA_WEIGHTS, OPTIMIZER, STATE, CONFIG)

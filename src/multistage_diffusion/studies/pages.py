@@ -17,6 +17,7 @@ from multistage_diffusion.studies.drawing import svg
 from multistage_diffusion.studies.figures import draw
 from multistage_diffusion.studies.sheets import count, digits, sheets
 from multistage_diffusion.studies.study import FORMAT, STUDIES
+from multistage_diffusion.text import page_environment
 
 CAPTIONS = {
     "efficiency": "Means over seeds, bands of one standard error. Below: the share of the unified model's training "
@@ -69,14 +70,10 @@ def write_page(out: Path) -> Path:
     Raises:
         CheckpointError: A document cannot be read, or the page cannot be written.
     """
-    import jinja2
-
     stored = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
     documents = [document for document in stored if document.get("format") == FORMAT]
     source = files("multistage_diffusion.studies").joinpath("study.html.j2").read_text()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters |= {"digits": digits, "count": count}
     page = environment.from_string(source).render(
         studies=[

@@ -18,6 +18,7 @@ from multistage_diffusion.files import write_atomic
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.studies.demo import DemoResult, ModelResult
 from multistage_diffusion.studies.drawing import MODEL_STYLE, SOFT, new_figure, picture_url, svg
+from multistage_diffusion.text import page_environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,12 +98,8 @@ def write_report(result: DemoResult, path: Path, command: str) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
-    import jinja2
-
     source = files("multistage_diffusion.studies").joinpath("report.html.j2").read_text()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     pictures = {name: model.grid for name, model in result.models.items()} | {"real": result.real}
     document = environment.from_string(source).render(
         result=result,
