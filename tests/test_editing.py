@@ -109,8 +109,8 @@ def errors(resample, num=1000):
     images = torch.zeros(1, *SHAPE)
     images[0, 0][KEPT] = data.mean.reshape(2, 3)[KEPT].float() + 0.4
     start = msd.Start(images=images, mask=~KEPT, resample=resample)
-    drawn = msd.sample(Exact(data), num, start=start, batch_size=num).images.double()
-    pixels = drawn.flatten(1)[:, ~KEPT.flatten()]
+    samples = msd.sample(Exact(data), num, start=start, batch_size=num).images.double()
+    pixels = samples.flatten(1)[:, ~KEPT.flatten()]
     mean, covariance = data.given(KEPT.flatten(), images[0, 0][KEPT].double())
     off = (pixels.mean(0) - mean).norm() / covariance.trace().sqrt()
     return float(off), float((pixels.T.cov() - covariance).norm() / covariance.norm())

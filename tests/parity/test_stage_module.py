@@ -110,10 +110,10 @@ CASES = {
 
 
 def make(name, stages=EDGES, process=SCHEDULER, **options):
-    build, own, _ = CASES[name]
+    build, names, _ = CASES[name]
     torch.manual_seed(0)
     module = randomise(build()).eval()
-    return module, msd.stage_module(module, own, stages, process, **options)
+    return module, msd.stage_module(module, names, stages, process, **options)
 
 
 def inputs(name, timestep, rows=slice(None), dtype=torch.float32):
@@ -201,9 +201,11 @@ def test_a_batch_of_one_stage_gives_no_gradient_to_the_others(name):
 def test_experts_and_keys():
     module, staged = make("unet")
     state, plain = staged.state_dict(), module.state_dict()
-    own = ("up_blocks.", "conv_norm_out.", "conv_out.")
-    shared = {key for key in plain if not key.startswith(own)}
-    assert state.keys() == shared | {f"by_stage.{k}.{key}" for k in range(3) for key in plain if key.startswith(own)}
+    prefixes = ("up_blocks.", "conv_norm_out.", "conv_out.")
+    shared = {key for key in plain if not key.startswith(prefixes)}
+    assert state.keys() == shared | {
+        f"by_stage.{k}.{key}" for k in range(3) for key in plain if key.startswith(prefixes)
+    }
     assert {name for name, _ in staged.named_parameters()} == state.keys()
     for stage in range(3):
         expert = staged.expert(stage)
@@ -299,7 +301,7 @@ def test_a_training_loop_in_diffusers_style(name):
         staged.parameter_groups(stages=[1e-3, 1e-3])
 
 
-def drawn(pipeline, **options):
+def pictures(pipeline, **options):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         generator=torch.Generator().manual_seed(0), output_type="np", num_inference_steps=4, **options
@@ -308,14 +310,14 @@ def drawn(pipeline, **options):
 
 def test_the_pipeline_of_ddpm_and_its_folder(tmp_path):
     module, staged = make("unet")
-    first, second = (drawn(DDPMPipeline(network, SCHEDULER), batch_size=2) for network in (module, staged))
+    first, second = (pictures(DDPMPipeline(network, SCHEDULER), batch_size=2) for network in (module, staged))
     assert (first == second).all()
     diverge(staged)
     pipeline = DDPMPipeline(staged, SCHEDULER)
     pipeline.save_pretrained(tmp_path / "pipeline")
     loaded = msd.load_staged(tmp_path / "pipeline" / "unet", module)
     again = DDPMPipeline.from_pretrained(str(tmp_path / "pipeline"), unet=loaded)
-    assert (drawn(again, batch_size=2) == drawn(pipeline, batch_size=2)).all()
+    assert (pictures(again, batch_size=2) == pictures(pipeline, batch_size=2)).all()
     staged.expert(1).save_pretrained(tmp_path / "expert")
     alone = UNet2DModel.from_pretrained(str(tmp_path / "expert"), low_cpu_mem_usage=False)
     assert torch.equal(alone(**inputs("unet", 400)).sample, staged(**inputs("unet", 400)).sample)
@@ -328,10 +330,10 @@ def test_the_pipeline_of_dit():
     scheduler = DDIMScheduler()
     staged = msd.stage_module(module, ["transformer_blocks", "proj_out_2"], EDGES, scheduler)
     options = {"class_labels": [1, 2], "guidance_scale": 2.0}
-    first, second = (drawn(DiTPipeline(network, vae, scheduler), **options) for network in (module, staged))
+    first, second = (pictures(DiTPipeline(network, vae, scheduler), **options) for network in (module, staged))
     assert first.shape == (2, 8, 8, 3) and (first == second).all()
     diverge(staged)
-    assert (drawn(DiTPipeline(staged, vae, scheduler), **options) != first).any()
+    assert (pictures(DiTPipeline(staged, vae, scheduler), **options) != first).any()
 
 
 def test_two_experts_and_a_boundary():
@@ -366,8 +368,8 @@ def test_flops_are_those_of_the_layers():
     assert staged.flops(noise(5, 3), 7) == (5 * layers + 2 * 8,) * 3  # one timestep for all
     module = UNet2DModel(**{**dict(unet().config), "norm_num_groups": 2})
     staged = msd.stage_module(module, ["up_blocks"], EDGES, SCHEDULER)
-    ours = msd.denoiser_cost(from_diffusers(module)).stages[0].flops  # attention included
-    assert staged.flops(noise(1, 1, 8, 8), 3) == (ours,) * 3 and staged.conv_in.weight.device.type == "cpu"
+    counted = msd.denoiser_cost(from_diffusers(module)).stages[0].flops  # attention included
+    assert staged.flops(noise(1, 1, 8, 8), 3) == (counted,) * 3 and staged.conv_in.weight.device.type == "cpu"
 
 
 def test_the_page_runs(tmp_path, monkeypatch):
@@ -407,8 +409,8 @@ def test_timesteps_mean_what_the_scheduler_makes_of_them(scheduler):
         sigmas = ((1 - kept) / kept).sqrt()
     elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         sigmas = sigmas[:-1] / (1 - sigmas[:-1])
-    ours = levels(scheduler.timesteps.double())
-    torch.testing.assert_close(ours, sigmas[:7].double(), rtol=2e-3, atol=0)
+    translated = levels(scheduler.timesteps.double())
+    torch.testing.assert_close(translated, sigmas[:7].double(), rtol=2e-3, atol=0)
 
 
 def test_processes_functions_and_noise_levels_themselves():
