@@ -297,7 +297,7 @@ _SHAPES: dict[str, tuple[Callable[[], RunConfig], tuple[int, int, int]]] = {
 RECIPES: dict[str, Callable[[], RunConfig]] = {name: make for name, (make, _) in _SHAPES.items()}
 
 # What the published unified network has, and with it each separate one, where the multistage one has something else.
-_DDPMPP: dict[str, Any] = {"filter": "box", "input_pyramid": "none", "groups": 32}
+_DDPMPP: dict[str, Any] = {"filter": "box", "input_pyramid": False, "groups": 32}
 _UNIFIED: dict[str, dict[str, Any]] = {
     "vp-cifar10": _DDPMPP,
     "edm-cifar10": {"groups": 32},

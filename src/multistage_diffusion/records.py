@@ -31,7 +31,7 @@ RENAMED: dict[str, str] = {
 }
 
 # Options that once were flags, with what they meant.
-_FLAGS = {"--model.input-pyramid": "halved"}
+_FLAGS = {"--model.input-pyramid": "True"}
 
 MAX_SEED = 2**63 - 1  # seeds are int64
 _LARGEST = 1e30  # fits float32, and no sensible value comes near it

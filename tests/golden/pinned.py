@@ -100,7 +100,7 @@ CLUSTER_KEYS = ("edges", "edges_t", "intervals", "shares", "images")
 # What later versions changed in the presets: the networks published for each architecture, edges to the step, samplers.
 OLD_PRESETS = {
     "vp-cifar10": {
-        "model": {"filter": "box", "input_pyramid": "none", "groups": 16},
+        "model": {"filter": "box", "input_pyramid": False, "groups": 16},
         "sampling": {"spacing": "log-snr"},
     },
     "ldm-celebahq": {"edges": (2.1531271, 5.3151631)},

@@ -55,10 +55,9 @@ def test_the_input_pyramid_is_one_strided_convolution_with_the_filtered_kernel(k
 
 def test_old_files_keep_the_input_pyramid_that_they_were_trained_with():
     old = from_dict(UNet, {"input_pyramid": True, "filter": "fir"})
-    assert old == UNet(input_pyramid="halved", filter="fir") == UNet(input_pyramid=True, filter="fir")
-    assert to_dict(old)["input_pyramid"] == "halved" and UNet(input_pyramid=False) == UNet()
-    with pytest.warns(FutureWarning, match="--model.input-pyramid now takes a value; without one it means halved"):
-        assert new_words(["--model.input-pyramid", "--seed", "1"]) == ["--model.input-pyramid=halved", "--seed", "1"]
+    assert old == UNet(input_pyramid=True, filter="fir") and to_dict(old)["input_pyramid"] is True
+    with pytest.warns(FutureWarning, match="--model.input-pyramid now takes a value; without one it means True"):
+        assert new_words(["--model.input-pyramid", "--seed", "1"]) == ["--model.input-pyramid=True", "--seed", "1"]
     assert new_words(words := ["--model.input-pyramid", "ncsnpp"]) == words
     x = torch.randn(2, 3, 8, 8)
     step = old.encoder((3, 8, 8)).pyramid[0]

@@ -47,9 +47,9 @@ class UNet(Backbone):
     right and below only (DDPM)."""
     filter: Literal["box", "fir"] = "box"
     """Resampling filter inside residual blocks: average and nearest, or FIR 1, 3, 3, 1."""
-    input_pyramid: Literal["none", "ncsnpp", "halved"] | bool = "none"
+    input_pyramid: Literal["ncsnpp"] | bool = False
     """Feed the downsampled input to each resolution of the encoder. ncsnpp: filter, then a strided 3x3 convolution, as
-    published; halved (or true, as in files of version 0.1): a strided filter, then the convolution."""
+    published; true, as in version 0.1: a strided filter, then the convolution."""
     skip_scale: float = math.sqrt(0.5)
     """Scale of a residual block's output."""
     groups: int = 16
@@ -71,8 +71,6 @@ class UNet(Backbone):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.input_pyramid, bool):  # as version 0.1 wrote it
-            object.__setattr__(self, "input_pyramid", "halved" if self.input_pyramid else "none")
         widths = (self.width, *self.decoder_widths)
         valid = all(4 <= width <= 8192 and width % 4 == 0 for width in widths)
         check(valid, "model.width and model.decoder-widths", "multiples of 4 up to 8192", widths)

@@ -78,7 +78,7 @@ class UNetEncoder(nn.Module):
                 self.downs.append(block(channels, channels, resample="down"))
             else:
                 self.downs.append(ConvResample(channels, "down", pad_after=unet.resampling == "conv-after"))
-            if unet.input_pyramid != "none":
+            if unet.input_pyramid:
                 first = unet.input_pyramid == "ncsnpp"  # the filter sees all pixels, and the convolution halves
                 filter_input = Blur(unet.filter) if first else Resample("down", unet.filter)
                 halve = nn.Conv2d(pyramid, channels, 3, stride=2 if first else 1, padding=0 if first else 1)

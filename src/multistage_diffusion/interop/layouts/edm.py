@@ -52,7 +52,7 @@ def from_edm(weights: Mapping[str, Tensor], *, kind: Preconditioned = "edm", gro
         attention=attention,
         middle="decoder",
         filter="fir" if pyramid or any(kernel.shape[-1] == 4 for kernel in filters) else "box",
-        input_pyramid="ncsnpp" if pyramid else "none",
+        input_pyramid="ncsnpp" if pyramid else False,
         groups=groups or (16 if staged else 32),
         dropout=0.13,
         classes=classes,

@@ -51,7 +51,7 @@ def from_score_sde(weights: Mapping[str, Tensor], *, resolution: int = 32, group
         blocks=blocks,
         attention=tuple(resolution >> level for level, attend in enumerate(attends) if attend),
         filter="fir" if pyramid else "box",
-        input_pyramid="ncsnpp" if pyramid else "none",
+        input_pyramid="ncsnpp" if pyramid else False,
         groups=groups or (16 if decoders else 32),
     )
     edges = tuple(VP().sigma(torch.tensor([0.442, 0.6308], dtype=torch.float64)).tolist()) if decoders else ()
