@@ -160,7 +160,7 @@ TARS = {
     "several pictures of a key": ({"k.input.png": 0, "k.target.png": 1, "k.cls": b"7"}, ["7", "7"]),
     "json": ({"a.png": 0, "a.json": b'{"label": 1}', "b.png": 1, "b.json": b'{"label": "x"}'}, ["1", "x"]),
     "one missing": ({"a.png": 0, "a.cls": b"3", "b.png": 1}, r"no label for b\.png"),
-    "json without": ({"a.png": 0, "a.json": b'{"caption": "a cat"}'}, "none: no .json has a label"),
+    "json without": ({"a.png": 0, "a.json": b'{"caption": "a cat"}'}, "none: no picture has one (the .json files)"),
     "none": ({"cats/a.png": 0, "dogs/b.png": 1}, "none: no .cls lies beside the pictures"),
     "no number": ({"a.png": 0, "a.cls": b"cat"}, r"a\.cls must hold a whole number"),
 }

@@ -183,6 +183,8 @@ def as_labels(name: str, labels: Any, count: int) -> Any:
         )
     if numbers and not (array == np.floor(array)).all():
         raise DataError(f"{name}: labels must be whole numbers, and there are fractions")
+    if not numbers and (array == "").any():
+        raise DataError(f"{name}: no label for row {int((array == '').argmax())}; the name of a class is not empty")
     if numbers and array.min() < 0:
         raise DataError(f"{name}: labels must be 0 or more, and the least is {array.min()}")
     return array.astype(np.int64) if numbers else array

@@ -103,6 +103,8 @@ def collect(
     notes = {"split": "held out: a tenth, by content", "labels": "none: there are none beside the pictures", **notes}
     if reading.labels == "auto":
         require_all(source, entries, notes["labels"])
+    if all(entry.label is None for entry in entries) and not notes["labels"].startswith("none"):
+        notes["labels"] = f"none: no picture has one ({notes['labels']})"
     good, keys, bad, files = list[Entry](), list[int](), list[str](), dict[str, str]()
     notices = list[str]()
     pixels = _Pixels(source, reading.writer, len(entries))

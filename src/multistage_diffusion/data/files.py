@@ -145,8 +145,6 @@ def read_webdataset(source: str, path: Path, reading: Reading) -> Collection:
             elif ending is None or not member.name.endswith(ending):
                 others.append(member.name)
     skipped = summary(others, "neither pictures nor labels by their name")
-    if all(entry.label is None for entry in entries) and how.startswith("the .json"):
-        how = "none: no .json has a label"
     parts, notes = arrange(source, entries, {}, labels="none")
     return collect(source, parts, reading, skipped, {**notes, "labels": how})
 

@@ -210,7 +210,7 @@ def _from_files(
             return list(entries), {**notes, "labels": f"none: {file} has none"}
         labels |= {_join(folder, name): label for name, label in listed.items()}
     labelled = [replace(entry, label=labels.get(entry.name)) for entry in entries]
-    if entries and labels and all(entry.label is None for entry in labelled):
+    if any(label is not None for label in labels.values()) and all(entry.label is None for entry in labelled):
         raise DataError(
             f"{source}: {file} names none of the pictures: it has {shown(next(iter(labels)))}, and there is "
             f"{shown(entries[0].name)}; {MEND}"
