@@ -71,8 +71,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
-def suggest(name: str, names: Iterable[str]) -> str:
+def suggest(name: object, names: Iterable[str]) -> str:
     """What to append to a message about an unknown name: `; did you mean "vp"?`, or `; known: edm, vp`."""
     names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(names)}"

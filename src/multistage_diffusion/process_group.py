@@ -192,11 +192,21 @@ SINGLE = ProcessGroup()
 
 
 def local_device(device: torch.device | str) -> torch.device:
-    """The device of this process: `auto` is a GPU where there is one, `cuda` becomes the GPU of its LOCAL_RANK."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type != "cuda" or device.index is not None:
+    """The device of this process: `auto` is a GPU where there is one, `cuda` becomes the GPU of its LOCAL_RANK.
+
+    Raises:
+        ConfigError: There is no such device here, or it is neither the CPU nor one of CUDA.
+    """
+    name: Any = device
+    if isinstance(name, str) and name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ConfigError(f"device {str(name)[:60]!r} is not available here; use cpu, cuda or auto") from error
+    if device.type not in ("cpu", "cuda"):  # noise levels are float64, which mps lacks; meta holds no numbers
+        raise ConfigError(f"device {str(name)[:60]!r} is not supported; use cpu, cuda or auto")
+    if device.type != "cuda" or str(name) != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
 

@@ -6,16 +6,20 @@ the processes by `kind`; a class of a user's own belongs to it as soon as it is 
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import itertools
 import json
+import os
+import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from numbers import Integral
-from typing import Any, ClassVar, TypeVar
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.text import short
@@ -95,9 +99,6 @@ class Tagged:
         return cls.by_kind(str(document.get(cls._tag, cls._untagged or "")))
 
 
-_WHOLE = ("int", "int | None", "tuple[int, ...]")  # types of fields that hold whole numbers
-
-
 def check(condition: bool, option: str, expected: str, value: object) -> None:
     """Refuse a value.
 
@@ -131,30 +132,75 @@ def check_needs(condition: bool, option: str, other: str, value: object) -> None
 
 
 def check_numbers(record: Any, section: str) -> None:
-    """Refuse NaN, infinity and numbers out of all proportion in any field.
+    """Refuse values that are not of their field's kind, NaN, infinity and numbers out of all proportion.
+
+    Fields of numbers, text, switches and choices, and tuples of them, are checked; fields of other kinds are not.
 
     Args:
         record: A dataclass.
         section: Its name on the command line, for the message.
 
     Raises:
-        ConfigError: A field holds such a number.
+        ConfigError: A field holds such a value.
     """
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if str(item.type) in _WHOLE:
-            for number in value if isinstance(value, tuple) else () if value is None else (value,):
-                whole = isinstance(number, Integral) and not isinstance(number, bool)
-                check(whole, f"{section}.{item.name.replace('_', '-')}", "a whole number", number)
+    for name, hint in _hints(type(record)).items():
+        value, option = getattr(record, name), ".".join(filter(None, (section, name.replace("_", "-"))))
+        if expected := _unfit(value, hint):
+            raise ConfigError(f"{option} must be {expected}, got {str(value)[:60]}")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)):
-                check(abs(number) <= _LARGEST, f"{section}.{item.name.replace('_', '-')}", "a finite number", value)
+                check(abs(number) <= _LARGEST, option, "a finite number", value)
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Types of a dataclass's fields; none where they cannot be resolved."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:
+        return {}
+    return {item.name: hints[item.name] for item in fields(kind)}
+
+
+def _unfit(value: Any, hint: Any) -> str | None:
+    """What a value should be, if it is not of a type; none if it is, or if the type is not one that is checked."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return None if value in arguments else f"one of {', '.join(map(str, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        wrong = [_unfit(value, part) for part in arguments]
+        return None if None in wrong else " or ".join(dict.fromkeys(filter(None, wrong)))
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return "a tuple"
+        return next(filter(None, (_unfit(item, arguments[0]) for item in value)), None)
+    is_bool = isinstance(value, bool)
+    match hint:
+        case builtins.int:
+            return None if isinstance(value, Integral) and not is_bool else "a whole number"
+        case builtins.float:
+            return None if isinstance(value, Real) and not is_bool else "a number"
+        case builtins.bool:
+            return None if is_bool else "true or false"
+        case builtins.str:
+            return None if isinstance(value, str) else "text"
+        case types.NoneType:
+            return None if value is None else "none"
+    return None
 
 
 def check_count(value: Any, option: str, least: int = 1) -> None:
     """Refuse a number that is not whole, or too small."""
-    check(isinstance(value, Integral), option, "a whole number", value)
-    check(value >= least, option, f"at least {least}", value)
+    check(isinstance(value, Integral) and not isinstance(value, bool), option, "a whole number", value)
+    check(int(value) >= least, option, f"at least {least}", value)
+
+
+def check_path(path: Any, option: str) -> Path:
+    """A path, refused where no file can have such a name."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    usable = isinstance(text, str) and 0 < len(text) < 4096 and "\0" not in text
+    check(usable and all(len(part) < 256 for part in str(text).split("/")), option, "a path", str(path)[:60])
+    return Path(path)
 
 
 def check_seed(seed: Any, count: int = 1, option: str = "seed") -> None:

@@ -46,7 +46,7 @@ def ended(words, capsys):
         (["train", "digits", "--out", "x", "--config", "/missing.json"], "/missing.json: no such file"),
         (["train", "digits", "--out", "x", "--stages", "/missing.json"], "/missing.json: no such file"),
         (["train", "digits", "--out", "x", "--threads", "0"], "--threads must be at least 1, got 0"),
-        (["train", "digits", "--out", "x", "--device", "abacus"], "--device abacus is not available here"),
+        (["train", "digits", "--out", "x", "--device", "abacus"], "--device 'abacus' is not available here"),
         (["profile", "vp-cifar"], 'no preset vp-cifar; did you mean "vp-cifar10"?'),
         (["profile"], "preset, or run directory"),
         (["verify", "/missing"], "/missing is not a run"),

@@ -228,7 +228,7 @@ def test_classes_are_those_of_the_data_where_none_are_given():
         cluster(data.floats(), VP(), options, by_class=True)
     with pytest.raises(ConfigError, match="--by-class needs --method optimal-denoiser; it is snr"):
         ClusterOptions(method="snr", by_class=True)
-    with pytest.raises(DataError, match="1297 images but 5 labels"):
+    with pytest.raises(DataError, match="labels must be 1297 whole numbers"):
         cluster(data, VP(), options, labels=torch.zeros(5, dtype=torch.int64))
 
 

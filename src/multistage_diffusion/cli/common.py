@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,18 +102,12 @@ def prepare(options: Compute) -> torch.device:
     """
     import torch
 
+    from multistage_diffusion.process_group import local_device
+
     if options.threads is not None:
         check(options.threads >= 1, "--threads", "at least 1", options.threads)
         torch.set_num_threads(options.threads)
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # a GPU for each of its processes
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name} is not available here; use cpu, cuda or auto") from error
-    if device.type not in ("cpu", "cuda"):  # noise levels are float64, which mps lacks; meta holds no numbers
-        raise ConfigError(f"--device {name} is not supported; use cpu, cuda or auto")
-    return device
+        return local_device(options.device)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error

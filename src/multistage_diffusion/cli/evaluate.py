@@ -192,10 +192,6 @@ def _measure(
     else:
         loaded.denoiser.precision = options.precision
         codec = load_codec(target, device)
-        if codec is None and real is not None and loaded.denoiser.shape != real.shape:
-            raise ConfigError(
-                f"the run makes images of {loaded.denoiser.shape}, but those of {real.name} are {real.shape}"
-            )
         evaluation = evaluate(
             loaded.denoiser,
             real,

@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str]) -> Options:
         return _resume(values, arguments)
     if not arguments or arguments[0].startswith("-"):
         if not wants_help:
-            raise ConfigError(f"msd train needs a recipe as its first word, or --resume RUN: {', '.join(RECIPES)}")
+            raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}; or --resume RUN")
         arguments = ["digits", *arguments]
     values = dict(_values(arguments))  # again: help shows the options of a recipe
     base = recipe(arguments[0], _architecture(values))

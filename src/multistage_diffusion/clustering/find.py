@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from multistage_diffusion.clustering.options import ClusterOptions, check_choice
 from multistage_diffusion.clustering.partition import affinity_cost, distance_cost, partition, size_limits
 from multistage_diffusion.clustering.similarity import Progress, Similarities, Similarity
 from multistage_diffusion.config import to_dict
+from multistage_diffusion.data.arrays import as_labels
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.devices import memory_of
 from multistage_diffusion.errors import ConfigError, DataError
-from multistage_diffusion.noise import Process
+from multistage_diffusion.noise import Process, process_by_kind
+from multistage_diffusion.records import check
 from multistage_diffusion.stages import Stages
 
 _BASELINE_LEVELS = 1000  # levels of the timestep and log-SNR baselines
@@ -91,7 +94,7 @@ class Clustering:
 
 def cluster(
     data: Data,
-    process: Process,
+    process: Process | str,
     options: ClusterOptions = _DEFAULTS,
     *,
     labels: Int[Tensor, " count"] | None = None,
@@ -108,7 +111,7 @@ def cluster(
         data: What `load_data` gives, or whatever `as_data` takes: uint8 pictures, floats of any number of channels. Of
         a
             set on disk only the images that are used are read.
-        process: The process that will be trained.
+        process: The process that will be trained, or its name for the defaults.
         options: How the stages are found.
         labels: Class of each image, in place of those of the data; posteriors are then within an image's class.
         denoiser: A trained module called as `denoiser(x, sigma)`, for the method `gradient`.
@@ -130,6 +133,8 @@ def cluster(
     if labels is not None:
         changes["by_class"] = True
     options = replace(options, **changes)
+    process = process_by_kind(process) if isinstance(process, str) else process
+    check(isinstance(process, Process), "process", "a process, or its name", process)
     examples = as_data(data, name=source)
     _check_number(len(examples), options)
     match options.method:
@@ -179,14 +184,13 @@ def choose_images(
     return data.values(index), index
 
 
-def _classes(data: Examples, labels: Tensor | None) -> Tensor:
+def _classes(data: Examples, labels: Any) -> Tensor:
     """Class of each image, for posteriors within a class."""
     labels = data.labels if labels is None else labels
     if labels is None:
         raise ConfigError(f"--by-class needs data with classes; {data.name or 'the data'} has none")
-    if len(labels) != len(data):
-        raise DataError(f"{len(data)} images but {len(labels)} labels")
-    return labels
+    numbers = as_labels(data.name, labels, len(data))
+    return torch.from_numpy(np.unique(numbers, return_inverse=True)[1] if numbers.dtype.kind == "U" else numbers)
 
 
 def _exact(

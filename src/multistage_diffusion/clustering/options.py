@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from multistage_diffusion.errors import ConfigError, suggest
-from multistage_diffusion.records import check, check_needs, check_seed
+from multistage_diffusion.records import check, check_needs, check_numbers, check_seed
 
 Method = Literal["optimal-denoiser", "timestep", "snr", "gradient"]
 Objective = Literal["crossing", "similarity", "variance"]
@@ -20,6 +20,9 @@ MAX_STAGES = 8
 # The published reading: the edges stay on the process's own time, as the authors use them.
 PAPER: dict[str, Any] = {"unit_range": True, "eta": 2 / 256, "alpha": 0.9, "reference": "data-mean", "measure": "time"}
 _DEGENERATE = {"sum-of-means", "mean"}  # each stage's mean similarity, unweighted
+
+
+_MOST = 10**7  # draws, and resamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +62,15 @@ class ClusterOptions:
     """Seed of all draws."""
 
     def __post_init__(self) -> None:
+        check_choices(vars(self))
+        check_numbers(self, "")
         check(2 <= self.stages <= MAX_STAGES, "stages", f"from 2 to {MAX_STAGES}", self.stages)
         check(0 < self.eta < math.inf, "eta", "positive", self.eta)
         check(0 < self.alpha < 1, "alpha", "between 0 and 1", self.alpha)
-        check(self.samples is None or self.samples >= 100, "samples", "at least 100", self.samples)
-        check(self.resamples >= 0, "resamples", "at least 0", self.resamples)
+        check(self.samples is None or 100 <= self.samples <= _MOST, "samples", f"in 100..{_MOST}", self.samples)
+        check(0 <= self.resamples <= _MOST, "resamples", f"in 0..{_MOST}", self.resamples)
         check(self.max_images is None or self.max_images >= 8, "max-images", "at least 8", self.max_images)
         check_seed(self.seed)
-        check_choices(vars(self))
         if self.objective == "crossing" and self.stages != 3:
             raise ConfigError(f"the objective crossing finds 3 stages, got stages {self.stages}; use variance")
         check_needs(

@@ -8,8 +8,9 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
-from typing import Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, get_args, overload
 
 import torch
 from jaxtyping import Int
@@ -31,6 +32,7 @@ from multistage_diffusion.data.layout import shown
 from multistage_diffusion.data.shards import INDEX, ShardWriter
 from multistage_diffusion.errors import CheckpointError, DataError, suggest
 from multistage_diffusion.files import remove_abandoned, whole_directory
+from multistage_diffusion.records import check, check_count
 from multistage_diffusion.rng import permutation
 
 Split: TypeAlias = Literal["train", "test", "all"]
@@ -110,6 +112,15 @@ def load_data(
     Raises:
         DataError: Unknown source, missing, damaged or hostile files, no images, or images of different sizes.
     """
+    check(isinstance(source, str), "source", "text like digits or folder:PATH", source)
+    check(split in get_args(Split), "split", f"one of {', '.join(get_args(Split))}", split)
+    check(root is None or isinstance(root, (str, os.PathLike)), "root", "a folder", root)
+    check(labels in get_args(LabelMode), "labels", f"one of {', '.join(get_args(LabelMode))}", labels)
+    check(scale in get_args(Scaling), "scale", f"one of {', '.join(get_args(Scaling))}", scale)
+    if resolution is not None:
+        check_count(resolution, "resolution")
+    check(isinstance(max_bad, Real) and 0 <= max_bad <= 1, "max-bad", "in [0, 1]", max_bad)
+    root = None if root is None else os.fspath(root)
     collection = _checked(source, split, root, Reading(resolution, max_bad, scale, labels))
     return _part(collection, split, resolution)
 

@@ -6,13 +6,14 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from multistage_diffusion.data import Images
 from multistage_diffusion.data.examples import Codec
+from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation.images import distances, generated
@@ -24,8 +25,10 @@ from multistage_diffusion.metrics.metric import FeatureMetric, Metric
 from multistage_diffusion.metrics.reference import PublishedMoments
 from multistage_diffusion.metrics.table import feature_metrics, resolve, with_followers
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
+from multistage_diffusion.records import check, check_count, check_seed
 from multistage_diffusion.sampling import Sampler
 
+_MOST = 10**9  # images in a batch
 _CAUTION = "the classifier was trained without held-out images, by default on the reference itself: give train"
 
 
@@ -131,7 +134,7 @@ def _plain(record: Reference | SampleCost | None) -> dict[str, Any] | None:
 
 def evaluate(
     denoiser: Denoiser,
-    reference: Images | None,
+    reference: Data | None,
     metrics: Sequence[str | Metric] | None = None,
     *,
     features: str | FeatureExtractor | None = None,
@@ -150,7 +153,7 @@ def evaluate(
 
     Args:
         denoiser: The model.
-        reference: Real images, held out from its training; none if `statistics` suffice.
+        reference: Real images, held out from its training, or what `as_data` takes; none if `statistics` suffice.
         metrics: Names of `METRICS`, and metrics of your own; by default `loss`, and `fd` where `features` are given.
         features: What the distances see the images with: a name like `classifier`, or an extractor.
         train: Images to train the features `classifier` on; without them it is trained on the reference.
@@ -175,6 +178,15 @@ def evaluate(
     """
     begin, drawing = time.perf_counter(), _Clock()
     sampler = sampler or denoiser.sampler or Sampler()
+    check_count(num, "num")
+    check_count(batch_size, "batch-size")
+    check_seed(seed, num)
+    check(batch_size <= _MOST, "batch-size", f"at most {_MOST}", batch_size)
+    reference = None if reference is None else cast(Images, as_data(reference))
+    if codec is None and reference is not None and denoiser.shape != reference.shape:
+        raise ConfigError(
+            f"the run makes images of {denoiser.shape}, but those of {reference.name} are {reference.shape}"
+        )
     of_features, of_model = resolve(metrics or (("loss",) if features is None else ("fd", "loss")))
     figures, extractor = dict[str, Any](), None
     if of_features:
@@ -195,7 +207,9 @@ def evaluate(
                 examples = codec.encode(reference)
         with torch.no_grad():
             for metric in of_model:
-                figures |= metric.measure(denoiser, examples, seed=seed, batch_size=batch_size, processes=processes)
+                figures |= metric.measure(
+                    denoiser, examples, seed=seed, batch_size=int(batch_size), processes=processes
+                )
     spent = drawing.seconds if of_features else None
     samples = num if of_features else 0
     measured = _evaluation(figures, begin, spent, samples, reference, statistics, extractor, processes)

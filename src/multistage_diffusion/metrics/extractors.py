@@ -11,6 +11,7 @@ from multistage_diffusion.data import Images
 from multistage_diffusion.errors import ConfigError, DataError, suggest
 from multistage_diffusion.metrics.classifier import classifier_features
 from multistage_diffusion.metrics.extractor import FeatureExtractor
+from multistage_diffusion.records import check
 
 NAMES = ("classifier", "efficientnet-lite0", "inception", "dinov2")
 
@@ -33,6 +34,7 @@ def load_extractor(
     Raises:
         ConfigError: No such extractor, its weights or package are missing, or `classifier` has no labels to learn from.
     """
+    check(isinstance(name, str), "features", "a name or an extractor", name)
     kind, _, where = name.partition(":")
     path = Path(where) if where else None
     if kind == "source":

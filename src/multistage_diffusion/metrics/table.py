@@ -38,7 +38,8 @@ def resolve(metrics: Sequence[str | Metric]) -> tuple[tuple[FeatureMetric, ...],
     Raises:
         ConfigError: No metric, or an unknown name.
     """
-    if not metrics:
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
+    if not metrics or not isinstance(metrics, Sequence):
         raise ConfigError(f"name at least one metric of {', '.join(METRICS)}")
     of_features, of_model = list[FeatureMetric](), list[ModelMetric]()
     for metric in metrics:

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.process_group import local_device
-from multistage_diffusion.records import from_dict
+from multistage_diffusion.records import check, check_path, from_dict
 from multistage_diffusion.runs.averages import Combination, rebuild
 from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, list_checkpoints, newest
 from multistage_diffusion.runs.whole import strangeness
@@ -51,7 +52,7 @@ def build_denoiser(
         denoiser = Denoiser(network, config.process, stages, shape=shape, classes=config.model.classes)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed the GPUs, too
+            torch.default_generator.manual_seed(int(config.training.seed))  # torch.manual_seed would seed the GPUs, too
             denoiser = Denoiser.from_backbone(config.model, config.process, shape, stages)
     denoiser.sampler, denoiser.label_optional = config.sampling, config.training.label_dropout > 0
     return denoiser
@@ -189,9 +190,11 @@ def load_run(
         ConfigError: No such run, unknown weights, or the run's network must be passed and was not.
         CheckpointError: The newest checkpoint is damaged, or there is none.
     """
-    folder = Path(path)
+    folder = check_path(path, "the run")
     if weights not in ("ema", "raw"):
         raise ConfigError(f"--weights must be ema or raw, got {weights}")
+    if sigma_rel is not None:
+        check(isinstance(sigma_rel, Real), "--sigma-rel", "a number", sigma_rel)
     if sigma_rel is not None and weights == "raw":
         raise ConfigError(f"--sigma-rel {sigma_rel} chooses an average, and --weights raw none; drop one of the two")
     if folder.is_file() or "format" in _document(folder):

@@ -27,6 +27,7 @@ from multistage_diffusion.stages import Stages
 
 Seeds = Sequence[int] | Int[Tensor, " num"]
 Labels = int | str | Sequence[int] | Sequence[str] | Int[Tensor, " num"]
+_MOST = 10**9  # images of one call
 SeedsAndImages = tuple[Int[Tensor, " batch"], Float[Tensor, "batch channels height width"]]
 
 
@@ -147,6 +148,7 @@ def sample(
         ConfigError: An option out of range, or seeds, labels or images to start from that the model cannot take.
         NumericsError: An image is not finite.
     """
+    check(isinstance(denoiser, SampledDenoiser), "denoiser", "a denoiser, as load_run(RUN).denoiser is", denoiser)
     sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
     if seeds is None:
         seeds = consecutive_seeds(seed, num)
@@ -160,6 +162,7 @@ def consecutive_seeds(seed: int, num: int) -> Int[Tensor, " num"]:
         ConfigError: There are none, or they are no whole numbers in [0, 2^63).
     """
     check_count(num, "num")
+    check(num <= _MOST, "num", f"at most {_MOST:,}", num)
     check_seed(seed, num)
     return torch.arange(num) + seed
 
@@ -278,13 +281,14 @@ class Drawing:
             # interval is that of Kynkäänniemi et al. 2024.
             both = Conditioning(torch.cat((torch.full_like(labels, denoiser.classes), labels)))
             without_class, with_class = denoiser(torch.cat((x, x)), sigma, both).chunk(2)
-            return torch.lerp(without_class, with_class, sampler.guidance)
+            return torch.lerp(without_class, with_class, float(sampler.guidance))
 
         return denoise
 
 
 def _seeds(seeds: Seeds) -> Tensor:
     """The seed of each image, int64 on the CPU."""
+    check(hasattr(seeds, "__len__") and getattr(seeds, "ndim", 1) == 1, "seeds", "a row of whole numbers", seeds)
     check(len(seeds) >= 1, "seeds", "at least one", "none")
     if not isinstance(seeds, Tensor):
         for seed in seeds:

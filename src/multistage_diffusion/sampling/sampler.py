@@ -62,6 +62,7 @@ class Sampler:
         known = isinstance(self.solver, str) or callable(self.solver)
         check(known, "sampling.solver", "a name or a function", self.solver)
         check_count(self.steps, "sampling.steps")
+        check(self.steps <= 10**6, "sampling.steps", "at most 10^6", self.steps)
         if self.spacing is not None and self.spacing not in SPACINGS:
             raise ConfigError(f"no spacing {self.spacing}{suggest(self.spacing, SPACINGS)}")
         option = SOLVERS[self.solver].option if isinstance(self.solver, str) else None

@@ -21,6 +21,7 @@ from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.inherit import inherit
 from multistage_diffusion.process_group import SINGLE, ProcessGroup, join, local_device
+from multistage_diffusion.records import check_path
 from multistage_diffusion.runs import build_denoiser
 from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.stages import Stages
@@ -75,7 +76,7 @@ def train(
         StoppedError: A signal of `guard.SIGNALS` came; a checkpoint of the last step was written.
         PeerError: Another process of the run failed, and says why.
     """
-    started, folder, device = time.perf_counter(), Path(out), local_device(device)
+    started, folder, device = time.perf_counter(), check_path(out, "out"), local_device(device)
     with join(device, config.engine.timeout) as processes:
         processes.on_main(lambda: check_target(folder, config))
         require_installed(config.logging.trackers)
@@ -186,7 +187,7 @@ def fit(
         NumericsError: The loss is not finite.
         StoppedError: A signal of `guard.SIGNALS` came; a checkpoint of the last step was written.
     """
-    started, folder, denoiser = time.perf_counter(), Path(out), trainer.denoiser
+    started, folder, denoiser = time.perf_counter(), check_path(out, "out"), trainer.denoiser
     denoiser.sampler = sampler or denoiser.sampler or Sampler()
     augmented = trainer.augment_probability > 0
     config = RunConfig(
