@@ -16,6 +16,8 @@ from multistage_diffusion.config import EngineConfig
 from multistage_diffusion.process_group import join
 from multistage_diffusion.recipes import recipe
 from multistage_diffusion.runs import load_run
+from multistage_diffusion.studies.budgets import BUDGETS, PUBLISHED, budget
+from multistage_diffusion.studies.cells import widths
 from multistage_diffusion.training.distributed import gather, put
 from multistage_diffusion.training.run import build_trainer, train
 from runs import same_run, train_until
@@ -77,6 +79,21 @@ def test_capacities_under_a_budget_are_those_that_heads_can_have():
     law = Law(0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
     chosen = widths_for_sampling(config, (1, 8, 8), [law] * 3, candidates, 2e8, 1e4)
     assert set(chosen.capacities) <= set(candidates)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_studies_vary_the_transformer_as_they_vary_the_unet(name):
+    base = budget(name, "fashion-mnist", "dit").base
+    model, side = base.model, base.data.resolution or 32
+    assert isinstance(model, Transformer) and base.process == budget(name, "fashion-mnist").base.process
+    for factor in (0.25, 0.5, 0.75):
+        narrow = model.with_width(factor)
+        assert narrow.width == factor * model.width and narrow.capacity < model.capacity
+        narrow.unified().check_shape((1, side, side))
+    for factors in (PUBLISHED, (1.0, 1.0, 0.5, 0.25)):
+        capacities = widths(model, *factors)
+        assert model.with_capacities(capacities).capacities == capacities
+        assert [round(capacity / model.capacity, 1) for capacity in capacities] == pytest.approx(factors, abs=0.15)
 
 
 @pytest.mark.slow
