@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint type check bench clean
+.PHONY: setup demo test test-all lint type check bench docs docs-serve pictures dist clean
 
 setup: $(VENV)/.ready
 
@@ -35,5 +35,32 @@ check: lint type test
 bench: setup
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
+# The site has an environment of its own: it reads the sources and imports none of them, so torch is not needed.
+.docs-venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .docs-venv
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | .docs-venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	touch $@
+
+docs: .docs-venv/.ready
+	.docs-venv/bin/mkdocs build --strict
+
+docs-serve: .docs-venv/.ready
+	.docs-venv/bin/mkdocs serve
+
+pictures: setup  # those of README.md, from a finished `make demo`
+	$(BIN)/python scripts/pictures.py runs/demo docs/img
+
+# Built, then installed where nothing of this folder is in reach, and used there.
+DIST_VENV ?= $(shell mktemp -d)/venv
+dist: setup
+	rm -rf dist build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd $(DIST_VENV)/.. && $(DIST_VENV)/bin/msd --version && $(DIST_VENV)/bin/msd demo --quick --out demo
+	rm -rf $(DIST_VENV)
+
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .docs-venv site build dist runs .pytest_cache .ruff_cache

@@ -114,6 +114,14 @@ class Denoiser(nn.Module):
         denoiser.backbone = backbone
         return denoiser
 
+    def __repr__(self) -> str:
+        """Process, stages, shape and size on one line; `denoiser.network` shows the layers."""
+        edges = ", ".join(f"{edge:.3g}" for edge in self.stages.edges)
+        stages = f"{len(self.stages)} stages with edges at sigma {edges}" if edges else "1 stage"
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        kind = f"{self.process.kind}, {stages}, images of {self.shape}, {parameters / 1e6:.3g} M parameters"
+        return f"Denoiser({kind}{f', {self.classes} classes' if self.classes else ''})"
+
     @property
     def device(self) -> torch.device:
         """Where the denoiser was put; `offload` may keep some of its weights elsewhere for a while."""

@@ -108,9 +108,8 @@ def cluster(
     """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
 
     Args:
-        data: What `load_data` gives, or whatever `as_data` takes: uint8 pictures, floats of any number of channels. Of
-        a
-            set on disk only the images that are used are read.
+        data: What `load_data` gives, or whatever `as_data` takes: uint8 pictures, floats of any number of channels.
+            Of a set on disk only the images that are used are read.
         process: The process that will be trained, or its name for the defaults.
         options: How the stages are found.
         labels: Class of each image, in place of those of the data; posteriors are then within an image's class.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -25,6 +25,11 @@ from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, 
 from multistage_diffusion.runs.whole import strangeness
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.weights import load_weights, require_fit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any
 
 METRICS = "metrics.jsonl"
 
@@ -109,6 +114,19 @@ class Run:
                 record = json.loads(line)
                 if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**62:
                     yield record
+
+    def plot(self) -> Figure:
+        """The training loss of each stage over steps, from `metrics.jsonl`; also while the run trains."""
+        from multistage_diffusion.runs.plots import loss_figure
+
+        return loss_figure(list(self.metrics()), Stages(self.config.edges), str(self.path))
+
+    def __repr__(self) -> str:
+        """What it is, and how far."""
+        model, steps = self.config.model, self.config.training.steps
+        done = max((record["step"] for record in self.metrics()), default=0)
+        stages = len(self.config.edges) + 1
+        return f"Run({str(self.path)!r}: {model.architecture}, {stages} stages, logged to step {done} of {steps})"
 
     def load(
         self,
