@@ -111,11 +111,16 @@ def test_compiled_parts_train_as_the_others_do(tmp_path):
     torch.testing.assert_close(without_keys(found["weights"]), without_keys(expected["weights"]), atol=1e-5, rtol=0)
 
 
-def test_from_clusters_to_figures_by_the_commands(tmp_path, capsys):
+@pytest.mark.parametrize("allocated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_from_clusters_to_figures_by_the_commands(tmp_path, capsys, allocated):
     stages, run = str(tmp_path / "stages.json"), str(tmp_path / "run")
     cluster = ["cluster", "digits", "--recipe", "digits-dit", "--stages", "3", "--samples", "500", "--out", stages]
-    assert dispatch([*cluster, "--allocate", "0.5", "--allocate-for", "sampling", "--proxy-steps", "4"]) == 0
+    budget = ["--allocate", "0.5", "--allocate-for", "sampling", "--proxy-steps", "4"]
+    assert dispatch([*cluster, *(budget if allocated else [])]) == 0
     document = json.loads((tmp_path / "stages.json").read_text())
+    if not allocated:
+        document["decoder_widths"] = [192, 128, 32]
+        (tmp_path / "stages.json").write_text(json.dumps(document))
     assert len(document["decoder_widths"]) == 3
     words = ["--stages", stages, "--training.steps", "4", "--training.batch-size", "8", "--model.classes", "10"]
     assert dispatch(["train", "digits-dit", "--out", run, *words]) == 0
