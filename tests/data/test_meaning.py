@@ -51,6 +51,13 @@ LAYOUTS = {
     "a folder around parts": (("data/Train/a/", "data/Train/b/", "data/Test/b/"), ("a", "b"), 3),
     "parts inside classes": (("bottle/train/", "bottle/test/", "cable/train/"), ("bottle", "cable"), 3),
     "classes of the names of parts": (("train/", "car/", "boat/"), ("boat", "car", "train"), None),
+    "short names of parts": (("tr/a/", "tr/b/", "te/a/"), ("a", "b"), 3),
+    "languages": (("tr/", "te/", "en/"), ("en", "te", "tr"), None),
+    "classes called after trains": (
+        ("bullet_train/", "crash_test/", "car/", "boat/"),
+        ("boat", "bullet_train", "car", "crash_test"),
+        None,
+    ),
     "numbers": (("10/", "2/", "1/"), ("1", "2", "10"), None),
     "no folders": (("a.png", "b.png", "c.png"), (), None),
     "one class": (("cats/",), (), None),
@@ -82,11 +89,20 @@ def test_parts_and_classes_of_folders(tmp_path, name, write):
         (("train/a/", "train/b/", "test/x.png"), r"no label for test/x\.png"),
         (("train/", "test/", "extra/"), "test and train are parts of the set, and beside them lies extra"),
         (("train/", "test/", "preview.png"), "beside them lies preview.png"),
+        (("train/a/", "train/b/", "query/"), "train looks like a part of the set, and beside it lies query"),
+        (("seg_train/a/", "seg_test/a/", "seg_pred/"), "seg_test, seg_train|seg_test and seg_train"),
+        (("trainA/", "trainB/", "testA/"), "testA, trainA, trainB are called after parts of the set"),
+        (("images/", "masks/"), "images and masks look like pictures and what is marked in them"),
     ],
 )
 def test_what_belongs_nowhere_is_named(tmp_path, names, message, write):
     with pytest.raises(DataError, match=message):
         load_data(write(tmp_path / "x", files(*names)))
+
+
+def test_a_class_that_is_only_held_out_is_said(tmp_path):
+    images = load_data(write_folder(tmp_path / "x", files("train/a/", "train/b/", "val/c/")))
+    assert images.notes["split"] == "held out: the folder val; classes of it alone: c"
 
 
 def test_without_labels_when_asked(tmp_path):
@@ -181,6 +197,19 @@ def test_labels_of_tar_archives(tmp_path, name):
             load_data(source)
 
 
+def test_parts_among_tar_archives(tmp_path):
+    for number, name in enumerate(("a-train-0", "a-train-1", "a-val-0")):
+        write_tar(tmp_path / f"{name}.tar", {"k.png": PICTURES[number], "k.cls": b"3"})
+    source = f"webdataset:{tmp_path}/*.tar"
+    assert len(load_data(source)) == 2 and len(load_data(source, split="test")) == 1
+    write_tar(tmp_path / "b.tar", {"k.png": PICTURES[3]})
+    with pytest.raises(DataError, match=r"some are called train and some test or val, and b\.tar neither"):
+        load_data(source)
+    (tmp_path / "a-val-0.tar").unlink()
+    with pytest.raises(DataError, match=r"no label for b\.tar/k\.png \(1 of 3"):
+        load_data(source)
+
+
 def test_a_compressed_tar_archive_is_named(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz"):
         pass
@@ -224,6 +253,7 @@ RANGES = {
     "16 bits": (STACK.astype(np.uint16), "no agreed range"),
     "four channels": (np.zeros((6, 8, 8, 4), np.uint8), r"leave the last one out, x\[\.\.\., :3\]"),
     "one picture in colours": (np.zeros((32, 32, 3), np.uint8), "may be one picture in colours or 32 in grey"),
+    "the number last": (np.zeros((8, 8, 50), np.uint8), "may be 8 pictures or, with the number last, 50"),
     "one picture, channels first": (np.zeros((3, 32, 32), np.uint8), "may be one picture in colours or 3 in grey"),
 }
 
@@ -242,6 +272,11 @@ def test_labels_of_one_part_alone(tmp_path):
         load_data(f"npz:{tmp_path}/x.npz")
 
 
+def test_arrays_that_are_not_read_are_said(tmp_path):
+    np.savez(tmp_path / "x.npz", train_images=STACK, val_images=STACK, test_images=STACK)
+    assert load_data(f"npz:{tmp_path}/x.npz").skipped == ("array val_images: not read",)
+
+
 def sixteen(values):
     buffer = io.BytesIO()
     Image.fromarray(values.astype(np.uint16)).save(buffer, "PNG")
@@ -255,6 +290,11 @@ def sixteen(values):
         (
             [GENERATOR.integers(0, 4096, (8, 8)) for _ in range(3)],
             r"pixels use 0\.\.1[56] of 0\.\.255; .*12 bits",
+            UserWarning,
+        ),
+        (
+            [np.where(np.arange(4096).reshape(64, 64) == 7 + i, 65535, 3000 + i) for i in range(3)],
+            r"all but 0\.2% of the pixels use 12\.\.12 of 0\.\.255, the rest 12\.\.255",
             UserWarning,
         ),
     ],

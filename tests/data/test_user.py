@@ -1,10 +1,16 @@
 """A user's own data: read right, or refused in one line; never written into."""
 
+from typing import ClassVar
+
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import multistage_diffusion as msd
+import tiny
+from multistage_diffusion.data import Images
+from multistage_diffusion.data.user import _numbers
 from multistage_diffusion.errors import DataError
 
 FIELDS = torch.randn(6, 5, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 7
@@ -69,9 +75,109 @@ def test_fields_are_scaled_and_scaled_back_and_the_callers_stay_as_they_are():
         (Items([]), {}, "empty"),
         (Items([PICTURES[0], PICTURES[0, :, :4]]), {}, "different shapes"),
         (Items([(PICTURES[0], 1), (PICTURES[1],)]), {}, "1 of 2 items have a label"),
+        (Items([PICTURES[0], PICTURES[0].float()]), {}, "different types"),
+        (PICTURES, {"labels": [float("inf")] * 6}, "infinity"),
+        (PICTURES, {"labels": [10**9] * 6}, "below 1,000,000"),
+        (PICTURES, {"classes": ("a",)}, "names of classes were given, and no labels"),
+        (np.ma.masked_array(np.zeros((4, 8, 8)), mask=True), {}, "masked"),
+        (PICTURES.to_sparse(), {}, "no plain values"),
+        (PICTURES.to("meta"), {}, "no plain values"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(given, options, message):
     with pytest.raises(DataError, match=message) as caught:
         msd.as_data(given, name="mine", **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "mend"),
+    [
+        ("digits", r"load_data\('folder:PATH'\)"),
+        ([PICTURES[0]], r"torch\.stack"),
+        ([PICTURES[0].numpy()], r"numpy\.stack"),
+        ((PICTURES, LABELS), r"as_data\(images, labels\)"),
+        ({"images": PICTURES}, r'x\["images"\]'),
+        (np.array(["a"]), "an array of <U1"),
+    ],
+)
+def test_what_makes_data_of_other_things(given, mend):
+    with pytest.raises(DataError, match=mend):
+        _numbers(given, "mine")
+
+
+class Named(Dataset):
+    """As torchvision's datasets: items of a picture and a number, and the names of the classes."""
+
+    classes: ClassVar = ["cat", "dog"]
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return PICTURES[index], index % 2
+
+
+def test_a_dataset_that_names_its_classes():
+    for dataset in (Named(), Subset(Named(), range(4)), Subset(Subset(Named(), range(5)), [0, 1])):
+        data = msd.as_data(dataset)
+        assert data.classes == ("cat", "dog") and data.labels.tolist() == [i % 2 for i in range(len(data))]
+    assert msd.as_data(Named(), classes=("a", "b")).classes == ("a", "b")
+
+
+FLOATS = np.linspace(-1, 1, 384, dtype=np.float32).reshape(6, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        FLOATS.astype(">f4"),
+        FLOATS.astype(np.longdouble),
+        FLOATS[::-1][::-1],
+        torch.from_numpy(FLOATS).requires_grad_(),
+        torch.from_numpy(FLOATS).double(),
+    ],
+)
+def test_floats_of_every_kind_are_the_same(given):
+    assert torch.equal(msd.as_data(given).floats(), torch.from_numpy(FLOATS))
+
+
+def test_floats_are_the_callers_own():
+    x = torch.from_numpy(FLOATS.copy())
+    msd.as_data(x).floats().zero_()
+    assert torch.equal(x, torch.from_numpy(FLOATS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": PICTURES[0]}, r"rows must be \(N, C, H, W\), got \(1, 8, 8\)"),
+        ({"images": PICTURES.numpy()}, "rows must be a tensor, got ndarray; `as_data` takes"),
+        ({"images": PICTURES.permute(0, 2, 3, 1)}, "these 8; move the last axis to the second place"),
+        ({"images": PICTURES.float()}, "pictures must be uint8"),
+        ({"labels": torch.zeros(6)}, r"labels must be a tensor of int64, got torch\.float32"),
+        ({"labels": [0] * 6}, "labels must be a tensor of int64, got list"),
+        ({"labels": torch.zeros(6, 1, dtype=torch.int64)}, r"one number for each row, got the shape \(6, 1\)"),
+        ({"labels": torch.zeros(6, dtype=torch.int64)}, "has labels, and no names of classes"),
+        ({"classes": ("a", "a")}, "no two alike"),
+        ({"classes": "abc"}, "classes must be names"),
+        ({"classes": (1, 2)}, "classes must be names"),
+    ],
+)
+def test_the_constructor_checks(arguments, message):
+    with pytest.raises(DataError, match=message):
+        images = object.__new__(Images)  # past the tests' own check of types
+        for name, value in {"name": "mine", "images": PICTURES, "labels": None, "classes": (), **arguments}.items():
+            object.__setattr__(images, name, value)
+        images.__post_init__()
+
+
+def test_training_on_given_data_says_what_looks_odd(tmp_path):
+    config = tiny.run_config(tiny.SMALLEST, steps=1, save_every=1)
+    assert 255 in PICTURES
+    with pytest.warns(UserWarning, match=r"pixels use 0\.\.1 of 0\.\.255"):
+        msd.train(
+            config, tmp_path / "run", data=torch.tensor([0, 1], dtype=torch.uint8).repeat(5, 1, 8, 4), device="cpu"
+        )
+    with pytest.raises(DataError, match="every pixel is 3"):
+        msd.train(config, tmp_path / "other", data=torch.full((5, 1, 8, 8), 3, dtype=torch.uint8), device="cpu")

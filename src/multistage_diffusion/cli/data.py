@@ -69,7 +69,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     from multistage_diffusion.cli.progress import reading_progress
     from multistage_diffusion.data.collection import Reading
-    from multistage_diffusion.data.sources import convert, look, range_doubt
+    from multistage_diffusion.data.sources import convert, look
 
     limit = options.max_bad if options.max_bad is not None else _CONVERT_MAX_BAD if options.convert else 1.0
     check(0 <= limit <= 1, "max-bad", "in [0, 1]", limit)
@@ -84,7 +84,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     seen = look(source, options.split, root, reading)
     document = _describe(seen.images, options.split)
     document["changes"] = seen.changes
-    document["doubt"] = range_doubt(*document["range"]) if "range" in document else None
     if options.grid is not None:
         write_atomic(Path(options.grid), _picture(seen.images))
         document["grid"] = options.grid
@@ -111,10 +110,9 @@ def _describe(images: Examples, split: str) -> dict[str, Any]:
 
 def _values(images: Examples) -> dict[str, Any]:
     """Range, mean and standard deviation."""
-    import torch
-
+    from multistage_diffusion.data.doubts import pixel_counts, range_doubt
     from multistage_diffusion.data.fields import Fields, measure_scale
-    from multistage_diffusion.data.rows import blocks
+    from multistage_diffusion.data.images import require_pictures
 
     if isinstance(images, Fields):
         scale = images.codec
@@ -122,10 +120,8 @@ def _values(images: Examples) -> dict[str, Any]:
         channels = [{"minimum": low, "maximum": high, "mean": mean, "std": std, "shift": shift, "factor": factor}
                     for low, high, mean, std, shift, factor in zip(here.minimum, here.maximum, here.mean, here.std,
                                                                    scale.shift, scale.factor, strict=True)]  # fmt: skip
-        return {"dtype": "float32", "scale": scale.kind, "channels": channels}
-    histogram = torch.zeros(256, dtype=torch.float64)
-    for rows in blocks(images.images.shape):
-        histogram += images.stored(rows).flatten().bincount(minlength=256)
+        return {"dtype": "float32", "scale": scale.kind, "channels": channels, "doubt": None}
+    histogram = pixel_counts(require_pictures(images))
     values = histogram.new_tensor(range(256)) / 127.5 - 1.0
     share = histogram / histogram.sum()
     mean = float(values @ share)
@@ -136,6 +132,7 @@ def _values(images: Examples) -> dict[str, Any]:
         "range": [int(present.min()), int(present.max())],
         "mean": round(mean, 6),
         "std": round(variance**0.5, 6),
+        "doubt": range_doubt(histogram),
     }
 
 

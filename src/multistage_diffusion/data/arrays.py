@@ -21,7 +21,7 @@ from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import Fields, measure_scale
 from multistage_diffusion.data.files import checked_entries, open_zip
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, to_uint8
-from multistage_diffusion.data.layout import MEND, number_labels
+from multistage_diffusion.data.layout import MEND, number_labels, shown
 from multistage_diffusion.data.rows import row_digests
 from multistage_diffusion.errors import DataError
 
@@ -50,10 +50,12 @@ def read_npz(source: str, path: Path, scaling: Scaling = "pictures") -> Collecti
     """
     with open_zip(source, path) as archive:
         infos = {info.filename.removesuffix(".npy"): info for info in checked_entries(source, archive)}
+        unread = set(infos)
 
         def find(names: tuple[str, ...], kinds: str = "uif") -> Any:
             for name in names:
                 if name in infos:
+                    unread.discard(name)
                     return read_array(source, archive, infos[name], kinds)
             return None
 
@@ -79,7 +81,8 @@ def read_npz(source: str, path: Path, scaling: Scaling = "pictures") -> Collecti
         notes["split"] = "held out: the file's test part"
     if scaling == "pictures" and parts[0][0].dtype.kind == "f":
         notes["values"] = "floats in [-1, 1], brought to 0..255"
-    return _collection(source, torch.cat(rows), labels, test, scaling, notes)
+    left_out = tuple(f"array {shown(name)}: not read" for name in sorted(unread))
+    return _collection(source, torch.cat(rows), labels, test, scaling, notes, left_out)
 
 
 def read_npy(source: str, path: Path, scaling: Scaling = "pictures") -> Collection:
@@ -169,7 +172,11 @@ def as_labels(name: str, labels: Any, count: int) -> Any:
     Raises:
         DataError: Another number of labels, fractions, negative numbers, or something else.
     """
-    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    try:
+        array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, tensors of another device
+        words = " ".join(str(error).split())[:100]
+        raise DataError(f"{name}: labels must be {count} whole numbers from 0 or names of classes ({words})") from error
     given, numbers = f"{array.shape} of {array.dtype}", array.dtype.kind in "uifb"
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -181,17 +188,25 @@ def as_labels(name: str, labels: Any, count: int) -> Any:
         raise DataError(
             f"{name}: labels must be {count} whole numbers from 0, names of classes or one-hot rows; got {given}"
         )
-    if numbers and not (array == np.floor(array)).all():
-        raise DataError(f"{name}: labels must be whole numbers, and there are fractions")
+    if numbers and not (np.isfinite(array) & (array == np.floor(array))).all():
+        raise DataError(f"{name}: labels must be whole numbers, and there are fractions, NaN or infinity")
     if not numbers and (array == "").any():
         raise DataError(f"{name}: no label for row {int((array == '').argmax())}; the name of a class is not empty")
     if numbers and array.min() < 0:
-        raise DataError(f"{name}: labels must be 0 or more, and the least is {array.min()}")
+        raise DataError(f"{name}: labels must be 0 or more, and the least is {array.min()}; {MEND}")
+    if numbers and array.max() >= 2**63:
+        raise DataError(f"{name}: labels must be below 2^63, and the greatest is {array.max()}")
     return array.astype(np.int64) if numbers else array
 
 
 def _collection(
-    source: str, rows: Tensor, labels: Any, test: Tensor | None, scaling: Scaling, notes: Mapping[str, str]
+    source: str,
+    rows: Tensor,
+    labels: Any,
+    test: Tensor | None,
+    scaling: Scaling,
+    notes: Mapping[str, str],
+    skipped: tuple[str, ...] = (),
 ) -> Collection:
     """Rows with their labels, if there are any; a tenth is held out where nothing is."""
     classes, index = ((), None) if labels is None else number_labels([str(label) for label in labels.tolist()])
@@ -199,7 +214,7 @@ def _collection(
         pictures = scaling == "pictures"
         test = hashed_test([content_key(picture) for picture in rows] if pictures else digest_keys(row_digests(rows)))
         notes = {**notes, "split": "held out: a tenth, by content"}
-    return Collection(as_examples(source, rows, index, classes, scaling, ~test, notes=notes), test)
+    return Collection(as_examples(source, rows, index, classes, scaling, ~test, skipped, notes), test)
 
 
 def digest_keys(digests: UInt8[Tensor, "rows 16"]) -> list[int]:
@@ -248,6 +263,11 @@ def channels_first(name: str, array: Any, scaling: Scaling) -> Any:
     """
     shape = tuple(array.shape)
     if len(shape) == 3:
+        if shape[0] == shape[1] != shape[2] > 4:
+            raise DataError(
+                f"{name}: {shape} may be {shape[0]} pictures or, with the number last, {shape[2]}; give (N, 1, H, W): "
+                "numpy.moveaxis(x, 2, 0)[:, None] of the latter"
+            )
         if (shape[2] <= 4 and shape[1] > shape[2]) or shape[0] == 3:
             raise DataError(
                 f"{name}: {shape} may be one picture in colours or {shape[0]} in grey; give four dimensions, "

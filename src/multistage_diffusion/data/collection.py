@@ -15,7 +15,7 @@ from multistage_diffusion.config import LabelMode, Scaling
 from multistage_diffusion.data.decode import PictureError, decode
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, fit
-from multistage_diffusion.data.layout import Entry, number_labels, require_all, shown
+from multistage_diffusion.data.layout import Entry, number_labels, require_all, shown, some
 from multistage_diffusion.data.shards import Shards, ShardWriter
 from multistage_diffusion.errors import DataError
 
@@ -113,10 +113,10 @@ def collect(
             reading.progress(number, len(entries))
         try:
             content = entry.read()
-            files[entry.name] = hashlib.sha256(content).hexdigest()
+            files[entry.place] = hashlib.sha256(content).hexdigest()
             picture = decode(content, reduce=reading.resolution is not None, notices=notices)
         except PictureError as error:
-            bad.append(f"{shown(entry.name)}: {error}")
+            bad.append(f"{shown(entry.place)}: {error}")
             if reading.max_bad == 0:
                 raise DataError(f"{source}: {bad[0]}; remove it, or leave it out (on-bad-file skip)") from error
             if len(bad) > reading.max_bad * len(entries):
@@ -126,7 +126,7 @@ def collect(
                 ) from error
             continue
         keys.append(content_key(picture))
-        pixels.add(picture if reading.resolution is None else fit(picture[None], reading.resolution)[0], entry.name)
+        pixels.add(picture if reading.resolution is None else fit(picture[None], reading.resolution)[0], entry.place)
         good.append(entry)
     skipped = (*skipped, *bad)
     if not good:
@@ -135,10 +135,11 @@ def collect(
     if notices:
         notes["metadata"] = f"{len(notices)} damaged or odd, not needed for pixels, the first: {notices[0]}"
     classes, labels = number_labels([entry.label for entry in good])
-    images = Images(source, pixels.finish(), labels, classes, skipped, notes)
-    if any(entry.test is None for entry in good) or len({entry.test for entry in good}) == 1:
-        return Collection(images, hashed_test(keys), files)
-    return Collection(images, torch.tensor([entry.test for entry in good]), files)
+    own_parts = all(entry.test is not None for entry in good) and len({entry.test for entry in good}) == 2
+    if own_parts and (strange := sorted(set(classes) - {entry.label for entry in good if not entry.test})):
+        notes["split"] += f"; classes of it alone: {some(strange)}"
+    test = torch.tensor([entry.test for entry in good]) if own_parts else hashed_test(keys)
+    return Collection(Images(source, pixels.finish(), labels, classes, skipped, notes), test, files)
 
 
 def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:

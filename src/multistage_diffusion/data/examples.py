@@ -17,6 +17,7 @@ from torch import Tensor
 from multistage_diffusion.config import Scaling
 from multistage_diffusion.data.rows import Rows, row_digests
 from multistage_diffusion.errors import DataError
+from multistage_diffusion.text import short
 
 Set = TypeVar("Set", bound="Examples")
 
@@ -63,7 +64,7 @@ class Examples(ABC):
         codec: The way from stored rows to the networks and back, where rows are not pictures.
 
     Raises:
-        DataError: There is no row, or labels and rows do not match.
+        DataError: There is no row, rows or labels are of another kind, or they do not match.
     """
 
     name: str
@@ -75,16 +76,15 @@ class Examples(ABC):
     codec: Codec | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        _require_rows(self.name, self.images)
         if 0 in self.images.shape:
             first = f" ({len(self.skipped)} skipped, the first: {self.skipped[0]})" if self.skipped else ""
             raise DataError(f"{self.name}: no images found{first}")
-        if self.labels is None:
-            return
-        if len(self.labels) != len(self.images):
-            raise DataError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.classes):
-            raise DataError(f"{self.name}: labels must lie in 0..{len(self.classes) - 1}, got {low}..{high}")
+        names = self.classes
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise DataError(f"{self.name}: classes must be names like ('cat', 'dog'), no two alike; got {short(names)}")
+        if self.labels is not None:
+            _require_labels(self.name, self.labels, len(self.images), len(names))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,8 +135,10 @@ class Examples(ABC):
         return self.images[slice(None) if index is None else index]
 
     def floats(self, index: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n channels height width"]:
-        """Rows as the networks see them, float32; `index` and errors as for `stored`."""
-        return self.to_model(self.stored(index))
+        """Rows as the networks see them, float32, in memory of their own; `index` and errors as for `stored`."""
+        rows = self.stored(index)
+        floats = self.to_model(rows)
+        return floats.clone() if index is None and floats is rows else floats
 
     def values(self, index: Int[Tensor, " n"] | None = None) -> Shaped[Tensor, "n channels height width"]:
         """Rows as an exact denoiser takes them: as the networks do, but pictures as uint8, a quarter of the memory."""
@@ -182,3 +184,29 @@ class Examples(ABC):
         """Write into a run directory what turns a model's output into images again."""
         if self.codec is not None:
             self.codec.save(folder)
+
+
+def _require_rows(name: str, rows: object) -> None:
+    """Refuse what is no dense tensor of rows."""
+    if not isinstance(rows, (Tensor, Rows)):
+        raise DataError(f"{name}: rows must be a tensor, got {type(rows).__name__}; `as_data` takes other kinds")
+    if len(rows.shape) != 4:
+        raise DataError(f"{name}: rows must be (N, C, H, W), got {tuple(rows.shape)}; `as_data` takes (N, H, W)")
+    if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.is_meta or rows.requires_grad):
+        raise DataError(f"{name}: rows must be a dense tensor with values and without gradients; detach it, or copy it")
+
+
+def _require_labels(name: str, labels: object, count: int, classes: int) -> None:
+    """Refuse labels that are not one number of a class for each row."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise DataError(f"{name}: labels must be a tensor of int64, got {kind}; `as_data` takes other kinds")
+    if labels.ndim != 1:
+        raise DataError(f"{name}: labels must be one number for each row, got the shape {tuple(labels.shape)}")
+    if len(labels) != count:
+        raise DataError(f"{name}: {count} images but {len(labels)} labels")
+    if classes == 0:
+        raise DataError(f"{name}: has labels, and no names of classes; `as_data` names them by number")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"{name}: labels must lie in 0..{classes - 1}, got {low}..{high}")

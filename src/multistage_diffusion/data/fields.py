@@ -93,9 +93,9 @@ class Fields(Examples):
     codec: Scale = field(kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.images.dtype != torch.float32:
             raise DataError(f"{self.name}: fields must be float32; these are {self.images.dtype}: convert them first")
-        super().__post_init__()
         if len(self.codec.mean) != self.shape[0]:
             raise DataError(f"{self.name}: {self.shape[0]} channels, but statistics of {len(self.codec.mean)}")
 

@@ -28,6 +28,7 @@ from multistage_diffusion.data.layout import (
     Entry,
     arrange,
     label_text,
+    parts_by_words,
     shown,
     summary,
 )
@@ -131,7 +132,9 @@ def read_webdataset(source: str, path: Path, reading: Reading) -> Collection:
     if not shards:
         raise DataError(f"{source}: no file matches {path}")
     entries, others, how = list[Entry](), list[str](), "none: no .cls lies beside the pictures"
-    for shard in shards:
+    parts = parts_by_words(source, [Path(shard).name for shard in shards])
+    for shard, test in zip(shards, parts, strict=True):
+        archive = Path(shard).name if len(shards) > 1 else ""
         members = _checked_members(source, shard)
         ending = next((end for end in _LABELS if any(member.name.endswith(end) for member in members)), None)
         labels = dict[str, str | None]()
@@ -141,12 +144,16 @@ def read_webdataset(source: str, path: Path, reading: Reading) -> Collection:
                 how = f"the {ending} files"
         for member in members:
             if is_picture_name(member.name):
-                entries.append(Entry(member.name, _tar_reader(shard, member), _labelled(member.name, labels)))
+                label = _labelled(member.name, labels)
+                entries.append(Entry(member.name, _tar_reader(shard, member), label, test, archive))
             elif ending is None or not member.name.endswith(ending):
                 others.append(member.name)
     skipped = summary(others, "neither pictures nor labels by their name")
-    parts, notes = arrange(source, entries, {}, labels="none")
-    return collect(source, parts, reading, skipped, {**notes, "labels": how})
+    if parts[0] is None:
+        entries, notes = arrange(source, entries, {}, labels="none")
+    else:
+        notes = {"split": "held out: the archives called test, val or the like"}
+    return collect(source, entries, reading, skipped, {**notes, "labels": how})
 
 
 @contextmanager

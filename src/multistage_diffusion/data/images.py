@@ -31,14 +31,16 @@ class Images(Examples):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.images.dtype != torch.uint8:
             raise DataError(
                 f"{self.name}: pictures must be uint8, 0 to 255; these are {self.images.dtype}: `to_uint8` makes pixels"
                 " of floats in [-1, 1]"
             )
         if self.images.shape[1] not in (1, 3):
-            raise DataError(f"{self.name}: pictures have 1 channel or 3, these {self.images.shape[1]}; drop the others")
-        super().__post_init__()
+            last = self.images.shape[3] in (1, 3)
+            mend = "move the last axis to the second place" if last else "drop the others"
+            raise DataError(f"{self.name}: pictures have 1 channel or 3, these {self.images.shape[1]}; {mend}")
 
     def pixels(self, index: Int[Tensor, " n"] | None = None) -> UInt8[Tensor, "n channels height width"]:
         """Pictures as they are stored, in memory; as `stored`."""

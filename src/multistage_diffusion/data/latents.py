@@ -20,11 +20,12 @@ from torch import Tensor
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.autoencoder import Autoencoder, load_autoencoder
 from multistage_diffusion.data.cache import cache_directory
+from multistage_diffusion.data.doubts import warn_of
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import RECORD as SCALE
 from multistage_diffusion.data.fields import Scale, load_scale
 from multistage_diffusion.data.shards import ShardWriter, open_shards
-from multistage_diffusion.data.sources import Split, load_data, warn_of
+from multistage_diffusion.data.sources import Split, load_data
 from multistage_diffusion.errors import CheckpointError, ConfigError, DataError
 from multistage_diffusion.files import read_json, whole_directory, write_json
 
@@ -143,8 +144,6 @@ def load_examples(
     """
     if images is None:
         images = load_images(config)
-    else:
-        warn_of(images)
     if config.autoencoder is None:
         return images
     autoencoder = load_autoencoder(config.autoencoder, device)

@@ -20,12 +20,18 @@ from multistage_diffusion.errors import DataError
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")  # of tables and of the .json of a tar
 JSON, CSV, CELEBA = "dataset.json", "metadata.csv", "list_attr_celeba.txt"
 MEND = "--labels none reads no labels (msd train: --data.labels none)"
-_TRAIN = re.compile(r"train(ing)?", re.IGNORECASE)
+_TRAIN = re.compile(r"tr", re.IGNORECASE)  # where a name is that of a part
+_SHORT = re.compile(r"trn?|te|tst", re.IGNORECASE)  # parts where all folders are, and else languages
+_TRAIN_WORDS, _TEST_WORDS = {"train", "training"}, {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+_PICTURES = {"images", "image", "imgs", "img", "jpegimages", "leftimg8bit", "pictures", "photos", "rgb"}
+_MARKS = {"masks", "mask", "labels", "annotations", "annotation", "segmentation", "segmentations", "segmentationclass"}
+_MARKS |= {"segmentationobject", "gt", "gtfine", "groundtruth", "ground_truth", "depth", "instances", "trimaps"}
 _PART = re.compile(
-    r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?|holdout)([-_ ]?(set|data|images|split))?[-_ ]?\d*",
+    r"(train(ing)?|trn?|test(ing)?|te|tst|val(id(ation)?)?|dev|eval(uation)?|holdout)"
+    r"([-_ ]?(set|data|images|split))?[-_ ]?\d*",
     re.IGNORECASE,
 )
-_MAX_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 _SHOWN = 5  # names in a message
 
 
@@ -38,12 +44,19 @@ class Entry:
         read: Gives the content of the file; raises `PictureError`.
         label: Name of its class, where the collection says it.
         test: Whether it is held out, where the collection says it.
+        archive: The one of several archives that it lies in.
     """
 
     name: str
     read: Callable[[], bytes]
     label: str | None = None
     test: bool | None = None
+    archive: str = ""
+
+    @property
+    def place(self) -> str:
+        """Its name where several archives may have the same one."""
+        return f"{self.archive}/{self.name}" if self.archive else self.name
 
 
 def arrange(
@@ -99,6 +112,7 @@ def arrange(
         attributes = f"; {CELEBA} holds attributes, not one class" if any(CELEBA in name for name in files) else ""
         where = f"in one folder of a class, {different[0]}" if different else "in no folders of classes"
         return list(entries), {**notes, "labels": f"none: the pictures lie {where}{attributes}"}
+    _refuse_marks(source, different)
     if links:
         raise DataError(
             f"{source}: {shown(links[0])} is a link to a folder, which is not followed, so its pictures would be "
@@ -114,11 +128,10 @@ def require_all(source: str, entries: Sequence[Entry], how: str) -> None:
     Raises:
         DataError: It is one; the message names those without.
     """
-    without = [entry.name for entry in entries if entry.label is None]
+    without = [entry.place for entry in entries if entry.label is None]
     if without and len(without) < len(entries):
-        more = ", ..." if len(without) > _SHOWN else ""
         raise DataError(
-            f"{source}: no label for {', '.join(map(shown, without[:_SHOWN]))}{more} ({len(without)} of {len(entries)} "
+            f"{source}: no label for {some(without)} ({len(without)} of {len(entries)} "
             f"pictures; the labels are {how}); label them or move them away; {MEND}"
         )
 
@@ -175,16 +188,71 @@ def _all_parts(names: Sequence[tuple[str, ...]], depth: int) -> bool:
 
 
 def _refuse_mixture(source: str, names: Sequence[tuple[str, ...]], depth: int) -> None:
-    """Parts to train on and to hold out, and something beside them: it could belong to either."""
-    parts = {name[depth] for name in names if len(name) > depth + 1 and _PART.fullmatch(name[depth])}
+    """Parts, and something beside them that could belong to any; or folders of which most are called after parts."""
+    folders = {name[depth] for name in names if len(name) > depth + 1}
+    parts = {folder for folder in folders if _PART.fullmatch(folder) and not _SHORT.fullmatch(folder)}
     kinds = {_TRAIN.match(part) is None for part in parts}
     others = sorted({name[depth] for name in names} - parts)
-    if len(kinds) == 2 and others:
-        more = ", ..." if len(others) > _SHOWN else ""
-        beside = ", ".join(map(shown, others[:_SHOWN])) + more
+    inside = {(name[depth], name[depth + 1]) for name in names if len(name) > depth + 2 and name[depth] in parts}
+    divided = len(inside) > len({part for part, _ in inside})
+    if others and (len(kinds) == 2 or divided):
+        verb, them = ("are parts", "them") if len(parts) > 1 else ("looks like a part", "it")
         raise DataError(
-            f"{source}: {' and '.join(sorted(parts))} are parts of the set, and beside them lies {beside}; move it "
-            "away, or into one of them"
+            f"{source}: {some(sorted(parts), ' and ')} {verb} of the set, and beside {them} lies {some(others)}; move "
+            "it away, or into one of the parts"
+        )
+    words = {folder: _words(folder) for folder in sorted(folders)}
+    called = [folder for folder, found in words.items() if found & (_TRAIN_WORDS | _TEST_WORDS)]
+    every = set[str]().union(*words.values())
+    if 2 * len(called) > len(folders) and every & _TRAIN_WORDS and every & _TEST_WORDS:
+        raise DataError(
+            f"{source}: the folders {some(called)} are called after parts of the set, and not just train or test; make "
+            f"them train/NAME and test/NAME, so that they are neither classes nor trained on alike"
+        )
+
+
+def parts_by_words(source: str, names: Sequence[str]) -> list[bool | None]:
+    """Whether files are held out, by a word in their names, like val of imagenet-val-000.tar; none where none says it.
+
+    Args:
+        source: The source, for messages.
+        names: Names of the files.
+
+    Raises:
+        DataError: Some are to train on and some held out by their names, and others neither.
+    """
+    words = [_words(name) for name in names]
+    train, test = ([bool(one & kind) for one in words] for kind in (_TRAIN_WORDS, _TEST_WORDS))
+    if not (any(train) and any(test)):
+        return [None] * len(names)
+    strange = [name for name, *is_part in zip(names, train, test, strict=True) if sum(is_part) != 1]
+    if strange:
+        raise DataError(
+            f"{source}: of the files some are called train and some test or val, and {some(strange)} neither or both; "
+            "name those that are meant"
+        )
+    return list(test)
+
+
+def _words(name: str) -> set[str]:
+    """The words in a name, like train and a of trainA, seg and test of seg_test."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+
+
+def some(names: Sequence[str], last: str = ", ") -> str:
+    """The first of several names, for a message."""
+    more = ", ..." if len(names) > _SHOWN else ""
+    return (last if len(names) == 2 else ", ").join(map(shown, names[:_SHOWN])) + more
+
+
+def _refuse_marks(source: str, classes: Sequence[str]) -> None:
+    """Pictures beside masks of them, which are no classes."""
+    marks = [name for name in classes if name.lower() in _MARKS]
+    pictures = [name for name in classes if name.lower() in _PICTURES]
+    if marks and pictures and len(marks) + len(pictures) == len(classes):
+        raise DataError(
+            f"{source}: {some(pictures)} and {some(marks)} look like pictures and what is marked in them, not like "
+            f"classes; move {some(marks)} away; {MEND}"
         )
 
 
@@ -231,7 +299,7 @@ def _json_labels(where: str, content: bytes) -> Mapping[str, str | None] | None:
         if pairs is None:
             return None
         labels = {str(name): label for name, label in pairs}
-        if any(type(label) is not int or not 0 <= label < _MAX_CLASSES for label in labels.values()):
+        if any(type(label) is not int or not 0 <= label < MAX_CLASSES for label in labels.values()):
             raise ValueError("labels must be whole numbers from 0")
         return {name: str(label) for name, label in labels.items()}
     except (ValueError, TypeError, KeyError, RecursionError) as error:

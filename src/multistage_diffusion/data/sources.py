@@ -22,6 +22,7 @@ from multistage_diffusion.data.changes import changes_since, remember
 from multistage_diffusion.data.cifar import read_cifar10
 from multistage_diffusion.data.collection import Collection, Reading
 from multistage_diffusion.data.convert import read_shards, write_images
+from multistage_diffusion.data.doubts import warn_of
 from multistage_diffusion.data.emoji import read_emoji
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.files import read_folder, read_webdataset, read_zip
@@ -53,7 +54,6 @@ _READERS: dict[str, Callable[[str, Path, Reading], Collection]] = {
 _ARRAYS = ("npz", "npy", "shards")
 _OWN = {"labels": "its own", "split": "held out: its own test part"}
 _DIGITS_TEST = 500  # of 1,797
-_LITTLE = 64  # grey levels of 256
 _SPLIT_SEED = 0  # the split is a property of the data: it does not change with a run's seed
 
 
@@ -118,7 +118,7 @@ def load_data(
     check(labels in get_args(LabelMode), "labels", f"one of {', '.join(get_args(LabelMode))}", labels)
     check(scale in get_args(Scaling), "scale", f"one of {', '.join(get_args(Scaling))}", scale)
     if resolution is not None:
-        check_count(resolution, "resolution")
+        check_count(resolution, "resolution", least=0)
     check(isinstance(max_bad, Real) and 0 <= max_bad <= 1, "max-bad", "in [0, 1]", max_bad)
     root = None if root is None else os.fspath(root)
     collection = _checked(source, split, root, Reading(resolution, max_bad, scale, labels))
@@ -126,7 +126,7 @@ def load_data(
 
 
 def load_parts(config: DataConfig) -> tuple[Images, Images]:
-    """The pictures to train on and those held out, of a source that is read once.
+    """The pictures to train on and those held out, of a source that is read once; with the warnings of `warn_of`.
 
     Args:
         config: Source, root, resolution, and what is done with unreadable pictures.
@@ -139,8 +139,9 @@ def load_parts(config: DataConfig) -> tuple[Images, Images]:
     """
     reading = Reading(config.resolution, config.tolerated, config.scale, config.labels)
     collection = _checked(config.source, "all", config.root, reading)
-    train, test = (_part(collection, split, config.resolution) for split in ("train", "test"))
-    return require_pictures(train), require_pictures(test)
+    train, test = (require_pictures(_part(collection, split, config.resolution)) for split in ("train", "test"))
+    warn_of(train)
+    return train, test
 
 
 def _checked(source: str, split: Split, root: str | None, reading: Reading) -> Collection:
@@ -154,36 +155,6 @@ def _checked(source: str, split: Split, root: str | None, reading: Reading) -> C
 def _part(collection: Collection, split: Split, resolution: int | None) -> Examples:
     images = collection.part(split)
     return images if resolution is None else images.fitted(resolution)
-
-
-def warn_of(images: Examples) -> None:
-    """Warn of what people should know before they train on a set: what was left out, and pixels of a small range.
-
-    Raises:
-        DataError: All pixels of several images are the same.
-    """
-    if images.skipped:
-        _say(images, f"{len(images.skipped)} left out: {'; '.join(images.skipped[:3])}")
-    if not isinstance(images, Images) or images.device is None or len(images) == 1:
-        return
-    low, high = int(images.stored().min()), int(images.stored().max())
-    doubt = range_doubt(low, high)
-    if low == high:
-        raise DataError(f"{images.name}: {doubt}")
-    if doubt is not None:
-        _say(images, doubt)
-
-
-def _say(images: Examples, line: str) -> None:
-    warnings.warn(f"{images.name}: {line}", stacklevel=4)
-
-
-def range_doubt(low: int, high: int) -> str | None:
-    """Why the least and greatest pixel of a set may not be what was meant; none if they may."""
-    if high - low >= _LITTLE:
-        return None
-    mend = "masks, and 12 bits in 16-bit files, must be stretched to the whole range first"
-    return f"every pixel is {low} of 0..255; {mend}" if low == high else f"pixels use {low}..{high} of 0..255; {mend}"
 
 
 @dataclass(frozen=True)

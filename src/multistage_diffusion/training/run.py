@@ -14,6 +14,7 @@ from torch import nn
 from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.config import DataConfig, LoggingConfig, RunConfig, StagesConfig
 from multistage_diffusion.data import Images, load_parts
+from multistage_diffusion.data.doubts import warn_of
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.feed import make_feed
 from multistage_diffusion.data.latents import load_examples
@@ -226,5 +227,7 @@ def _read(
     images = load_parts(config.data) if config.logging.evaluate_every else None
     if data is None:
         data = load_examples(config.data, device, on_encode, None if images is None else images[0])
-    data = as_data(data)
+    else:
+        data = as_data(data)
+        warn_of(data)
     return data, (data, images[1]) if images is not None and isinstance(data, Images) else images
