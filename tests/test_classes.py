@@ -145,3 +145,12 @@ def test_a_trained_model_keeps_its_numbers_when_it_is_trained_on(denoiser):
     assert torch.equal(trainer.data.labels, data.labels) and trainer.data.classes == ("a", "b", "c")
     with pytest.raises(ConfigError, match="has images of x"):
         msd.Trainer(denoiser, replace(data, classes=("x", "b", "c")), tiny.run_config(CONDITIONAL).training)
+
+
+def test_what_would_not_be_trained_is_refused_before_training(tmp_path):
+    data = tiny.images(labels=True)
+    with pytest.raises(ConfigError, match=r"training\.label-dropout must be below 1 with classes"):
+        train(tiny.run_config(CONDITIONAL, label_dropout=1.0), tmp_path / "a", data=data)
+    config = replace(tiny.run_config(CONDITIONAL, label_dropout=0.0), sampling=msd.Sampler(guidance=2.0))
+    with pytest.raises(ConfigError, match=r"training\.label-dropout must be above 0 with sampling\.guidance"):
+        train(config, tmp_path / "b", data=data)

@@ -62,6 +62,12 @@ def test_classes_by_name_on_the_command_line(run, call, tmp_path):
     for word, message in (("d", "no class d; the model was trained on a, b, c"), ("3", "no class 3")):
         code, _, err = call("sample", run, "--class", word, "--out", tmp_path / "y", *options)
         assert code == 2 and message in err
+    for words, message in (
+        (["--class", "--num", 2], "--class must be the name of a class"),
+        (["--class", "a", "b", "--num", 1], "num must be at least 2, the number of classes"),
+    ):
+        code, _, err = call("sample", run, "--out", tmp_path / "y", *words)
+        assert code == 2 and message in err
 
 
 def test_an_export_is_a_model_and_a_folder_for_diffusers_is_named(run, call, tmp_path):

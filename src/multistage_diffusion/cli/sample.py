@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from multistage_diffusion.cli import parse as parse_words
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.cli.editing import EditingOptions
-from multistage_diffusion.config import Precision
+from multistage_diffusion.config import Precision, check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
 
@@ -74,6 +75,17 @@ class Options(EditingOptions, SamplerOptions, Compute):
     """Write trace.png too: estimates of the clean image along the steps, framed by the colour of the stage."""
 
 
+def parse(arguments: Sequence[str]) -> Options:
+    """The options of the command's words.
+
+    Raises:
+        ConfigError: A word is wrong, or `--class` names none.
+    """
+    for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        check(word != "--class" or not following.startswith("--"), "--class", "the name of a class", "none")
+    return parse_words(Options, "sample", arguments)
+
+
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Draw the images, write the folder and return the command's document."""
     out = Path(options.out)
@@ -99,6 +111,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         classes = _names(options.label, loaded.denoiser.trained_classes)
         given = options.read(loaded.denoiser.shape, codec)
         num = options.num if options.num is not None else 16 if given is None else len(given.x)
+        check(num >= len(classes), "num", f"at least {len(classes)}, the number of classes", num)
         labels = list(itertools.islice(itertools.cycle(classes), num)) or None
         trace = Trace(TRACED) if options.denoise_trace and processes.is_main else None
         samples = _draw(options, loaded.denoiser, num, sampler, labels, given, trace, processes)

@@ -19,6 +19,7 @@ from multistage_diffusion.data.feed import Feed, make_feed
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
+from multistage_diffusion.records import check
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.augment import augment
 
@@ -115,16 +116,19 @@ def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def with_classes(denoiser: Denoiser, data: Examples) -> Examples:
+def with_classes(denoiser: Denoiser, data: Examples, label_dropout: float) -> Examples:
     """The data with labels as numbers of a conditional model, which from now on knows the names of its classes.
 
     Args:
         denoiser: The model; one that was trained before keeps its numbers, and takes data whose classes are among them.
         data: What it is trained on.
+        label_dropout: Share of labels that is hidden.
 
     Raises:
-        ConfigError: The model was trained on other classes.
+        ConfigError: The model was trained on other classes, or every label would be hidden.
     """
+    hidden = denoiser.classes > 0 and label_dropout == 1
+    check(not hidden, "training.label-dropout", "below 1 with classes, which would not be learned", label_dropout)
     if not denoiser.classes or data.labels is None or int(data.labels.max()) >= denoiser.classes:
         return data  # `Batches` refuses what does not fit
     before = denoiser.trained_classes

@@ -22,7 +22,7 @@ from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.inherit import inherit
 from multistage_diffusion.process_group import SINGLE, ProcessGroup, join, local_device
-from multistage_diffusion.records import check_path
+from multistage_diffusion.records import check, check_path
 from multistage_diffusion.runs import build_denoiser
 from multistage_diffusion.sampling import Sampler
 from multistage_diffusion.stages import Stages
@@ -141,6 +141,9 @@ def build_trainer(
     Raises:
         ConfigError: The configuration does not fit the data.
     """
+    guided = config.sampling.guidance != 1 and config.model.classes > 0
+    hidden = config.training.label_dropout
+    check(not guided or hidden > 0, "training.label-dropout", "above 0 with sampling.guidance", hidden)
     denoiser = build_denoiser(config, data.shape, stages, network=network)
     denoiser.trained_classes = classes
     if initial is not None:

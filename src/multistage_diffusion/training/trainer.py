@@ -112,7 +112,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.device = denoiser.device if device is None else torch.device(device)
-        data = with_classes(denoiser, as_data(data))
+        data = with_classes(denoiser, as_data(data), training.label_dropout)
         self.data, self.training, self.engine, self.processes = data, training, engine, processes
         self.flip, self.augment_probability = flip, augment_probability
         self.augment_signs: AugmentSigns = augment_signs
