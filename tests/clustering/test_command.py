@@ -1,10 +1,13 @@
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 from multistage_diffusion.cli import dispatch
@@ -142,3 +145,17 @@ def test_stages_and_the_intervals_of_their_edges_are_bands():
     assert all(band.get_x() < share < band.get_x() + band.get_width() < share + 0.1
                for band, share in zip(bands[3:], shares, strict=True))  # fmt: skip
     assert axes.get_ylabel() == "share of entries within eta = 2/256"
+
+
+def test_labels_of_a_matrix_do_not_touch():
+    """Edges near one another have their labels at two distances; nothing that is written lies on anything else."""
+    found = cluster(load_data("digits").floats(), VP(), stages=6, samples=500, resamples=0)
+    figure = plots.similarity_figure(found)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    for (one, box), (other, beside) in itertools.combinations(zip(texts, boxes, strict=True), 2):
+        moved = one.get_text() != one.get_text().strip() or other.get_text() != other.get_text().strip()
+        assert moved or not box.overlaps(beside), (one.get_text(), other.get_text())

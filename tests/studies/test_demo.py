@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 import tiny
 from multistage_diffusion.config import Sampler
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.studies.demo import DemoOptions, run_demo, step_flops
-from multistage_diffusion.studies.report import summary, verdict, write_report
+from multistage_diffusion.studies.report import chosen_steps, summary, verdict, write_report
 
 CONFIG = replace(
     tiny.run_config(batch_size=16, warmup_images=16, save_every=100), sampling=Sampler(solver="ddim", steps=2)
@@ -43,10 +44,21 @@ def test_report_is_one_self_contained_file(demo, tmp_path):
     write_report(result, tmp_path / "report.html", "msd demo")
     text = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "<script" not in text
-    assert text.count("data:image/png;base64,") == 4 and text.count("<svg") == 2
+    assert text.count("data:image/png;base64,") == 4 and text.count("<svg") == 3
     assert f"{result.models['unified'].points[-1].fd:.2f}" in text
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert text.index(summary(result)["verdict"][:40]) < text.index("<section") < text.index("<svg")  # the answer first
+    titles = re.findall(r"<title>(unified: held-out denoising loss [^<]*)</title>", text)
+    assert len(titles) == OPTIONS.points and f"{result.models['unified'].points[-1].loss:.4g}" in titles[-1]
     write_report(result, tmp_path / "again.html", "msd demo")
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+
+
+def test_steps_shown_are_those_where_the_estimate_moves():
+    still, ramp = [torch.zeros(1, 1, 2, 2)] * 10, [torch.full((1, 1, 2, 2), float(step)) for step in range(1, 6)]
+    assert chosen_steps([*still, *ramp], 6) == [0, 10, 11, 12, 13, 14]
+    assert chosen_steps(ramp, 9) == [0, 1, 2, 3, 4]
+    assert set(chosen_steps(still, 4)) >= {0, 9}
 
 
 def test_summary_holds_what_the_command_promises(demo):

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11,10 +14,11 @@ from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import Sampler
 from multistage_diffusion.noise import VP
 from multistage_diffusion.studies import budgets, designs, interference
+from multistage_diffusion.studies.answers import answer
 from multistage_diffusion.studies.budgets import Budget
-from multistage_diffusion.studies.drawing import round_numbers, svg
+from multistage_diffusion.studies.drawing import round_numbers, styles, svg
 from multistage_diffusion.studies.figures import draw
-from multistage_diffusion.studies.pages import write_page
+from multistage_diffusion.studies.pages import redraw, write_page
 from multistage_diffusion.studies.sheets import sheets
 from multistage_diffusion.studies.study import STUDIES
 
@@ -154,3 +158,49 @@ def test_all_studies_share_one_page(home, capsys):
     (out / "intervals.json").unlink()
     write_page(out)
     assert (out / "report.html").read_text().count("<svg") == len(STUDIES) - 1
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def test_no_two_models_look_alike():
+    labels = ["unified", "multistage", "multistage, allocated", "multistage, narrowing", "unified, width 12",
+              "unified, width 8", "multistage, allocated, width 8"]  # fmt: skip
+    looks = styles(labels)
+    assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == len(labels)
+    assert all((look.line == "-") == (not label.startswith("unified")) for label, look in looks.items())
+
+
+def test_a_figure_in_a_page_says_its_values_and_takes_the_pages_colours():
+    document = json.loads((RESULTS / "fashion-mnist-small" / "stages.json").read_text())
+    alone, inside = svg(draw(document)), svg(draw(document), page=True)
+    for text in (alone, inside):
+        ElementTree.fromstring(text)
+        titles = re.findall(r'<g class="tip"><title>([^<]*)</title>', text)
+        assert len(titles) == 2 * len(document["rows"]) and "6 stages: Fréchet distance 12.11" in " ".join(titles)
+    assert "var(--" not in alone and "var(--ink)" in inside and "#ffffff" not in inside and "#000000" not in inside
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_answer_comes_from_the_rows(path):
+    document = json.loads(path.read_text())
+    found = answer(document)
+    assert found.sentence.endswith(".") and found.cards
+    if document["study"] in ("architectures", "clusterings", "stages", "decoders"):
+        least = min(document["rows"], key=lambda row: row["loss"]["mean"])
+        assert f"held-out loss: “{least['label']}”" in found.sentence
+        change = least["difference"]["loss"]["mean"] / document["rows"][0]["loss"]["mean"]
+        assert f"{abs(change):.1%}" in found.cards[1].value
+        assert found.cards[1].significant is True and "95% interval" in found.cards[1].uncertainty
+    if document["study"] == "efficiency":
+        assert "“multistage, allocated, width 8”, against" in found.sentence
+
+
+def test_what_was_published_is_drawn_again_without_its_models(made, tmp_path):
+    for name in ("decoders.json", "report.html"):
+        shutil.copy(made / name, tmp_path)
+    (tmp_path / "report.html").write_text("old")
+    assert [path.name for path in redraw(tmp_path)] == ["decoders.svg", "report.html"]
+    assert (tmp_path / "decoders.svg").read_bytes() == (made / "decoders.svg").read_bytes()
+    assert (tmp_path / "report.html").read_bytes() == (made / "report.html").read_bytes()
+    assert (tmp_path / "decoders.json").read_bytes() == (made / "decoders.json").read_bytes()

@@ -39,6 +39,7 @@ _STYLE: dict[Any, Any] = {
 }
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 _BINS = 40  # points of a similarity curve
+_TOUCHING = 0.11  # labels of edges in a matrix nearer than this touch
 _APART = 0.06  # least distance between marks on the axis of noise levels
 _MEASURES = {
     "time": "share of the noise levels below (uniform in time)",
@@ -117,21 +118,26 @@ def _curves(clustering: Clustering) -> Figure:
 def _matrix(clustering: Clustering) -> Figure:
     """Similarity of every two levels, the stages as squares, and what each added stage buys."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Rectangle
 
     matrices, record = clustering.matrices, clustering.stages.provenance
     assert matrices is not None
-    figure = Figure(figsize=(7.6, 3.7), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    figure = Figure(figsize=(8.0, 4.1), layout=ConstrainedLayoutEngine(wspace=0.09))
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     image = left.imshow(
         matrices.similar.mean(0).numpy(), origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=1, cmap="cividis"
     )
-    figure.colorbar(image, ax=left, label=_entries(record["options"]["eta"]), shrink=0.8)
+    figure.colorbar(image, ax=left, label=_entries(record["options"]["eta"]), location="top", aspect=30, shrink=0.8)
     edges = [0.0, *_shares(clustering, clustering.stages.edges), 1.0]
     for low, high in itertools.pairwise(edges):
         left.add_patch(Rectangle((low, low), high - low, high - low, fill=False, ec="white", lw=1.4))
-    left.set(xlabel=_MEASURES[clustering.measure], ylabel="the same")
-    left.set_xticks([0, *edges[1:-1], 1], ["0", *(f"{edge:.2f}" for edge in edges[1:-1]), "1"])
+    marks = ["0", *(f"{edge:.2f}" for edge in edges[1:-1]), "1"]
+    apart = _staggered(edges)
+    left.set_xticks(edges, [f"\n{mark}" if away else mark for mark, away in zip(marks, apart, strict=True)])
+    left.set_yticks(edges, [f"{mark}{' ' * 10}" if away else mark for mark, away in zip(marks, apart, strict=True)])
+    left.tick_params(labelsize=8)
+    left.set(xlabel=_MEASURES[clustering.measure])
     left.spines[:].set_visible(False)
     counts = list(range(1, len(clustering.elbow) + 1))
     gain = [100 * value / clustering.ceiling for value in clustering.elbow]
@@ -142,6 +148,14 @@ def _matrix(clustering: Clustering) -> Figure:
     right.set(xlabel="stages", ylabel=f"{explained} (%)", xticks=counts, ylim=(0, 102))
     right.grid(axis="y", lw=0.4, color="#DDDDDD")
     return figure
+
+
+def _staggered(places: Sequence[float]) -> list[bool]:
+    """Which labels of an axis stand further away from it, so as not to touch their neighbour."""
+    apart = [False]
+    for before, place in itertools.pairwise(places):
+        apart.append(place - before < _TOUCHING and not apart[-1])
+    return apart
 
 
 def _entries(eta: float) -> str:

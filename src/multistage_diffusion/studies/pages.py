@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from multistage_diffusion.files import read_json, write_atomic, write_json
+from multistage_diffusion.studies.answers import answer
 from multistage_diffusion.studies.drawing import svg
 from multistage_diffusion.studies.figures import draw
 from multistage_diffusion.studies.sheets import count, digits, sheets
@@ -20,11 +21,10 @@ from multistage_diffusion.studies.study import FORMAT, STUDIES
 from multistage_diffusion.text import page_environment
 
 CAPTIONS = {
-    "efficiency": "Means over seeds, bands of one standard error. Below: the share of the unified model's training "
-    "FLOPs at which each model is as good as the unified one at its end (filled), and as the best unified one of the "
-    "table (open), seed by seed (ticks), with 95% intervals.",
-    "sampling": "Means over seeds, bands of one standard error; in grey the best that the first model does with any "
-    "solver.",
+    "efficiency": "Means over seeds, bands of one standard error; unified models are dashed, staged ones solid. Below: "
+    "the share of a unified model's training FLOPs at which each model is as good as that one at its end.",
+    "sampling": "Means over seeds, bands of one standard error; the broad grey line is the best that the first model "
+    "does with any solver.",
     "intervals": "Means over seeds, bands of one standard error. Above, the network draws on its stage alone and a "
     "well-trained unified one on the others.",
     "scaling": "Left: the best of each arm at each budget, means over seeds with bands of one standard error; thin "
@@ -72,14 +72,13 @@ def write_page(out: Path) -> Path:
     """
     stored = [read_json(path) for name in STUDIES if (path := out / f"{name}.json").is_file()]
     documents = [document for document in stored if document.get("format") == FORMAT]
-    source = files("multistage_diffusion.studies").joinpath("study.html.j2").read_text()
-    environment = page_environment()
-    environment.filters |= {"digits": digits, "count": count}
-    page = environment.from_string(source).render(
+    page = render(
+        "study.html.j2",
         studies=[
             {
                 **document,
-                "figure": svg(draw(document)),
+                "answer": answer(document),
+                "figure": svg(draw(document), page=True),
                 "sheets": sheets(document),
                 "caption": CAPTIONS.get(document["study"], _TABLE),
             }
@@ -90,6 +89,43 @@ def write_page(out: Path) -> Path:
     )
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Draw the figures and the page of a folder again, from the documents in it.
+
+    Args:
+        folder: Where studies were published; the page is written where one is.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: A document cannot be read, or a file cannot be written.
+    """
+    written = []
+    for name in STUDIES:
+        if (path := folder / f"{name}.json").is_file() and (document := read_json(path)).get("format") == FORMAT:
+            write_atomic(path.with_suffix(".svg"), (_DECLARATION + svg(draw(document))).encode())
+            written.append(path.with_suffix(".svg"))
+    return [*written, write_page(folder)] if (folder / "report.html").is_file() else written
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of this package's templates.
+
+    Args:
+        template: The template's file.
+        **values: What it shows.
+    """
+    import jinja2
+
+    environment = page_environment()
+    environment.loader = jinja2.FunctionLoader(
+        lambda name: files("multistage_diffusion.studies").joinpath(name).read_text()
+    )
+    environment.filters |= {"digits": digits, "count": count}
+    return environment.get_template(template).render(**values)
 
 
 def _conditions(documents: list[dict[str, Any]]) -> dict[tuple[tuple[str, str], ...], list[str]]:

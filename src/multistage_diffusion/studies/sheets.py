@@ -82,10 +82,10 @@ def _quality(rows: Rows) -> Sheet:
     for place, entry in enumerate(rows):
         line = [Item(entry["label"])]
         for metric in ("fd", "loss"):
-            line.append(Item(_mean(entry[metric])))
+            line.append(Item(mean_and_error(entry[metric])))
             line += [Item(""), Item("")] if place == 0 else _change(entry[metric], rows[0][metric])
         thousand = {"mean": 1e3 * entry["kid"]["mean"], "error": _times(1e3, entry["kid"]["error"])}
-        lines.append((*line, Item(_mean(thousand))))
+        lines.append((*line, Item(mean_and_error(thousand))))
     return Sheet(
         "Quality at the end of training; differences from the first row, seed by seed; KD: kernel distance",
         head,
@@ -147,7 +147,7 @@ def _frontiers(rows: Rows) -> Sheet:
             f"{entry['steps']:,}",
             digits(entry["seconds"]),
             digits(entry["images_per_second"]),
-            _mean(entry["loss"]),
+            mean_and_error(entry["loss"]),
         ]
         reach = entry.get("reach")
         shares = [Item("")] * 4 if reach is None else [*_share(reach["flops"]), *_share(reach["seconds"])]
@@ -247,7 +247,7 @@ def _sampling(rows: Rows) -> Sheet:
     lines = []
     for (label, solver), group in groups.items():
         entries = [
-            _mean(entry["fd"]) + ("" if entry["nfe"] == number else f" ({entry['nfe']})")
+            mean_and_error(entry["fd"]) + ("" if entry["nfe"] == number else f" ({entry['nfe']})")
             for entry, number in zip(group, evaluations, strict=True)
         ]
         cost = digits(group[-1]["mflops_per_sample"])
@@ -282,7 +282,7 @@ def _intervals(rows: Rows) -> Sheet:
         end, reference = entry["curve"][-1], first["curve"][-1]
         line = [Item(str(entry["stage"])), Item(entry["label"]), Item(count(entry["parameters"]))]
         for metric in ("loss", "fd"):
-            line.append(Item(_mean(end[metric])))
+            line.append(Item(mean_and_error(end[metric])))
             line += [Item(""), Item("")] if entry is first else _change(end[metric], reference[metric])
         lines.append(tuple(line))
     return Sheet(
@@ -307,7 +307,7 @@ def _interference(rows: Rows) -> Sheet:
             interval = cosine["interval"]
             text = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
             significant = None if interval is None else interval[0] > 0 or interval[1] < 0
-            line += [Item(_mean(cosine, places=2)), Item(text, significant)]
+            line += [Item(mean_and_error(cosine, places=2)), Item(text, significant)]
         lines.append(tuple(line))
     return Sheet("Cosine of the gradients of two stages; marked where not 0", head, tuple(lines), words=2)
 
@@ -320,8 +320,16 @@ def _change(entry: dict[str, Any], first: dict[str, Any]) -> list[Item]:
     return [Item(f"{change.mean / scale:+.1%}"), Item(text, significant)]
 
 
-def _mean(figure: dict[str, Any], places: int | None = None) -> str:
-    """Mean and standard error, to the second digit of the error."""
+def mean_and_error(figure: dict[str, Any], places: int | None = None) -> str:
+    """Mean and standard error, to the second digit of the error.
+
+    Args:
+        figure: Document of an estimate.
+        places: Digits after the point, in place of those that the error asks for.
+
+    Returns:
+        Like `0.1995 ± 0.0012`.
+    """
     mean, error = figure["mean"], figure["error"]
     if places is None:
         last = error / 10 if error else abs(mean) / 100
