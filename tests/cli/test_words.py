@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import multistage_diffusion as msd
 import ranks
 import tiny
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.cli.train import parse
-from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.training.run import train
 
 CONDITIONAL = tiny.replace(tiny.SMALLEST, classes=3)
@@ -145,3 +146,45 @@ def test_python_draws_as_the_command_does(run, call, tmp_path):
     from multistage_diffusion.data import to_uint8
 
     assert torch.equal(to_uint8(images), torch.from_numpy(np.load(tmp_path / "x" / "samples.npz")["images"]))
+
+
+def test_evaluation_on_other_images_takes_their_size_and_labels_as_options(run, call, tmp_path):
+    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for number, name in enumerate(("a/0", "a/1", "b/2", "b/3", "4")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture.rotate(90 * number).save(tmp_path / f"{name}.png")
+    words = ["evaluate", run, "--metrics", "loss", "--data", f"folder:{tmp_path}"]
+    for more, message in (
+        ([], r"no label for 4.png"),
+        (["--labels", "none"], "read them with the resolution 8"),
+        (["--labels", "none", "--resolution", 8], "the model is conditional, and"),
+    ):
+        code, _, err = call(*words, *more)
+        assert code in (2, 3) and message in err
+    (tmp_path / "4.png").unlink()
+    assert call(*words, "--resolution", 8)[0] == 0
+    code, _, err = call("evaluate", run, "--reference", f"folder:{tmp_path}")
+    assert code == 2 and "--data names a source of images" in err
+
+
+def test_what_may_have_made_an_image_that_is_not_finite(run):
+    denoiser = msd.load_run(run, device="cpu").denoiser
+    with pytest.raises(NumericsError, match=r"solver heun; draw without guidance 1e\+30"):
+        msd.sample(denoiser, 1, labels="a", guidance=1e30)
+    with torch.no_grad():
+        next(denoiser.parameters()).fill_(torch.nan)
+    with pytest.raises(NumericsError, match="is the model trained"):
+        msd.sample(denoiser, 1, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "mend"),
+    [("train", "--engine.gradient-accumulation"), ("cluster", "--max-images"), ("data", "--convert")],
+)
+def test_what_needs_less_memory_is_an_option_of_the_command(call, monkeypatch, command, mend):
+    def no_memory(*_):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(f"multistage_diffusion.cli.{command}.run", no_memory)
+    code, _, err = call(command, "digits")
+    assert code == 1 and "out of memory: Unable to allocate 9 GiB; " in err and mend in err

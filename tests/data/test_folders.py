@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import stat
 import tarfile
 import zipfile
@@ -166,12 +167,16 @@ def test_an_odd_name_stays_on_one_line(tmp_path):
 def test_nothing_to_read(tmp_path):
     (tmp_path / "read.me").write_text("")
     (tmp_path / "empty.zip").write_bytes(b"PK\5\6" + bytes(18))
+    (tmp_path / "a.npy").write_bytes(b"")
     for source, message in [
-        (f"folder:{tmp_path}", r"no images found \(2 skipped, the first: 1 file \.me"),
+        (f"folder:{tmp_path}", r"no images found \(3 skipped, the first: 1 file \.me"),
         (f"folder:{tmp_path}/read.me", "is not a folder"),
         (f"zip:{tmp_path}/empty.zip", "no images found"),
         (f"zip:{tmp_path}/read.me", "not a zip archive"),
-        (f"zip:{tmp_path}", "is not a file"),
+        (f"zip:{tmp_path}", 'did you mean "folder:'),
+        (f"folder:{tmp_path}/empty.zip", 'is of another kind; did you mean "zip:'),
+        (f"npz:{tmp_path}/a.npy", 'did you mean "npy:'),
+        (f"folder:{tmp_path}/gone", "there is no .*gone"),
         (f"webdataset:{tmp_path}/*.tar", "no file matches"),
         (f"webdataset:{tmp_path}/read.m*", "not a plain tar archive|no images"),
         ("webdataset:https://example.org/{000..999}.tar", "download them first"),
@@ -180,6 +185,16 @@ def test_nothing_to_read(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             load_data(source)
+
+
+def test_a_folder_that_cannot_be_looked_into(tmp_path, monkeypatch):
+    def walk(path, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{path}/cats"))
+        yield str(path), [], []
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(DataError, match=r"cats cannot be looked into \(Permission denied\)"):
+        load_data(f"folder:{tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -165,5 +165,5 @@ def test_what_is_refused(extractor):
     plain = Images("plain", torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(DataError, match="features need labels"):
         classifier_features(plain, plain)
-    with pytest.raises(DataError, match="differ in shape or classes"):
+    with pytest.raises(DataError, match="the classes of training and held-out images have different names"):
         classifier_features(two_bars(4, 0), two_bars(4, 0, ("a", "b")))

@@ -40,6 +40,17 @@ COMMANDS = {
 }
 
 
+# What needs less memory, by command.
+_LESS = {
+    "train": "raise --engine.gradient-accumulation, or lower --training.batch-size or --data.memory",
+    "sample": "lower --batch-size",
+    "evaluate": "lower --batch-size",
+    "cluster": "lower --max-images",
+    "autoencoder": "lower --batch-size",
+    "data": "write the set to disk with --convert, or choose a smaller --resolution",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code.
 
@@ -94,7 +105,7 @@ def _exit_code(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {line(_unforeseen(error))}", file=sys.stderr)
+        print(f"error: {line(_unforeseen(error, arguments[0]))}", file=sys.stderr)
         return 1
 
 
@@ -110,11 +121,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise StopError(number)
 
 
-def _unforeseen(error: Exception) -> str:
+def _unforeseen(error: Exception, command: str) -> str:
     """One line for an error that is not a `UserError`."""
     first = " ".join((str(error).splitlines() or [""])[0].split())[:300]
     if is_out_of_memory(error):
-        return f"out of memory: {first}; lower the batch size"
+        return f"out of memory: {first}; {_LESS.get(command, 'use a smaller set, or free memory')}"
     return f"{type(error).__name__}: {first}; run again with --debug to see where"
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from multistage_diffusion.cli.common import Compute, prepare
 from multistage_diffusion.cli.sample import RESULT as SAMPLES
-from multistage_diffusion.config import Precision, check
+from multistage_diffusion.config import LabelMode, Precision, check
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.records import check_seed
 from multistage_diffusion.sampling.sampler import Sampler, SamplerOptions
@@ -70,6 +70,11 @@ class Options(SamplerOptions, Compute):
     """Relative width of another average, like 0.1, for a run trained with --training.sigma-rel."""
     data_root: str | None = None
     """Folder that holds the source's files."""
+    resolution: int | None = None
+    """Crop to the central square and resize real images, and those of a folder, to this many pixels a side; by default
+    as the run's were."""
+    labels: LabelMode | None = None
+    """Labels of the real images, if they have any, of all (auto), or no labels (none); by default as the run's."""
     out: str | None = None
     """Write the JSON document to this file too."""
 
@@ -98,7 +103,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     names = ["fd" if name == "fid" else name for name in names]
     is_file = options.reference.endswith(".npz")
     check_seed(options.seed, options.num)
-    check(is_file or options.reference in ("test", "train"), "reference", "test, train or FILE.npz", options.reference)
+    known = is_file or options.reference in ("test", "train")
+    check(known, "reference", "test, train or FILE.npz (--data names a source of images)", options.reference)
 
     from multistage_diffusion.files import write_json
     from multistage_diffusion.process_group import join, local_device
@@ -182,7 +188,13 @@ def _measure(
             extractor = load_extractor(options.features, train, test, device=device)
     if loaded is None:
         evaluation = evaluate_images(
-            load_data(_images_source(options.target), split="all", root=options.data_root, labels="none"),
+            load_data(
+                _images_source(options.target),
+                split="all",
+                root=options.data_root,
+                resolution=options.resolution,
+                labels="none",
+            ),
             real,
             metrics,
             features=extractor or options.features,
@@ -222,10 +234,10 @@ def _real_images(options: Options, target: Path, loaded: LoadedRun | None) -> tu
         load_data(
             source,
             split=split,
-            root=options.data_root or (config.root if config else None),
-            resolution=config.resolution if config else None,
+            root=options.data_root or (config.root if config and options.data is None else None),
+            resolution=options.resolution or (config.resolution if config else None),
             max_bad=config.tolerated if config else 0.0,
-            labels=config.labels if config else "auto",
+            labels=options.labels or (config.labels if config else "auto"),
         )
         for split in ("train", "test")
     )

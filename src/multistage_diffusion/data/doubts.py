@@ -18,6 +18,7 @@ _LITTLE = 64  # grey levels of 256
 _APART = 0.001  # share of the pixels, at either end, that may lie far from the others: dead and hot ones
 _LOOKED_AT = 2**26  # values of a large set, of images evenly spaced over it
 _FEWEST = 64
+_SHOWN = 3  # lines of what was left out
 _MEND = "masks, and 12 bits in 16-bit files, must be stretched to the whole range first"
 
 
@@ -28,7 +29,8 @@ def warn_of(images: Examples) -> None:
         DataError: All pixels of several images are the same.
     """
     if images.skipped:
-        _say(images, f"{len(images.skipped)} left out: {'; '.join(images.skipped[:3])}")
+        more = f"; and {len(images.skipped) - _SHOWN} more" if len(images.skipped) > _SHOWN else ""
+        _say(images, f"left out: {'; '.join(images.skipped[:_SHOWN])}{more}")
     if not isinstance(images, Images) or len(images) == 1:
         return
     counts = pixel_counts(images, max(_FEWEST, _LOOKED_AT // math.prod(images.shape)))

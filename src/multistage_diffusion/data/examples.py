@@ -192,8 +192,8 @@ def _require_rows(name: str, rows: object) -> None:
         raise DataError(f"{name}: rows must be a tensor, got {type(rows).__name__}; `as_data` takes other kinds")
     if len(rows.shape) != 4:
         raise DataError(f"{name}: rows must be (N, C, H, W), got {tuple(rows.shape)}; `as_data` takes (N, H, W)")
-    if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.is_meta or rows.requires_grad):
-        raise DataError(f"{name}: rows must be a dense tensor with values and without gradients; detach it, or copy it")
+    if isinstance(rows, Tensor) and (rows.layout != torch.strided or rows.requires_grad):
+        raise DataError(f"{name}: rows must be a dense tensor without gradients; detach it, or copy it")
 
 
 def _require_labels(name: str, labels: object, count: int, classes: int) -> None:

@@ -61,7 +61,7 @@ def read_folder(source: str, path: Path, reading: Reading) -> Collection:
     if not path.is_dir():
         raise DataError(f"{source}: {path} is not a folder")
     names, links = list[str](), list[str]()
-    for folder, folders, files in os.walk(path):
+    for folder, folders, files in os.walk(path, onerror=lambda error: _unreadable(source, error)):
         below = Path(folder).relative_to(path)
         links += [(below / name).as_posix() for name in folders if os.path.islink(os.path.join(folder, name))]
         names += [(below / file).as_posix() for file in files]
@@ -71,6 +71,11 @@ def read_folder(source: str, path: Path, reading: Reading) -> Collection:
         return lambda: read_regular(path / name, limit)
 
     return _collect(source, sorted(names), reader, reading, sorted(links))
+
+
+def _unreadable(source: str, error: OSError) -> None:
+    """Refuse a set of which a folder cannot be looked into: its pictures would be missing."""
+    raise DataError(f"{source}: {shown(str(error.filename))} cannot be looked into ({error.strerror})") from error
 
 
 def read_zip(source: str, path: Path, reading: Reading) -> Collection:

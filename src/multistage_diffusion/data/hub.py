@@ -42,7 +42,8 @@ def read_hub(source: str, path: Path, reading: Reading) -> Collection:
             name, _, configuration = source.removeprefix("hf:").partition(":")
             loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library, the network and the file formats each have their own
-        raise DataError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        mend = f"; folder:{source.removeprefix('hf:')} reads pictures in folders" if path.is_dir() else ""
+        raise DataError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:200]}){mend}") from error
     parts: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     test = next((part for part in _TEST if part in parts), None)
     chosen = {"train": parts["train"]} if "train" in parts else {next(iter(parts)): next(iter(parts.values()))}

@@ -91,7 +91,7 @@ class Rows(ABC):
         rows = torch.arange(len(self))[index] if isinstance(index, slice) else index
         rows = rows if self._chosen is None else self._chosen[rows]
         if (size := len(rows) * math.prod(self._row) * self.dtype.itemsize) > MAX_BYTES:
-            raise DataError(f"{self.name}: {size:,} bytes are too many to be held in memory at once")
+            raise DataError(f"{self.name}: {size:,} bytes are too many to be held in memory at once; use fewer images")
         read = self.read(rows)
         wrong = (row_digests(read) != self._digests[rows]).any(1).nonzero()[:, 0]
         if len(wrong):

@@ -52,6 +52,7 @@ _READERS: dict[str, Callable[[str, Path, Reading], Collection]] = {
     "hf": read_hub,
 }
 _ARRAYS = ("npz", "npy", "shards")
+_ENDINGS = {".zip": "zip", ".npz": "npz", ".npy": "npy", ".tar": "webdataset"}
 _OWN = {"labels": "its own", "split": "held out: its own test part"}
 _DIGITS_TEST = 500  # of 1,797
 _SPLIT_SEED = 0  # the split is a property of the data: it does not change with a run's seed
@@ -250,10 +251,11 @@ def _read(source: str, split: Split, root: str | None, reading: Reading) -> Coll
         raise DataError(f"resolution must lie in 4..4096, got {reading.resolution}")
     kind, _, rest = source.partition(":")
     path = Path(root or "", rest).expanduser()
-    _require_short(path)
+    _require_usable(path)
     if reading.scale != "pictures" and kind not in _ARRAYS:
         raise DataError(f"{source}: holds pictures; data.scale {reading.scale} is for {', '.join(_ARRAYS)} of numbers")
     if kind in _READERS and rest:
+        _require_kind(source, kind, path)
         return _READERS[kind](source, path, reading)
     match source:
         case "digits":
@@ -266,25 +268,41 @@ def _read(source: str, split: Split, root: str | None, reading: Reading) -> Coll
             raise DataError(f"no data source {source!r}{_meant(source, root) or suggest(kind, NAMES)}")
 
 
-def _require_short(path: Path) -> None:
-    """Refuse a path that no system could open, on which even the question whether it is there fails."""
+def _require_usable(path: Path) -> None:
+    """Refuse a path that cannot be opened, where even the question whether it is there fails."""
     try:
         path.stat()
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise DataError(f"{str(path)[:60]}...: the name is too long") from error
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # which readers name; patterns name no file
+            raise DataError(f"{shown(str(path))}: cannot be opened ({error.strerror})") from error
     except ValueError as error:
         raise DataError(f"{shown(str(path))[:60]}: no file has such a name") from error
 
 
 def _meant(source: str, root: str | None) -> str | None:
     """A hint for whoever named a file or folder without saying what it is."""
-    path = os.path.join(root or "", os.path.expanduser(source))
-    kinds = {".zip": "zip", ".npz": "npz", ".npy": "npy", ".tar": "webdataset"}
-    kind = kinds.get(os.path.splitext(path)[1].lower()) if os.path.isfile(path) else None
-    if os.path.isdir(path):
-        kind = "shards" if os.path.isfile(os.path.join(path, INDEX)) else "folder"
-    return None if kind is None or not source else f'; did you mean "{kind}:{source}"?'
+    path = Path(root or "", source).expanduser()
+    kind = _kind_of(path) if source else None
+    return None if kind is None else f'; did you mean "{kind}:{source}"?'
+
+
+def _kind_of(path: Path) -> str | None:
+    """What kind of source a path is, by its name; none where there is nothing, or another thing."""
+    if path.is_dir():
+        return "shards" if (path / INDEX).is_file() else "folder"
+    return _ENDINGS.get(path.suffix.lower()) if path.is_file() else None
+
+
+def _require_kind(source: str, kind: str, path: Path) -> None:
+    """Refuse a file or folder of another kind than the source says."""
+    other = _kind_of(path)
+    alike = {kind, other} in ({"folder", "hf"}, {"folder", "shards"}, {"zip", "npz"}) or kind == "hf"
+    if other is not None and other != kind and not alike:
+        raise DataError(f'{source}: is of another kind; did you mean "{other}:{source.partition(":")[2]}"?')
+    if kind not in ("hf", "webdataset", "shards") and not path.exists():
+        raise DataError(f"{source}: there is no {path}")
 
 
 def _place(source: str, root: str | None) -> str:

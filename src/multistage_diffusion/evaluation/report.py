@@ -184,8 +184,10 @@ def evaluate(
     check(batch_size <= _MOST, "batch-size", f"at most {_MOST}", batch_size)
     reference = None if reference is None else cast(Images, as_data(reference))
     if codec is None and reference is not None and denoiser.shape != reference.shape:
+        of_size = denoiser.shape[0] == reference.shape[0] and denoiser.shape[1] == denoiser.shape[2]
+        mend = f"read them with the resolution {denoiser.shape[1]}" if of_size else "choose others"
         raise ConfigError(
-            f"the run makes images of {denoiser.shape}, but those of {reference.name} are {reference.shape}"
+            f"the run makes images of {denoiser.shape}, but those of {reference.name} are {reference.shape}; {mend}"
         )
     of_features, of_model = resolve(metrics or (("loss",) if features is None else ("fd", "loss")))
     figures, extractor = dict[str, Any](), None

@@ -135,10 +135,15 @@ def classifier_features(
         DataError: The images have no labels or fewer than two classes, or the two sets do not match.
         NumericsError: Training diverged.
     """
-    if train.labels is None or len(train.classes) < 2 or (test is not None and test.labels is None):
-        raise DataError(f"{train.name}: features need labels of at least two classes, and this source has none")
-    if test is not None and (train.shape != test.shape or train.classes != test.classes):
-        raise DataError(f"{train.name}: training and held-out images differ in shape or classes")
+    if train.labels is None or (test is not None and test.labels is None):
+        why = f" ({train.notes['labels']})" if "labels" in train.notes else ""
+        raise DataError(f"{train.name}: features need labels of at least two classes, and this source has none{why}")
+    if len(train.classes) < 2:
+        raise DataError(f"{train.name}: features need at least two classes, and it has {', '.join(train.classes)}")
+    if test is not None and train.shape != test.shape:
+        raise DataError(f"{train.name}: training images are {train.shape}, and the held-out ones {test.shape}")
+    if test is not None and train.classes != test.classes:
+        raise DataError(f"{train.name}: the classes of training and held-out images have different names")
     tested = "" if test is None else test.digest
     key = hashlib.sha256(f"{VERSION}/{train.digest}/{tested}".encode()).hexdigest()[:32]
     stem = (cache_directory() / "features" if cache is None else cache) / f"classifier-{key}"

@@ -134,7 +134,8 @@ def model_labels(denoiser: Denoiser, data: Examples) -> Int[Tensor, " n"] | None
     if not denoiser.classes:
         return None
     if data.labels is None:
-        raise ConfigError(f"the model is conditional, and {data.name} has no labels; choose labelled data")
+        why = f" ({data.notes['labels']})" if "labels" in data.notes else ""
+        raise ConfigError(f"the model is conditional, and {data.name} has no labels{why}; choose labelled data")
     if denoiser.trained_classes is not None:
         return denoiser.trained_classes.match(data.name, data.classes, data.labels)
     most = int(data.labels.max())

@@ -259,8 +259,15 @@ class Drawing:
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             seed, solver = int(seeds.cpu()[~finite][0]), self.sampler.name
-            raise NumericsError(f"the image of seed {seed} is not finite with solver {solver}; is the model trained?")
+            raise NumericsError(f"the image of seed {seed} is not finite with solver {solver}; {self._suspects()}")
         return images
+
+    def _suspects(self) -> str:
+        """What may have made an image that is not finite."""
+        sampler, precision = self.sampler, getattr(self.denoiser, "precision", "fp32")
+        changed = [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
+        changed += [f"precision {precision}"] if precision == "fp16" else []
+        return f"draw without {' and '.join(changed)}" if changed else "is the model trained?"
 
     def denoise(self, labels: Tensor | None) -> Callable[[Tensor, float], Tensor]:
         """The function that a solver gets, for one batch."""

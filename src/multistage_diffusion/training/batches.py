@@ -199,9 +199,7 @@ class Batches:
                 )
         if classes and data.labels is None:
             why = f" ({data.notes['labels']})" if "labels" in data.notes else ""
-            raise ConfigError(
-                f"model.classes is {classes}, and {data.name} has no labels{why}; leave model.classes out"
-            )
+            raise ConfigError(f"model.classes is {classes}, and {data.name} has no labels{why}; choose model.classes 0")
         if classes and data.labels is not None and int(data.labels.max()) >= classes:
             raise ConfigError(
                 f"model.classes is {classes}, and {data.name} has {len(data.classes)} classes ({shown(data.classes)}); "
