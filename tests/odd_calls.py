@@ -3,6 +3,7 @@
 Each function is called with good arguments but one; the answer must be a result, or one line of our own errors.
 """
 
+import os
 import sys
 import tempfile
 import warnings
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 import multistage_diffusion as msd
@@ -182,8 +185,48 @@ def cluster():
     )
 
 
+def several(folder, examples):
+    """Of all four entries, several odd arguments at once; how many calls there were."""
+    run = folder / "several"
+    config = tiny.run_config(replace(tiny.SMALLEST, classes=3), steps=1, save_every=1)
+    msd.train(config, run, data=PICTURES, device="cpu")
+    denoiser, count = msd.load_run(run, device="cpu").denoiser, 0
+
+    def train(data=PICTURES, **training):
+        changed = tiny.run_config(replace(tiny.SMALLEST, classes=3), **{"steps": 1, "save_every": 1, **training})
+        return msd.train(changed, Path(tempfile.mkdtemp(dir=folder)) / "run", data=data, device="cpu")
+
+    pools = {
+        train: {"data": DATA, **{name: NUMBERS for name in ("batch_size", "learning_rate", "seed", "label_dropout")}},
+        msd.sample: {"labels": LABELS, "seeds": LABELS, "num": NUMBERS, "guidance": NUMBERS, "solver": WORDS},
+        msd.evaluate: {"reference": DATA, "metrics": [*WORDS, ["fd"]], "features": WORDS, "seed": NUMBERS},
+        msd.cluster: {"data": DATA, "process": [None, 3, "vp"], "labels": LABELS, "stages": NUMBERS, "seed": NUMBERS},
+    }
+    good = {
+        train: {},
+        msd.sample: {"denoiser": denoiser, "num": 2, "steps": 1},
+        msd.evaluate: {"denoiser": denoiser, "reference": PICTURES},
+        msd.cluster: {"data": PICTURES, "process": msd.VP(), "samples": 50},
+    }
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def fuzz(data):
+        nonlocal count
+        function = data.draw(st.sampled_from(list(pools)))
+        names = data.draw(st.sets(st.sampled_from(list(pools[function])), min_size=2))
+        first, *others = sorted(names)
+        pick = {name: data.draw(st.integers(0, len(pools[function][name]) - 1)) for name in sorted(names)}
+        chosen = {name: pools[function][name][pick[name]] for name in others}
+        count += odd(function, {first: [pools[function][first][pick[first]]]}, **{**good[function], **chosen})
+
+    fuzz()
+    return count
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         calls = {"train": lambda: train(Path(place)), "use": lambda: use(Path(place)), "cluster": cluster}
+        calls["several"] = lambda: several(Path(place), int(os.environ.get("ODD_EXAMPLES", "60")))
         print(sum(calls[name]() for name in sys.argv[1:] or calls), "calls")

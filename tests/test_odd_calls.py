@@ -12,6 +12,7 @@ import pytest
     ("name", "least"),
     [
         ("cluster", 290),
+        pytest.param("several", 55, marks=pytest.mark.slow),
         pytest.param("use", 340, marks=pytest.mark.slow),
         pytest.param("train", 130, marks=pytest.mark.slow),
     ],

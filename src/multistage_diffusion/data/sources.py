@@ -290,9 +290,9 @@ def _meant(source: str, root: str | None) -> str | None:
 
 def _kind_of(path: Path) -> str | None:
     """What kind of source a path is, by its name; none where there is nothing, or another thing."""
-    if path.is_dir():
-        return "shards" if (path / INDEX).is_file() else "folder"
-    return _ENDINGS.get(path.suffix.lower()) if path.is_file() else None
+    if os.path.isdir(path):  # false where the question fails, as for a name that is too long
+        return "shards" if os.path.isfile(path / INDEX) else "folder"
+    return _ENDINGS.get(path.suffix.lower()) if os.path.isfile(path) else None
 
 
 def _require_kind(source: str, kind: str, path: Path) -> None:
