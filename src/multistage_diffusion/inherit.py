@@ -44,8 +44,11 @@ class Inheritance:
 
     def moments(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """An optimiser's moments of the network's weights, from those of the trained network's, where it has some."""
-        pairs = self._entries.items()
-        return {name: entry.moment(trained[source]) for name, (source, entry) in pairs if source in trained}
+        return {
+            name: entry.moment(trained[source])
+            for name, (source, entry) in self._entries.items()
+            if source in trained and entry.fixed is None
+        }
 
     def __str__(self) -> str:
         words = (f"{kind} from {old}" for old, kind in zip(self.stages, self.kinds, strict=True))

@@ -10,6 +10,7 @@ Source: Zhang et al. 2024, Sec. 4.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, final
@@ -36,7 +37,9 @@ class MultiDecoder(nn.Module):
             tuple, named tuple, list, dictionary or dataclass of tensors, nested as you like, none allowed) with the
             images along dimension 0 of each tensor. A part may have a method `blocks()`, which lists its modules that
             may be checkpointed and sharded by themselves; without it the part is taken whole.
-        decoders: One module a stage, the lowest noise first: `decoder(record)` gives F, of the shape of x.
+        decoders: One module a stage, the lowest noise first: `decoder(record)` gives F, of the shape of x. A decoder
+            may let its images enter the encoder elsewhere: with a module `entry` and a number `entry_level` above 0,
+            the encoder is called with `entry(x)`, the noise levels, the conditioning and `entry_level`.
 
     Raises:
         ConfigError: There are neither one encoder nor as many as decoders.
@@ -99,7 +102,7 @@ class MultiDecoder(nn.Module):
             F, of the shape of `x`. An image's output does not depend on the other images.
         """
         if isinstance(stage, int):
-            return self.decoders[stage](self.encoder(stage)(x, c_noise, conditioning))
+            return self.decoders[stage](self._encode(x, c_noise, conditioning, {stage: len(x)}))
         if not isinstance(stage, Tensor):
             return self._grouped(x, c_noise, stage, conditioning)
         # Sort the images by stage, which keeps the order within a stage, and put the results back.
@@ -114,21 +117,33 @@ class MultiDecoder(nn.Module):
         put together from those of the slices.
         """
         assert len(counts) == self.stages and sum(counts) == len(x), "counts must cover the batch"
-        shared: list[Any] | None = None
-        if len(self.encoders) == 1:
-            shared = split(self.encoders[0](x, c_noise, conditioning), counts)
+        filled = {stage: count for stage, count in enumerate(counts) if count}  # other decoders get no gradient
         outputs, start = [], 0
-        for stage, count in enumerate(counts):
-            rows = slice(start, start + count)
-            start += count
-            if count == 0:  # the decoder is not called, and gets no gradient
-                continue
-            if shared is not None:
-                features = shared[stage]
-            else:
-                features = self.encoders[stage](x[rows], c_noise[rows], conditioning.rows(rows))
-            outputs.append(self.decoders[stage](features))
+        for together in self._encoded_together(filled):
+            end = start + sum(together.values())
+            rows, start = slice(start, end), end
+            features = self._encode(x[rows], c_noise[rows], conditioning.rows(rows), together)
+            pieces = split(features, list(together.values()))
+            outputs += [self.decoders[stage](piece) for stage, piece in zip(together, pieces, strict=True)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _encoded_together(self, counts: dict[int, int]) -> list[dict[int, int]]:
+        """Neighbouring stages whose images enter the same encoder at the same place, with their counts."""
+
+        def place(stage: int) -> tuple[int, int]:
+            return stage if len(self.encoders) > 1 else 0, entry_level(self.decoders[stage])
+
+        return [{stage: counts[stage] for stage in stages} for _, stages in itertools.groupby(counts, place)]
+
+    def _encode(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning, counts: dict[int, int]) -> Any:
+        """The features of the images of stages that are encoded together."""
+        stage = next(iter(counts))
+        encoder, level = self.encoder(stage), entry_level(self.decoders[stage])
+        if not level:
+            return encoder(x, c_noise, conditioning)
+        pieces = zip(counts, x.split(list(counts.values())), strict=True)
+        entered = [self.decoders[stage].entry(piece) for stage, piece in pieces]  # pyright: ignore[reportCallIssue]
+        return encoder(torch.cat(entered) if len(entered) > 1 else entered[0], c_noise, conditioning, level)
 
     def blocks(self) -> list[list[nn.Module]]:
         """The blocks of each part, in the order of `parts`: what can be checkpointed or sharded by itself."""
@@ -161,6 +176,11 @@ class MultiDecoder(nn.Module):
             for index, module in enumerate(group):
                 with torch.inference_mode(False):  # parameters moved in that mode could never be trained again
                     module.to(device if stage is None or index == stage else "cpu")
+
+
+def entry_level(decoder: nn.Module) -> int:
+    """Where a decoder's images enter the encoder: 0, as they are."""
+    return getattr(decoder, "entry_level", 0)
 
 
 def split(record: Any, counts: Sequence[int], *, strict: bool = True) -> list[Any]:

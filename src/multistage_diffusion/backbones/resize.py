@@ -119,11 +119,13 @@ def choose(strength: Tensor, count: int, groups: int, new_groups: int) -> Channe
 
 @torch.no_grad()
 def resize(trained: UNetDecoder, target: UNetDecoder, bottleneck: int) -> Plan:
-    """How the weights of a decoder follow from those of a trained one of another width.
+    """How the weights of a decoder follow from those of a trained one of another width or entry.
+
+    Where images enter at another resolution, what lies between the images and the first one that both have starts anew.
 
     Args:
         trained: The trained decoder.
-        target: A decoder of the same options behind the same encoder.
+        target: A decoder of the same options behind the same encoder, but for its entry.
         bottleneck: Channels that the encoder hands to both.
 
     Returns:
@@ -133,10 +135,14 @@ def resize(trained: UNetDecoder, target: UNetDecoder, bottleneck: int) -> Plan:
     h = Channels.same(bottleneck)
     for index, (old, new) in enumerate(zip(_list(trained.middle), _list(target.middle), strict=True)):
         h = _block(plan, f"middle.{index}", old, new, h)
-    for depth, (blocks, new_blocks) in enumerate(zip(trained.levels, target.levels, strict=True)):
+    anew = trained.entry_level != target.entry_level
+    shared = min(len(trained.levels), len(target.levels))  # the lowest resolutions
+    if anew:
+        plan |= {name: Entry(fixed=tensor.clone()) for name, tensor in target.state_dict().items()}
+    for depth, (blocks, new_blocks) in enumerate(zip(trained.levels[:shared], target.levels[:shared], strict=True)):
         for index, (old, new) in enumerate(zip(_list(blocks), _list(new_blocks), strict=True)):
             h = _block(plan, f"levels.{depth}.{index}", old, new, h.followed_by(old.conv0.in_channels - h.total))
-        if depth < len(trained.ups):
+        if depth < shared - 1:
             old, new, name = trained.ups[depth], target.ups[depth], f"ups.{depth}"
             if isinstance(old, ConvResample) and isinstance(new, ConvResample):
                 outputs = choose(_strength(old.conv), len(new.conv.weight), 1, 1)
@@ -144,6 +150,10 @@ def resize(trained: UNetDecoder, target: UNetDecoder, bottleneck: int) -> Plan:
                 h = outputs
             elif isinstance(old, ResidualBlock) and isinstance(new, ResidualBlock):
                 h = _block(plan, name, old, new, h)
+    if anew:
+        return plan
+    if target.entry is not None:
+        plan |= {f"entry.{name}": Entry() for name in target.entry.state_dict()}
     _norm(plan, "norm", h)
     _layer(plan, "head", h, Channels.same(trained.head.out_channels))
     return plan

@@ -38,6 +38,10 @@ class UNet(Backbone):
     decoder_attention: Literal["last", "all", "first-stage", "none"] = "last"
     """Attention after the last block of a decoder's resolution, or after each; first-stage: after each in the decoder
     of stage 0 alone, as in the released latent diffusion; none: in the middle blocks at most."""
+    entry_levels: tuple[int, ...] = ()
+    """How often each stage's images are halved before they enter the encoder past its higher resolutions: pixels move
+    into channels, a layer of the stage's own takes them, and its decoder ends at that resolution. One number a stage,
+    low to high noise; none: all 0."""
     head_channels: int | None = None
     """Channels of an attention head; by default one head."""
     middle: Literal["encoder", "decoder"] = "encoder"
@@ -68,6 +72,7 @@ class UNet(Backbone):
 
     capacity_option: ClassVar[str] = "decoder-widths"
     capacity_noun: ClassVar[str] = "widths"
+    decoder_fields: ClassVar[tuple[str, ...]] = ("entry_levels",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +87,10 @@ class UNet(Backbone):
         check(all(pixels >= 1 for pixels in self.attention), "model.attention", "positive", self.attention)
         heads = self.head_channels is None or self.head_channels >= 1
         check(heads, "model.head-channels", "at least 1", self.head_channels)
+        entries, stages = self.entry_levels, len(self.capacities)
+        valid = len(entries) in (0, stages) and all(0 <= entry < len(self.multipliers) for entry in entries)
+        deepest = len(self.multipliers) - 1
+        check(valid, "model.entry-levels", f"{stages} numbers in 0..{deepest}, one a stage", entries)
         check(self.skip_scale > 0, "model.skip-scale", "positive", self.skip_scale)
         check(self.norm_eps > 0, "model.norm-eps", "positive", self.norm_eps)
         check(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
@@ -99,8 +108,9 @@ class UNet(Backbone):
         return (self.width,) if self.architecture == "unified" else self.decoder_widths
 
     def with_capacities(self, capacities: tuple[int, ...]) -> UNet:
-        """The multistage network with decoders of other base widths."""
-        return replace(self, architecture="multistage", decoder_widths=capacities)
+        """The multistage network with decoders of other base widths, and their entries if they are as many."""
+        entries = self.entry_levels if len(capacities) == len(self.capacities) else ()
+        return replace(self, architecture="multistage", decoder_widths=capacities, entry_levels=entries)
 
     def with_width(self, factor: float) -> UNet:
         """The network with another base width of the encoder."""
@@ -125,10 +135,16 @@ class UNet(Backbone):
             )
 
     def of_stage(self, stage: int) -> UNet:
-        """Attention in one decoder only, if so."""
-        if self.decoder_attention != "first-stage":
-            return self
-        return replace(self, decoder_attention="none" if stage else "all")
+        """The record with one decoder, the stage's: its entry, and attention in one decoder only, if so."""
+        attention = self.decoder_attention
+        if attention == "first-stage":
+            attention = "none" if stage else "all"
+        return replace(
+            self,
+            decoder_widths=(self.capacities[stage],),
+            entry_levels=self.entry_levels[stage : stage + 1],
+            decoder_attention=attention,
+        )
 
     def network(self, shape: tuple[int, int, int]) -> MultiDecoder:
         """The whole network, freshly initialised from torch's generator."""
@@ -149,7 +165,7 @@ class UNet(Backbone):
         """The upward half, at a base width of its own."""
         from multistage_diffusion.backbones.unet_parts import UNetDecoder
 
-        return UNetDecoder(capacity, encoder, self, shape)
+        return UNetDecoder(capacity, encoder, self, shape, entry=self.entry_levels[0] if self.entry_levels else 0)
 
     def resize(self, trained: Any, target: Any, encoder: Any) -> Plan:
         """Channels of the trained decoder are picked or repeated."""

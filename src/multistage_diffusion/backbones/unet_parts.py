@@ -45,6 +45,7 @@ class UNetEncoder(nn.Module):
 
     Attributes:
         skip_channels: Channels of each skip connection, in the order they are made.
+        entry_channels: Channels at the beginning of each resolution.
         channels: Channels of the bottleneck.
     """
 
@@ -62,7 +63,7 @@ class UNetEncoder(nn.Module):
         # One entry a resolution; `levels` is its name in files of weights.
         self.levels, self.downs, self.pyramid = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         channels, pyramid = unet.width, shape[0]
-        self.skip_channels = [channels]
+        self.skip_channels, self.entry_channels = [channels], [channels]
         for depth, multiplier in enumerate(unet.multipliers):
             width = unet.width * multiplier
             attention = shape[1] >> depth in unet.attention
@@ -74,6 +75,7 @@ class UNetEncoder(nn.Module):
             if depth + 1 == len(unet.multipliers):
                 break
             self.skip_channels.append(channels)
+            self.entry_channels.append(channels)
             if unet.resampling == "block":
                 self.downs.append(block(channels, channels, resample="down"))
             else:
@@ -92,22 +94,29 @@ class UNetEncoder(nn.Module):
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def forward(
-        self, x: FeatureMaps, c_noise: Float[Tensor, " batch"], conditioning: Conditioning = NO_CONDITIONING
+        self,
+        x: FeatureMaps,
+        c_noise: Float[Tensor, " batch"],
+        conditioning: Conditioning = NO_CONDITIONING,
+        entry: int = 0,
     ) -> UNetFeatures:
-        """Encode images once, for whichever decoder.
+        """Encode images once, for whichever decoder that they enter for.
 
         Args:
-            x: Preconditioned noisy images.
+            x: Preconditioned noisy images; what a decoder's `entry` made of them, if `entry` is not 0.
             c_noise: The process's conditioning value of each image.
             conditioning: Labels, augmentation and dropout seeds of the images.
+            entry: Resolutions passed over: the (B, C, H, W) of `x` are those at the beginning of this one.
 
         Returns:
             Bottleneck, noise embedding, skip connections and dropout seeds.
         """
         embedding, seed = self.embedding(c_noise, conditioning), conditioning.dropout_seed
-        pyramid, h = x, self.stem(x)
-        skips = [h]
+        h = x if entry else self.stem(x)
+        pyramid, skips = x, [h]
         for depth, blocks in enumerate(self.levels):
+            if depth < entry:
+                continue
             for block in blocks.children():
                 skips.append(h := block(h, embedding, seed))
             if depth < len(self.downs):
@@ -122,15 +131,29 @@ class UNetEncoder(nn.Module):
 
 @final
 class UNetDecoder(nn.Module):
-    """The upward half at one stage's width; consumes the encoder's bottleneck and skips as they are."""
+    """The upward half at one stage's width; consumes the encoder's bottleneck and skips as they are.
 
-    def __init__(self, width: int, encoder: UNetEncoder, unet: UNet, shape: tuple[int, int, int]) -> None:
+    Attributes:
+        entry_level: Resolutions of the encoder, and of this half, that the stage's images pass over.
+        entry: What makes of them, halved so often, the features at the beginning of the first resolution that is used.
+    """
+
+    entry: nn.Module | None
+
+    def __init__(
+        self, width: int, encoder: UNetEncoder, unet: UNet, shape: tuple[int, int, int], *, entry: int = 0
+    ) -> None:
         super().__init__()
+        self.entry_level, self.entry = entry, None
+        inside = shape[0] * 4**entry  # channels of the images, halved
+        if entry:
+            enter = initialise(nn.Conv2d(inside, encoder.entry_channels[entry], 3, padding=1))
+            self.entry = nn.Sequential(nn.PixelUnshuffle(2**entry), enter)
         block = _blocks(unet)
         channels, skips, every = encoder.channels, list(encoder.skip_channels), unet.decoder_attention == "all"
         self.middle = _middle(block, channels) if unet.middle == "decoder" else nn.ModuleList()
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
-        for depth in reversed(range(len(unet.multipliers))):
+        for depth in reversed(range(entry, len(unet.multipliers))):
             outputs = width * unet.multipliers[depth]
             attends = shape[1] >> depth in unet.attention
             blocks = nn.ModuleList()
@@ -139,16 +162,17 @@ class UNetDecoder(nn.Module):
                 blocks.append(block(channels + skips.pop(), outputs, attention=attention))
                 channels = outputs
             self.levels.append(blocks)
-            if depth > 0 and unet.resampling == "block":
+            if depth > entry and unet.resampling == "block":
                 self.ups.append(block(channels, channels, resample="up"))
-            elif depth > 0:
+            elif depth > entry:
                 self.ups.append(ConvResample(channels, "up"))
         self.norm = group_norm(channels, groups=unet.groups, least=unet.group_channels, eps=unet.norm_eps)
-        self.head = initialise(nn.Conv2d(channels, shape[0], 3, padding=1), zero=True)
+        self.head = initialise(nn.Conv2d(channels, inside, 3, padding=1), zero=True)
 
     def blocks(self) -> list[nn.Module]:
-        """What may be checkpointed and sharded by itself."""
-        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        """What may be checkpointed and sharded by itself; the entry among it, as it runs before the encoder."""
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        return blocks if self.entry is None else [*blocks, self.entry]
 
     def forward(self, features: UNetFeatures) -> FeatureMaps:
         """The raw network output F from the encoder's features."""
@@ -161,7 +185,8 @@ class UNetDecoder(nn.Module):
                 h = block(torch.cat((h, remaining.pop()), dim=1), embedding, seed)
             if depth < len(self.ups):
                 h = self.ups[depth](h, embedding, seed)
-        return self.head(F.silu(self.norm(h)))
+        output = self.head(F.silu(self.norm(h)))
+        return F.pixel_shuffle(output, 2**self.entry_level) if self.entry_level else output
 
 
 def _blocks(unet: UNet) -> Callable[..., ResidualBlock]:

@@ -21,6 +21,7 @@ from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.inherit import inheritance
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.held_out import held_out_loss, model_labels
+from multistage_diffusion.multidecoder import entry_level
 
 _MEAN = 10  # steps whose mean loss tells weights apart
 
@@ -75,6 +76,12 @@ def merge(
         ConfigError: Decoders of other capacities than the encoder's, separate encoders, or a trunk of another network.
     """
     network, backbone = staged.network, staged.backbone
+    entered = [stage for stage, decoder in enumerate(network.decoders) if entry_level(decoder)]
+    if entered:
+        raise ConfigError(
+            f"merging needs decoders of all resolutions; stages {entered} enter below (model.entry-levels) and cannot "
+            "be averaged with a network that does not"
+        )
     if len(network.encoders) > 1 or not backbone.builds or set(backbone.capacities) != {backbone.capacity}:
         raise ConfigError(
             f"merging needs one encoder and decoders of its capacity {backbone.capacity}; the network has "

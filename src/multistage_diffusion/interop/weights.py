@@ -135,6 +135,7 @@ def misfit(config: Backbone, shape: tuple[int, int, int]) -> str | None:
         f"it has {config.classes} classes": config.classes > 0,
         "it resamples inside residual blocks (model.resampling block)": config.resampling == "block",
         "it has an input pyramid (model.input-pyramid)": bool(config.input_pyramid),
+        "its images enter halved (model.entry-levels)": any(config.entry_levels),
         f"it scales its skips by {config.skip_scale:.3g} (model.skip-scale)": config.skip_scale != 1,
         f"its group norms have {sorted(groups)} groups, not one number (model.groups)": len(groups) > 1,
         f"its attention heads are wider than {min(widths)} channels and not than {max(widths)}": min(widths)
