@@ -188,19 +188,19 @@ def held_out(run: Path, *words) -> dict:
     return {name: document[name] for name in LOSS_KEYS}
 
 
-def near(found, wanted, rel: float = 1e-6, where: str = "") -> None:
-    """Compare documents: numbers within `rel`, everything else equal."""
+def near(found, wanted, rel: float = 1e-6, where: str = "", absolute: float = 1e-12) -> None:
+    """Compare documents: numbers within `rel` or `absolute`, everything else equal."""
     if isinstance(wanted, dict):
         missing = wanted.keys() - found.keys()
         assert not missing, f"{where} lacks {missing}"
         for key, value in wanted.items():
-            near(found[key], value, rel, f"{where}.{key}")
+            near(found[key], value, rel, f"{where}.{key}", absolute)
     elif isinstance(wanted, list):
         assert len(found) == len(wanted), f"{where}: {len(found)} for {len(wanted)}"
         for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
-            near(one, other, rel, f"{where}[{index}]")
+            near(one, other, rel, f"{where}[{index}]", absolute)
     elif isinstance(wanted, float):
-        close = found is not None and math.isclose(found, wanted, rel_tol=rel, abs_tol=1e-12)
+        close = found is not None and math.isclose(found, wanted, rel_tol=rel, abs_tol=absolute)
         assert close, f"{where}: {found!r} for {wanted!r}"
     else:
         assert found == wanted, f"{where}: {found!r} for {wanted!r}"

@@ -40,7 +40,8 @@ def test_the_pictures_of_a_solver(solver, run, tmp_path):
 @pytest.mark.parametrize("solver", pinned.SOLVERS)
 def test_the_images_of_a_solver(solver, run):
     found = pinned.floats(run, solver)
-    pinned.near(found, {key: SAMPLES["solvers"][solver][key] for key in found}, rel=1e-5)
+    # The kernels of another processor round otherwise, and solvers of higher order multiply the difference.
+    pinned.near(found, {key: SAMPLES["solvers"][solver][key] for key in found}, rel=1e-4, absolute=1e-5)
 
 
 def test_the_held_out_loss(run):

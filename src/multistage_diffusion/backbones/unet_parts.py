@@ -171,7 +171,7 @@ class UNetDecoder(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """What may be checkpointed and sharded by itself; the entry among it, as it runs before the encoder."""
-        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        blocks: list[nn.Module] = [module for module in self.modules() if isinstance(module, ResidualBlock)]
         return blocks if self.entry is None else [*blocks, self.entry]
 
     def forward(self, features: UNetFeatures) -> FeatureMaps:
