@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint type check bench docs docs-serve pictures dist clean
+.PHONY: setup demo test test-all lint type check bench gpu docs docs-serve pictures dist clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,9 @@ check: lint type test
 
 bench: setup
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+gpu: setup  # parts of at most 8 minutes, resumed by the same command; results with the card's name
+	$(BIN)/python benchmarks/gpu.py
 
 # The site has an environment of its own: it reads the sources and imports none of them, so torch is not needed.
 .docs-venv/.ready: pyproject.toml

@@ -30,6 +30,7 @@ class Ladder:
     Attributes:
         unified: Widths of the unified networks, in base widths, the likely ones first.
         staged: Widths of the staged networks, in base widths: the encoder's, then the decoders', low to high noise.
+        entries: How often each stage's images of these networks are halved before they enter; none: never.
         rate: First learning rate of a network of the base width, in the budget's own; others by the inverse of width.
         rungs: Shares of the budget's FLOPs, each twice the one before, at which arms are compared and candidates stop.
     """
@@ -37,9 +38,10 @@ class Ladder:
     unified: tuple[float, ...] = (0.5, 0.25, 0.75, 1.0)
     staged: tuple[tuple[float, ...], ...] = (
         (0.5, 0.75, 0.5, 0.5, 0.25),
+        (0.5, 0.75, 0.5, 0.5, 0.25),
         (0.25, 0.5, 0.25, 0.25, 0.25),
-        (0.5, 0.5, 0.5, 0.5, 0.5),
     )
+    entries: tuple[tuple[int, ...], ...] = ((0, 0, 1, 1), (), (0, 0, 1, 1))
     rate: float = 2.0
     rungs: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from multistage_diffusion.backbones import UNet
 from multistage_diffusion.config import Backbone, RunConfig, StagesConfig
 from multistage_diffusion.studies.budgets import Budget
 from multistage_diffusion.studies.cells import Cell, Climb, Watch, encoder_width, plain, widths
@@ -87,16 +89,21 @@ def candidates(lab: Lab) -> dict[str, tuple[Candidate, ...]]:
     for model in dict.fromkeys(base.model.with_width(factor) for factor in ladder.unified):
         run = replace(base, model=replace(model, architecture="unified"))
         found["unified"].append(_first(f"width {encoder_width(model)}", plain(run), lab.budget))
-    for model in dict.fromkeys(_staged(base.model, *factors) for factors in ladder.staged):
+    entries = (*ladder.entries, *[()] * len(ladder.staged))
+    for model in dict.fromkeys(map(partial(_staged, base.model), ladder.staged, entries)):
         run = replace(base, stages=StagesConfig(edges=edges), model=model)
+        entered = getattr(model, "entry_levels", ())
         design = f"{encoder_width(model)}; {' / '.join(map(str, model.capacities))}"
+        design += f", entering at {' / '.join(map(str, entered))}" if entered else ""
         found["staged"].append(_first(design, run, lab.budget))
     return {arm: tuple(own) for arm, own in found.items()}
 
 
-def _staged(model: Backbone, encoder: float, *decoders: float) -> Backbone:
-    """A staged network by the widths of its encoder and decoders, in those of the base."""
-    return model.with_width(encoder).with_capacities(widths(model, *decoders))
+def _staged(model: Backbone, factors: tuple[float, ...], entries: tuple[int, ...]) -> Backbone:
+    """A staged network by the widths of its encoder and decoders, in those of the base, and its entries, if it has any."""
+    encoder, *decoders = factors
+    model = model.with_width(encoder).with_capacities(widths(model, *decoders))
+    return replace(model, entry_levels=entries) if isinstance(model, UNet) else model
 
 
 def climb(lab: Lab, candidate: Candidate, seed: int = 0, point: int | None = None) -> Climb:
