@@ -100,10 +100,13 @@ def candidates(lab: Lab) -> dict[str, tuple[Candidate, ...]]:
 
 
 def _staged(model: Backbone, factors: tuple[float, ...], entries: tuple[int, ...]) -> Backbone:
-    """A staged network by the widths of its encoder and decoders, in those of the base, and its entries, if it has any."""
+    """A staged network by widths in those of the base, the encoder's first, and entries as deep as it halves images."""
     encoder, *decoders = factors
     model = model.with_width(encoder).with_capacities(widths(model, *decoders))
-    return replace(model, entry_levels=entries) if isinstance(model, UNet) else model
+    if not isinstance(model, UNet):
+        return model
+    entries = tuple(min(entry, len(model.multipliers) - 1) for entry in entries)
+    return replace(model, entry_levels=entries if any(entries) else ())
 
 
 def climb(lab: Lab, candidate: Candidate, seed: int = 0, point: int | None = None) -> Climb:
