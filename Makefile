@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint type check bench gpu docs docs-serve pictures dist clean
+.PHONY: setup demo test test-all lint type check bench gpu docs docs-serve pictures notebooks dist test-lowest test-newest clean
 
 setup: $(VENV)/.ready
 
@@ -51,8 +51,15 @@ docs: .docs-venv/.ready
 docs-serve: .docs-venv/.ready
 	.docs-venv/bin/mkdocs serve
 
-pictures: setup  # those of README.md, from a finished `make demo`
+pictures: demo  # of README.md and of the site's first page
 	$(BIN)/python scripts/pictures.py runs/demo docs/img
+
+notebooks: setup  # executed, with their outputs, into build/notebooks
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks,diffusers]'
+	mkdir -p build/notebooks
+	for source in notebooks/*.py; do \
+	  $(BIN)/python -m jupytext --to ipynb --execute --output build/notebooks/$$(basename $$source .py).ipynb $$source || exit 1; \
+	done
 
 # Built, then installed where nothing of this folder is in reach, and used there.
 DIST_VENV ?= $(shell mktemp -d)/venv
@@ -65,5 +72,23 @@ dist: setup
 	cd $(DIST_VENV)/.. && $(DIST_VENV)/bin/msd --version && $(DIST_VENV)/bin/msd demo --quick --out demo
 	rm -rf $(DIST_VENV)
 
+# What pyproject.toml promises, at both ends. TORCH replaces the lowest torch where an index does not have it.
+CORE_TESTS ?= tests/test_stages.py tests/test_noise.py tests/test_rng.py tests/test_multidecoder.py tests/test_sampling.py \
+  tests/test_config.py tests/test_files.py tests/test_examples.py tests/models tests/training tests/clustering tests/metrics
+ENDS := python -m pytest -p no:cacheprovider -m "not slow" $(CORE_TESTS)
+TORCH ?=
+
+test-lowest:
+	rm -rf .lowest-venv && $(PYTHON) -m venv .lowest-venv
+	$(PYTHON) scripts/lowest.py test $(if $(TORCH),| sed 's/^torch==.*/$(TORCH)/') \
+	  | .lowest-venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	.lowest-venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	OMP_NUM_THREADS=1 .lowest-venv/bin/$(ENDS)
+
+test-newest:
+	rm -rf .newest-venv && $(PYTHON) -m venv .newest-venv
+	.newest-venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[test]'
+	OMP_NUM_THREADS=1 .newest-venv/bin/$(ENDS)
+
 clean:
-	rm -rf $(VENV) .docs-venv site build dist runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .docs-venv .lowest-venv .newest-venv site build dist runs .pytest_cache .ruff_cache

@@ -140,6 +140,7 @@ def _run(words: list[str]) -> int:
         print(version("multistage-diffusion"))
         return 0
 
+    from multistage_diffusion.cli.advice import next_step
     from multistage_diffusion.cli.common import Terminal
 
     name, arguments = words[0], words[1:]
@@ -156,6 +157,8 @@ def _run(words: list[str]) -> int:
         raise
     if options.json and is_main():
         print(json.dumps(document, allow_nan=False))
+    elif advice := next_step(name, options, document):
+        console.print(f"next: {advice}")
     return 0
 
 

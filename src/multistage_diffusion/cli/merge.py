@@ -68,7 +68,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         codec.save(out)
     weights = ", ".join(f"{weight:.3f}" for weight in merged.weights)
     losses = "" if merged.loss is None else f": held-out loss {merged.loss:.4f}, in stages {merged.staged_loss:.4f}"
-    console.print(f"wrote {out} with the weights {weights}{losses}; next: msd sample {out} --out samples")
+    console.print(f"wrote {out} with the weights {weights}{losses}")
     return {
         "run": options.run,
         "out": str(out),
