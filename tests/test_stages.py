@@ -3,14 +3,18 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
+from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.errors import CheckpointError, ConfigError
-from multistage_diffusion.noise import EDM
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.noise import EDM, LDM, VE, VP, Cosine, Flow
+from multistage_diffusion.stages import Stages, stage_at, stage_of
+from multistage_diffusion.training.batches import Batches
 
 SHORT = (torch.float32, torch.bfloat16, torch.float16)
 levels = st.floats(1e-6, 1e6)
@@ -138,3 +142,50 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="cannot write"):
         Stages((1.0,)).save(tmp_path / "file" / "stages.json")
+
+
+PROCESSES = (VP(), Cosine(), LDM(), LDM(betas="linear", num_steps=200), EDM(), VE(), Flow(), Flow(time_scale=1.0))
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda process: process.kind)
+@given(data=st.data(), dtype=st.sampled_from((*SHORT, torch.float64)))
+def test_the_time_of_an_edge_is_that_edge_in_every_type(process, data, dtype):
+    """As converters see it: a scheduler hands a time, often in float32, whose stage is that of the noise level."""
+    inside = st.floats(process.sigma_min * 1.01, min(process.sigma_max, 1e4) / 1.01)
+    edges = tuple(sorted(data.draw(st.lists(inside, min_size=1, max_size=4, unique=True))))
+    times = process.preconditioning(torch.tensor(edges, dtype=torch.float64)).c_noise
+    rounded = times.to(dtype)
+    found = stage_at(rounded, edges, process.level)
+    if dtype == torch.float64:  # but for the last bit of a formula and its inverse
+        edges = tuple(edge * (1 + 1e-9) for edge in edges)
+        found = stage_at(rounded, edges, process.level)
+    expected = [int((rounded < time).sum()) for time in rounded]  # an edge belongs to the stage below it
+    assert found.tolist() == expected
+    for index, time in enumerate(times.tolist()):  # of numbers
+        assert stage_at(time, tuple(edge * (1 + 1e-9) for edge in edges), process.level) <= index
+
+
+@given(edges=partitions.filter(bool), dtype=st.sampled_from(SHORT))
+def test_a_time_that_runs_the_other_way_has_the_same_rule(edges, dtype):
+    """Of a function of a user's, like the logarithm of the signal-to-noise ratio."""
+    times = -2 * torch.tensor(edges, dtype=torch.float64).log()
+    rounded = times.to(dtype)
+    found = stage_at(rounded, edges, lambda time: (-time / 2).exp())
+    assert found.tolist() == [int((rounded > time).sum()) for time in rounded]
+
+
+def test_numbers_of_numpy_round_like_tensors():
+    stages = Stages((0.6, 5.71))
+    assert stage_of(np.float32(5.71), stages.edges) == 1 == stage_of(np.float64(5.71), stages.edges)
+    assert stage_of(np.array([0.6, 5.71, 6], dtype=np.float32), stages.edges).tolist() == [0, 1, 2]
+
+
+@given(edges=st.lists(st.floats(0.02, 50.0), min_size=1, max_size=3, unique_by=lambda edge: round(edge, 1)))
+@settings(max_examples=15, deadline=None)
+def test_training_draws_each_stages_levels_on_its_side_of_the_edges(edges):
+    stages = Stages(tuple(sorted(edges)))
+    for process in (VP(), EDM(), Flow()):
+        batch = Batches(tiny.images(), process, stages, TrainingConfig(batch_size=64))(0)
+        assert batch.sigma.dtype == torch.float64
+        quotas = torch.arange(len(stages)).repeat_interleave(torch.tensor(batch.counts))
+        assert torch.equal(stages.of(batch.sigma), quotas)

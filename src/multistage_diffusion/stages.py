@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -145,11 +145,39 @@ class Stages:
             raise ConfigError(f"{where}: {error}") from error
 
 
-def stage_of(sigma: float | Tensor, edges: tuple[float, ...]) -> Any:
-    """`Stages.of` of the stages that edges cut."""
+def stage_of(sigma: Any, edges: tuple[float, ...]) -> Any:
+    """`Stages.of` of the stages that edges cut; numbers and arrays of numpy have types that round, like tensors."""
     if not isinstance(sigma, Tensor):
-        return bisect.bisect_left(edges, sigma)
+        if not hasattr(sigma, "dtype"):
+            return bisect.bisect_left(edges, sigma)
+        sigma = torch.as_tensor(sigma)
+        return stage_of(sigma, edges) if sigma.ndim else int(stage_of(sigma, edges))
     # Rounding is monotone: sigma <= edge as Python numbers implies round(sigma) <= round(edge), but round(sigma)
     # may lie just above the edge itself: 5.71 is 5.71000003815 in float32. So both sides have to be rounded alike.
     exact = sigma.dtype if sigma.is_floating_point() else torch.float64
     return torch.bucketize(sigma, torch.tensor(edges, dtype=exact).to(sigma.device))
+
+
+def stage_at(time: Any, edges: tuple[float, ...], level: Callable[[Any], Any]) -> Any:
+    """`stage_of` for what is told of a noise level by a time of a process, of which sigma is a monotone function.
+
+    Args:
+        time: A number, or a tensor; its stage is that of sigma at it, and an edge counts as the time to which the
+            tensor's type rounds it. So a float32 time that was made from an edge lies where the edge itself does.
+        edges: Edges in sigma.
+        level: Gives sigma at times, both float64.
+
+    Returns:
+        An int of the host for a number, an int64 tensor on the CPU for a tensor.
+    """
+    if not isinstance(time, Tensor) and not hasattr(time, "dtype"):
+        return stage_of(float(level(torch.tensor(time, dtype=torch.float64))), edges)
+    given = torch.as_tensor(time).detach().cpu()
+    sigma = level(given.double())
+    if given.is_floating_point() and given.dtype != torch.float64:
+        # The type rounds to a time what lies half a step around it. So the edges below this time are those that sigma
+        # has passed half a step to its side of lower noise.
+        beside = (given.nextafter(given.new_tensor(end)) for end in (-math.inf, math.inf))
+        before, after = (level((given.double() + other.double()) / 2) for other in beside)
+        sigma = torch.where(before <= sigma, before, torch.where(after <= sigma, after, sigma))
+    return stage_of(sigma, edges)

@@ -21,7 +21,7 @@ from torch import Tensor
 from multistage_diffusion.backbones.protocol import Backbone
 from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.noise.base import Preconditioning, Process
-from multistage_diffusion.stages import stage_of
+from multistage_diffusion.stages import stage_at
 
 _LARGEST_LEVEL = 1e6  # of the levels that are told from each other: flow matching's first is infinite
 
@@ -87,8 +87,10 @@ class MultistageUNet(ModelMixin, ConfigMixin):
 
     def level(self, timestep: Float[Tensor, "*steps"] | Int[Tensor, "*steps"]) -> Float[Tensor, "*steps"]:
         """Noise level sigma at a scheduler's timestep, float64, on the CPU."""
-        c_noise = self._time_scale * timestep.detach().cpu().double()
-        return self.process.level(c_noise).clamp(max=_LARGEST_LEVEL)
+        return self._level(timestep.detach().cpu().double())
+
+    def _level(self, time: Tensor) -> Tensor:
+        return self.process.level(self._time_scale * time).clamp(max=_LARGEST_LEVEL)
 
     def preconditioning(self, timestep: Float[Tensor, "*steps"] | Int[Tensor, "*steps"]) -> Preconditioning:
         """How the raw output becomes an estimate of the clean image at a timestep."""
@@ -112,11 +114,10 @@ class MultistageUNet(ModelMixin, ConfigMixin):
         Returns:
             The output, of the shape of `sample`.
         """
+        stage = stage_at(timestep, self.edges, self._level)
+        if isinstance(stage, Tensor):
+            stage = stage.to(sample.device) if stage.numel() > 1 else int(stage)
         steps = torch.as_tensor(timestep)
-        sigma = self.level(steps)
-        stage = (
-            stage_of(sigma, self.edges).to(sample.device) if steps.numel() > 1 else stage_of(sigma.item(), self.edges)
-        )
         time = (self._time_scale * steps.to(sample.device, torch.float32)).expand(len(sample))
         output = self.network(sample, time, stage, Conditioning(class_labels))
         return MultistageOutput(sample=output) if return_dict else (output,)

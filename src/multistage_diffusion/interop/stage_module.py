@@ -29,7 +29,7 @@ from multistage_diffusion.interop.routing import Part, Routing, Tree, Unroutable
 from multistage_diffusion.interop.timesteps import NoiseLevels, noise_levels, read_levels
 from multistage_diffusion.multidecoder import is_batch, map_leaves
 from multistage_diffusion.records import check
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.stages import Stages, stage_at
 from multistage_diffusion.weights import load_weights
 
 CONFIG, WEIGHTS = "staged.json", "staged.safetensors"
@@ -97,10 +97,11 @@ class StagedModule(nn.Module):
         Returns:
             int64 on the CPU.
         """
-        time = torch.as_tensor(timestep).detach().cpu().double()
+        time = torch.as_tensor(timestep, dtype=None if hasattr(timestep, "dtype") else torch.float64)
         if time.ndim > 1:
             time = time.flatten(1).amax(1)
-        return self.staging.stages.of(self.staging.levels(time))
+        stages, levels = self.staging.stages, self.staging.levels
+        return stages.of(time.detach().cpu()) if levels.are_given else stage_at(time, stages.edges, levels)
 
     def expert(self, stage: int) -> Any:
         """A module of the original class for one stage, without the other stages' copies; its weights are copies.

@@ -37,6 +37,11 @@ class NoiseLevels:
     kinds: tuple[str, ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def are_given(self) -> bool:
+        """Whether the timesteps are noise levels themselves."""
+        return self.sigma is _same
+
     def __call__(self, timestep: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """The noise levels of timesteps."""
         return torch.as_tensor(self.sigma(timestep)).double()
