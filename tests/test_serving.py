@@ -227,7 +227,7 @@ POST = "POST /sample HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nContent-Type: applicati
 )
 def test_a_large_body_is_refused_unread(server, length, status):
     with raw(server, f"{POST}Content-Length: {length}\r\n\r\n") as connection:
-        assert connection.recv(100).startswith(f"HTTP/1.0 {status} ".encode())
+        assert connection.recv(100).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 def test_idle_and_slow_clients_keep_nobody_waiting(server):
@@ -408,6 +408,102 @@ def test_a_signal_closes_the_port_in_time(tmp_path, number, code):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_an_evaluation_that_takes_long_is_not_waited_for(tmp_path):
+    """The server's own part, without a process: a second, whatever still runs; then the command ends Python at once."""
+    denoiser, begun, going_on = tiny.denoiser(process="edm"), threading.Event(), threading.Event()
+    denoiser.network.register_forward_pre_hook(lambda module, given: begun.set() or going_on.wait(30) and None)
+    with serving(denoiser) as server:
+        body = json.dumps({"num": 1, "steps": 2})
+        with raw(server, f"{POST}Content-Length: {len(body)}\r\n\r\n{body}") as connection:
+            assert begun.wait(20)
+            server.shutdown()
+            start = time.monotonic()
+            server.server_close()
+            assert time.monotonic() - start < 2 and len(server.served) == 1
+            going_on.set()
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_page_draws_ends_the_command_in_time(tmp_path):
+    tiny.denoiser(process="edm").save_pretrained(tmp_path / "model")
+    code = (
+        "import sys, time\nfrom multistage_diffusion.multidecoder import MultiDecoder\n"
+        "MultiDecoder.forward = lambda *_: time.sleep(60)\nfrom multistage_diffusion.cli import main\nmain(sys.argv[1:])"
+    )
+    words = ["serve", str(tmp_path / "model"), "--port", "0", "--json"]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    try:
+        port = json.loads(process.stdout.readline())["port"]
+        body = json.dumps({"num": 1, "steps": 2})
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"{POST.replace('PORT', str(port))}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            connection.recv(10)
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 143 and time.monotonic() - start < 2
+        assert process.stderr.read().endswith("error: stopped by SIGTERM\n")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# W7: unusual requests
+
+
+REQUESTS = {
+    "GET /about HTTP/1.1\r\nHost: HOST\r\n\r\n": 200,
+    "\r\nGET /about HTTP/1.1\r\nHost: HOST\r\n\r\n": 200,  # an empty line before it
+    "GET /about HTTP/1.0\r\nHost: HOST\r\n\r\n": 200,
+    "GET /about HTTP/1.1\nHost: HOST\n\n": 200,
+    "GET http://HOST/about HTTP/1.1\r\nHost: HOST\r\n\r\n": 200,
+    "GET /about\r\n": 400,  # the first HTTP
+    "GET\r\n\r\n": 400,
+    "\r\n\r\n": 400,
+    "GET / about HTTP/1.1\r\n\r\n": 400,
+    "GET / HTTQ/1.1\r\n\r\n": 400,
+    "GET / HTTP/-1.1\r\n\r\n": 400,
+    "GET http://[::1/about HTTP/1.1\r\nHost: HOST\r\n\r\n": 400,
+    "\x16\x03\x01\x00\xf1\x01\n": 400,  # a client of HTTPS
+    "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": 505,
+    "OPTIONS * HTTP/1.1\r\nHost: HOST\r\n\r\n": 405,
+    "HEAD / HTTP/1.1\r\nHost: HOST\r\n\r\n": 405,
+    "send_error / HTTP/1.1\r\nHost: HOST\r\n\r\n": 405,
+    f"GET /{'a' * 70_000} HTTP/1.1\r\n\r\n": 414,
+    f"GET / HTTP/1.1\r\n{'a: b' * 200}\r\n" + "a: b\r\n" * 200 + "\r\n": 431,
+    "POSTTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n": 411,
+    "POSTExpect: 200-ok\r\nContent-Length: 2\r\n\r\n{}": 417,
+}
+
+
+@pytest.mark.parametrize("request_text", REQUESTS, ids=range(len(REQUESTS)))
+def test_unusual_requests_get_an_answer(server, request_text, capfd):
+    text = request_text.replace("POST", POST) if request_text.startswith("POST") else request_text
+    text = text.replace("HOST", f"127.0.0.1:{server.server_port}").replace("PORT", str(server.server_port))
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:
+        connection.sendall(text.encode("latin-1"))
+        answer = http.client.HTTPResponse(connection, method=text.split()[0] if text.split() else None)
+        answer.begin()
+        content = answer.read()
+    assert answer.status == REQUESTS[request_text]
+    if answer.status != 200 and not text.startswith("HEAD"):
+        assert len(one_line(content)) < 400
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_client_that_waits_to_be_told_is_told(server):
+    body = json.dumps({"num": 1, "steps": 1, "solver": "euler"}).encode()
+    head = f"{POST.replace('PORT', str(server.server_port))}Expect: 100-continue\r\nContent-Length: "
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:
+        connection.sendall(f"{head}{len(body)}\r\n\r\n".encode())
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:  # and one in vain is not
+        connection.sendall(f"{head}{MAX_BODY + 1}\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from multistage_diffusion.backbones import Backbone, CustomNetwork
 from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.conditioning import NO_CONDITIONING, Conditioning
+from multistage_diffusion.devices import untraced
 from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
 from multistage_diffusion.multidecoder import MultiDecoder
@@ -183,12 +184,15 @@ class Denoiser(nn.Module):
 
     def _at_one_level(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
-        factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
-        c_noise = torch.full((len(x),), factors.c_noise.item(), device=x.device, dtype=_at_least_float32(x.dtype))
-        scaled = (factors.c_in.item() * x).to(self._weights_dtype(x))
+        with untraced():  # a graph of a fixed level holds them
+            factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
+            c_noise, c_in = factors.c_noise.item(), factors.c_in.item()
+            c_skip, c_out = factors.c_skip.item(), factors.c_out.item()
+        noise = torch.full((len(x),), c_noise, device=x.device, dtype=_at_least_float32(x.dtype))
         with self._autocast():
-            raw = self.network(scaled, c_noise, self.stages.of(sigma), conditioning)
-        return factors.c_skip.item() * x + factors.c_out.item() * raw.to(x.dtype)
+            scaled = (c_in * x).to(self._weights_dtype(x))
+            raw = self.network(scaled, noise, self.stages.of(sigma), conditioning)
+        return c_skip * x + c_out * raw.to(x.dtype)
 
     def _weights_dtype(self, x: Tensor) -> torch.dtype:
         """What the network takes after `half()`, `bfloat16()` or `double()`; without weights, what comes."""

@@ -14,6 +14,15 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @contextmanager
+def untraced() -> Iterator[None]:
+    """Compute with numbers on the host, also where the code around is traced into a graph or runs in inference mode."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch.inference_mode(False), torch.device("cpu"), _disable_current_modes():
+        yield
+
+
+@contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in true float32 and no autocast on a device, whatever the code around has chosen."""
     try:

@@ -17,6 +17,7 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -32,10 +33,13 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, UserError
 from multistage_diffusion.records import check_seed
 from multistage_diffusion.sampling import SOLVERS, Sampler, SamplerOptions, SolverStep, consecutive_seeds
+from multistage_diffusion.text import short
 
 MAX_IMAGES, MAX_STEPS, MAX_BODY, MAX_WAITING = 64, 200, 1 << 20, 8
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _TIMEOUT = 10.0  # seconds that a connection may send nothing
+_GRACE = 0.5  # seconds that closing waits for network evaluations
+_LONGEST_LINE = 65_536  # of a request
 _STEP_IMAGES = 16  # images of an estimate
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -132,15 +136,18 @@ class Server(ThreadingHTTPServer):
             del self.served[request]
 
     def server_close(self) -> None:
-        """Close the port and all connections, and end drawing before the next network evaluation."""
+        """Close the port and all connections, and end drawing before the next network evaluation.
+
+        An evaluation that takes long is not waited for: its connection stays in `served`.
+        """
         self.closing.set()
         super().server_close()
-        threads = dict(self.served)
+        threads, end = dict(self.served), time.monotonic() + _GRACE
         for connection in threads:  # a client that stopped reading would block its thread in a write
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in threads.values():  # a thread inside torch at the end of the process would abort it
-            thread.join(timeout=3)
+            thread.join(timeout=max(0.0, end - time.monotonic()))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,14 +155,37 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = _TIMEOUT
-    server_version, sys_version = "msd", ""
-    started = False
+    server_version, sys_version, protocol_version = "msd", "", "HTTP/1.1"
+    started, route, query = False, "", ""
+
+    def parse_request(self) -> bool:
+        """Read the request's line and headers; answer what has none, and what is no address of this server's."""
+        if not self.raw_requestline.strip():  # one empty line before the request is nobody's mistake
+            self.raw_requestline = self.rfile.readline(_LONGEST_LINE + 1)
+        words = self.raw_requestline.split()
+        if len(words) < 3:  # the first HTTP had no headers, for which the base class would wait
+            self.requestline, self.command = "", None
+            self.send_error(400, "a request begins with a method, a path and HTTP/1.1")
+            return False
+        if not super().parse_request():
+            return False
+        try:
+            address = urlsplit(self.path)
+        except ValueError:
+            self.send_error(400, "the path is no address")
+            return False
+        self.route, self.query = address.path, address.query
+        return True
+
+    def handle_expect_100(self) -> bool:
+        """Nothing yet: a client that waits with its body is told to go on when the request is otherwise right."""
+        return True
 
     def do_GET(self) -> None:
         """The page, or what the model is."""
         if self._refused():
             return
-        match urlsplit(self.path).path:
+        match self.route:
             case "/":
                 self._send(200, "text/html; charset=utf-8", self.server.page)
             case "/about":
@@ -168,8 +198,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         length = self.headers.get("Content-Length", "")
-        if urlsplit(self.path).path != "/sample":
+        if self.route != "/sample":
             self.send_error(404)
+        elif self.headers.get("Expect", "100-continue").lower() != "100-continue":
+            self.send_error(417)
         elif self.headers.get_content_type() != "application/json":
             self.send_error(415)
         elif not (length.isascii() and length.isdigit() and len(length) < 20):
@@ -182,7 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with one line of JSON; an unknown method is an error of the client (405, not 501)."""
         code = 405 if code == 501 else code
-        text = message if message and code in (400, 403, 429) else self.responses.get(code, ("error",))[0]
+        self.request_version = self.protocol_version  # of a request that could not be read it is none
+        text = short(message) if message and code in (400, 403, 429) else self.responses.get(code, ("error",))[0]
         self._send(code, "application/json", json.dumps({"error": text}).encode() + b"\n")
 
     def log_message(self, format: str, *args: object) -> None:
@@ -194,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token is None:
             allowed = host in self.server.hosts
         else:
-            request_token = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+            request_token = parse_qs(self.query).get("token", [""])[0]
             allowed = hmac.compare_digest(request_token.encode(), token.encode())
         if allowed and origin in (None, f"http://{host}"):
             return False
@@ -205,6 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Read a request, wait for its turn, draw; one line for whatever is wrong with it."""
         server = self.server
         try:
+            if self.headers.get("Expect") and self.request_version >= "HTTP/1.1":
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             content = self.rfile.read(length)  # before a place is taken, as a client may be slow
         except OSError:
             return None
@@ -273,7 +308,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, code: int, kind: str, content: bytes) -> None:
         self._head(code, kind)
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _head(self, code: int, kind: str) -> None:
         self.send_response(code)

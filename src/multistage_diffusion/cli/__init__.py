@@ -36,7 +36,7 @@ COMMANDS = {
     "verify": "check every file of a run against its manifest",
     "convert": "a run to a folder for diffusers, or the weights of others to a model",
     "merge": "a run's stages back to one unified network",
-    "export": "write a run's weights as one safetensors file",
+    "export": "a run's weights as one file, or its stages as graphs (torch.export, ONNX)",
 }
 
 
@@ -62,7 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    code = dispatch(words)
+    if words[:1] == ["serve"]:  # nothing is left to save, and Python's own end aborts threads that still compute
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -260,8 +260,10 @@ class LDM(VariancePreserving):
         """The steps' levels."""
         import torch
 
+        from multistage_diffusion.devices import untraced
+
         power = self._power
-        with torch.inference_mode(False), torch.device("cpu"):
+        with untraced():
             ramp = torch.linspace(self.beta_first**power, self.beta_last**power, self.num_steps, dtype=torch.float64)
             kept = torch.log1p(-(ramp ** (1 / power))).cumsum(0)  # ln of the signal's share of the variance
             return torch.expm1(-kept).sqrt()
@@ -272,12 +274,13 @@ class LDM(VariancePreserving):
 
     def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The steps' levels and their logarithms; moved to a device once, as each move waits for it."""
-        import torch
+        from multistage_diffusion.devices import untraced
 
         key = (like.device, like.dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # training may use what sampling moved
-                self._tables[key] = (self._levels.to(like), self._levels.log().to(like))
+            with untraced():  # training may use what sampling moved, and what is traced must not stay
+                levels = self._levels
+                self._tables[key] = (levels.to(*key), levels.log().to(*key))
         return self._tables[key]
 
 
