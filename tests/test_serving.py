@@ -413,10 +413,10 @@ def test_a_signal_closes_the_port_in_time(tmp_path, number, code):
 def test_an_evaluation_that_takes_long_is_not_waited_for(tmp_path):
     """The server's own part, without a process: a second, whatever still runs; then the command ends Python at once."""
     denoiser, begun, going_on = tiny.denoiser(process="edm"), threading.Event(), threading.Event()
-    denoiser.network.register_forward_pre_hook(lambda module, given: begun.set() or going_on.wait(30) and None)
+    denoiser.network.register_forward_pre_hook(lambda module, given: (begun.set(), going_on.wait(30))[2:] or None)
     with serving(denoiser) as server:
         body = json.dumps({"num": 1, "steps": 2})
-        with raw(server, f"{POST}Content-Length: {len(body)}\r\n\r\n{body}") as connection:
+        with raw(server, f"{POST}Content-Length: {len(body)}\r\n\r\n{body}"):
             assert begun.wait(20)
             server.shutdown()
             start = time.monotonic()
@@ -430,7 +430,8 @@ def test_a_signal_while_the_page_draws_ends_the_command_in_time(tmp_path):
     tiny.denoiser(process="edm").save_pretrained(tmp_path / "model")
     code = (
         "import sys, time\nfrom multistage_diffusion.multidecoder import MultiDecoder\n"
-        "MultiDecoder.forward = lambda *_: time.sleep(60)\nfrom multistage_diffusion.cli import main\nmain(sys.argv[1:])"
+        "MultiDecoder.forward = lambda *_: time.sleep(60)\nfrom multistage_diffusion.cli import main\n"
+        "main(sys.argv[1:])"
     )
     words = ["serve", str(tmp_path / "model"), "--port", "0", "--json"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,

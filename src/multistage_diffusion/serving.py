@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.raw_requestline = self.rfile.readline(_LONGEST_LINE + 1)
         words = self.raw_requestline.split()
         if len(words) < 3:  # the first HTTP had no headers, for which the base class would wait
-            self.requestline, self.command = "", None
+            self.requestline, self.command = "", ""
             self.send_error(400, "a request begins with a method, a path and HTTP/1.1")
             return False
         if not super().parse_request():

@@ -171,9 +171,15 @@ def _save_onnx(program: Any, inputs: Sequence[Tensor], path: Path) -> Callable[[
     names = ["x", "sigma", "labels"][: len(inputs)]
     try:
         made: Any = torch.onnx.export(
-            program.run_decompositions({torch.ops.aten.hypot.default: _hypot}), tuple(inputs), input_names=names, output_names=["denoised"], dynamo=True, opset_version=_OPSET,
-            external_data=False, verbose=False,
-        )  # fmt: skip
+            program.run_decompositions({torch.ops.aten.hypot.default: _hypot}),
+            tuple(inputs),
+            input_names=names,
+            output_names=["denoised"],
+            dynamo=True,
+            opset_version=_OPSET,
+            external_data=False,
+            verbose=False,
+        )
         made.save(str(path), external_data=False)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:
