@@ -102,7 +102,10 @@ class MultiDecoder(nn.Module):
             F, of the shape of `x`. An image's output does not depend on the other images.
         """
         if isinstance(stage, int):
-            return self.decoders[stage](self._encode(x, c_noise, conditioning, {stage: len(x)}))
+            decoder: Any = self.decoders[stage]
+            level = entry_level(decoder)
+            entered = (decoder.entry(x), c_noise, conditioning, level) if level else (x, c_noise, conditioning)
+            return decoder(self.encoder(stage)(*entered))
         if not isinstance(stage, Tensor):
             return self._grouped(x, c_noise, stage, conditioning)
         # Sort the images by stage, which keeps the order within a stage, and put the results back.
