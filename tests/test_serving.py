@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +26,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
+from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.cli import dispatch
 from multistage_diffusion.config import Sampler
 from multistage_diffusion.data.pictures import grid
 from multistage_diffusion.errors import ConfigError
-from multistage_diffusion.sampling import sample
+from multistage_diffusion.sampling import Start, sample
 from multistage_diffusion.serving import MAX_BODY, MAX_WAITING, Server
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from browser import CHROMIUM, Browser
 
 
 @contextlib.contextmanager
@@ -106,15 +111,13 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     status, headers, content = ask(server, "GET", "/")
     text = content.decode()
     assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
-    assert not re.search(r"(src|href)\s*=|https?://|@import|url\(", text.replace(".src = source", ""))
+    assert not re.search(r"(src|href)\s*=|https?://|@import|url\(", re.sub(r"[.](src|href) = source", "", text))
     assert "innerHTML" not in text and "eval(" not in text  # what the server says is text, never markup
     about = json.loads(ask(server, "GET", "/about")[2])
     assert about["edges"] == list(tiny.EDGES) and about["defaults"]["solver"] == "heun"
 
 
 def test_a_class_is_guided():
-    from dataclasses import replace
-
     with serving(tiny.denoiser(replace(tiny.MODEL, classes=3), "edm")) as server:
         wish = {"num": 1, "steps": 3}
         plain, guided = (
@@ -142,6 +145,41 @@ def test_a_class_is_guided():
 def test_a_wrong_wish_is_one_line(server, wish, message):
     status, _, content = ask(server, body=wish)
     assert status == 400 and message in one_line(content)
+
+
+def picture_of(images):
+    """The first image as a PNG in base64."""
+    buffer = io.BytesIO()
+    grid(images[:1], gap=0).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_it_begins_from_an_image_as_sampling_does(server):
+    """The lower the noise level, the fewer steps lie in the upper stages, and the more of the image stays."""
+    given = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(1, *server.denoiser.shape)
+    given = (given * 127.5 + 127.5).round() / 127.5 - 1  # what a file of bytes holds
+    wish = {"num": 2, "seed": 3, "steps": 3, "image": picture_of(given), "from_sigma": 0.4}
+    status, _, content = ask(server, body=wish)
+    plan, *_, end = lines(content)
+    start = Start(images=given, sigma=0.4)
+    expected = sample(server.denoiser, 2, seed=3, steps=3, start=start)
+    assert status == 200 and set(plan["calls"]) == {0} and len(plan["calls"]) == end["nfe"]
+    with Image.open(io.BytesIO(base64.b64decode(end["image"]))) as picture:
+        assert picture.tobytes() == grid(expected.images, scale=8).tobytes()
+
+
+def test_an_image_that_does_not_fit_is_one_line(server):
+    wish = {"num": 1, "steps": 2, "from_sigma": 0.4}
+    small = picture_of(torch.zeros(1, 1, 4, 4))
+    for changes, message in [
+        ({}, "image and from_sigma must be given together"),
+        ({"image": "no base64!"}, "base64"),
+        ({"image": base64.b64encode(b"no picture").decode()}, "not a picture"),
+        ({"image": small}, "the images to start from must be of shape"),
+        ({"image": picture_of(torch.zeros(1, 1, 8, 8)), "from_sigma": 1e9}, "from-sigma must be above"),
+    ]:
+        status, _, content = ask(server, body={**wish, **changes})
+        assert status == 400 and message in one_line(content)
 
 
 def test_labels_of_an_unconditional_model_are_one_line(server):
@@ -516,3 +554,56 @@ def test_the_commands_mistakes_are_one_line(tmp_path, capsys, words, message):
     assert dispatch(["serve", str(tmp_path / "model"), *words]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+# The page in a browser
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_in_a_browser(tmp_path):
+    """It draws by itself, tells of progress, draws a class by its name, from an image, cancels, and saves."""
+    denoiser = tiny.denoiser(replace(tiny.MODEL, classes=3), "edm")
+    denoiser.trained_classes = TrainedClasses(("cat", "dog", "<b>fox</b>"), (5, 5, 5))
+    with serving(denoiser) as server, Browser(1000, 800) as browser:
+        browser.call("Log.enable")
+        browser.open(f"http://127.0.0.1:{server.server_port}/")
+        browser.until("!document.getElementById('save').hidden")  # a picture without a click
+        assert browser.run("document.getElementById('now').naturalWidth") > 100
+        assert "calls of the network" in browser.run("document.getElementById('status').textContent")
+        assert browser.run("document.getElementById('save').download") == "tiny-seed0.png"
+        controls = "[...document.querySelectorAll('form > .controls > *')]"
+        rows = browser.run(f"new Set({controls}.map(item => Math.round(item.getBoundingClientRect().bottom))).size")
+        assert rows == 1
+        names = browser.run("[...document.querySelector('[name=label]').options].map(option => option.textContent)")
+        assert names == ["any", "cat", "dog", "<b>fox</b>"] and browser.run("document.querySelector('b')") is None
+
+        def drawn(script):
+            browser.run(f"{script}; document.getElementById('draw').click()")
+            browser.until("!document.getElementById('save').hidden")
+            return browser.run("document.getElementById('now').src.split(',')[1]")
+
+        plain = drawn("form.num.value = 2; form.steps.value = 3; form.seed.value = 7")
+        assert browser.run("document.getElementById('film').children.length") == 3
+        dog = drawn("form.label.value = 1; form.guidance.value = 2")
+        body = {"num": 2, "steps": 3, "seed": 7, "label": 1, "guidance": 2.0}
+        assert dog == lines(ask(server, body=body)[2])[-1]["image"] != plain
+        Image.new("L", (40, 20), 200).save(tmp_path / "given.png")
+        browser.choose("#file", tmp_path / "given.png")
+        browser.until("given !== null")
+        started = drawn("document.getElementById('sigma').value = 0")
+        assert started not in (dog, plain) and browser.run("document.getElementById('error').textContent") == ""
+        browser.run("form.steps.value = 200; form.num.value = 64; document.getElementById('draw').click()")
+        browser.until("document.getElementById('film').children.length > 1")
+        browser.run("document.getElementById('stop').click()")
+        browser.until("document.getElementById('status').textContent === 'cancelled'")
+        browser.run("form.num.value = 65")
+        browser.run("draw()")
+        assert "in 1..64" in browser.run("document.getElementById('error').textContent")
+        bad = [text for text in browser.mistakes() if "400" not in text and "favicon" not in text]
+        assert bad == []
+    with serving(tiny.denoiser(process="edm")) as server, Browser(390, 800, dark=True) as browser:
+        browser.open(f"http://127.0.0.1:{server.server_port}/")
+        browser.until("!document.getElementById('save').hidden")
+        assert browser.run("document.documentElement.scrollWidth <= 390")  # nothing sticks out on a phone
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(15, 19, 25)"

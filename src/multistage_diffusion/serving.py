@@ -24,15 +24,18 @@ from importlib.resources import files
 from typing import Any, final
 from urllib.parse import parse_qs, urlsplit
 
+import torch
 from torch import Tensor
 
 from multistage_diffusion.config import check, from_dict, to_dict
+from multistage_diffusion.data.collection import Reading, collect
 from multistage_diffusion.data.examples import Codec
+from multistage_diffusion.data.layout import Entry
 from multistage_diffusion.data.pictures import STAGE_COLOURS, grid, png
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, UserError
 from multistage_diffusion.records import check_seed
-from multistage_diffusion.sampling import SOLVERS, Sampler, SamplerOptions, SolverStep, consecutive_seeds
+from multistage_diffusion.sampling import SOLVERS, Sampler, SamplerOptions, SolverStep, Start, consecutive_seeds
 from multistage_diffusion.text import short
 
 MAX_IMAGES, MAX_STEPS, MAX_BODY, MAX_WAITING = 64, 200, 1 << 20, 8
@@ -62,12 +65,40 @@ class Request(SamplerOptions):
     num: int = 16
     seed: int = 0
     label: int | str | None = None
+    image: str | None = None  # a picture file in base64, to begin from
+    from_sigma: float | None = None  # the noise level that it is noised to
 
     def __post_init__(self) -> None:
+        both = (self.image is None) == (self.from_sigma is None)
+        check(both, "image and from_sigma", "given together", "one of them")
         check(1 <= self.num <= MAX_IMAGES, "num", f"in 1..{MAX_IMAGES}", self.num)
         check(self.steps is None or 1 <= self.steps <= MAX_STEPS, "steps", f"in 1..{MAX_STEPS}", self.steps)
         check_seed(self.seed, self.num)
         check(abs(self.guidance or 0) <= 100, "guidance", "between -100 and 100", self.guidance)
+
+    def start(self, shape: tuple[int, int, int], codec: Codec | None) -> Start | None:
+        """The image to begin from, if there is one, as the model sees it.
+
+        Args:
+            shape: (C, H, W) of what the model draws.
+            codec: Makes it of pictures, if pictures are not what it draws.
+
+        Raises:
+            DataError: The picture cannot be read.
+            ConfigError: It is not base64, or of another size.
+        """
+        if self.image is None:
+            return None
+        try:
+            content = base64.b64decode(self.image, validate=True)
+        except ValueError:
+            raise ConfigError("image must be a picture file in base64") from None
+        check(codec is None or codec.pictures, "image", "left out: the model draws fields", "a picture")
+        examples = collect("image", [Entry("image", lambda: content)], Reading(labels="none")).images
+        x = examples.floats() if codec is None else codec.encode(examples).floats()
+        x = x.expand(-1, shape[0], -1, -1) if x.shape[1] == 1 else x  # grey is a colour
+        x = x.mean(1, keepdim=True) if codec is None and shape[0] == 1 else x
+        return Start(images=x, sigma=self.from_sigma)
 
 
 class _DisconnectedError(Exception):
@@ -102,6 +133,8 @@ class Server(ThreadingHTTPServer):
         self.about = json.dumps({
             "name": name, "classes": denoiser.classes, "names": record.names if record else (),
             "edges": denoiser.stages.edges, "colours": STAGE_COLOURS,
+            "sigmas": [denoiser.process.sigma_min, denoiser.process.sigma_max],
+            "size": _size(denoiser, codec),
             "solvers": list(SOLVERS), "defaults": to_dict(sampler), "most": [MAX_IMAGES, MAX_STEPS],
         }).encode()  # fmt: skip
         self.closing, self.drawing = threading.Event(), threading.Lock()
@@ -267,16 +300,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _draw(self, request: Request) -> None:
         """Draw images, and send a line for every step."""
         denoiser, sampler = self.server.denoiser, request.apply(self.server.sampler)
+        start = request.start(denoiser.shape, self.server.codec)
+        calls = sampler.plan(denoiser.process, denoiser.stages)
+        if start is not None:
+            start.check(sampler, denoiser.process, denoiser.shape, request.num)
+            calls = tuple(denoiser.stages.of(sigma) for sigma in start.evaluations(sampler, denoiser.process))
 
         def send_step(step: SolverStep) -> None:
             stage, picture = denoiser.stages.of(step.sigma), self._picture(step.denoised[:_STEP_IMAGES])
             self._line({"step": step.index, "sigma": step.sigma, "stage": stage, "image": picture})
 
-        self._line({"calls": sampler.plan(denoiser.process, denoiser.stages)})
+        self._line({"calls": calls})
         samples = sampler.draw(
             denoiser,
             consecutive_seeds(request.seed, request.num),
             labels=request.label,
+            start=start,
             batch_size=request.num,
             callback=send_step,
             stop=self._stop,
@@ -316,3 +355,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": kind, **_HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+def _size(denoiser: Denoiser, codec: Codec | None) -> list[int] | None:
+    """Height and width of the pictures that drawing can begin from; none for a model of fields."""
+    if codec is None:
+        return list(denoiser.shape[1:])
+    return list(codec.preview(torch.zeros(1, *denoiser.shape)).shape[2:]) if codec.pictures else None

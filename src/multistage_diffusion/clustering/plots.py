@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
 }
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 _BINS = 40  # points of a similarity curve
-_TOUCHING = 0.11  # labels of edges in a matrix nearer than this touch
+_TOUCHING = (0.08, 0.05)  # labels of edges in a matrix nearer than this touch, side by side and one above the other
 _APART = 0.06  # least distance between marks on the axis of noise levels
 _MEASURES = {
     "time": "share of the noise levels below (uniform in time)",
@@ -133,9 +133,9 @@ def _matrix(clustering: Clustering) -> Figure:
     for low, high in itertools.pairwise(edges):
         left.add_patch(Rectangle((low, low), high - low, high - low, fill=False, ec="white", lw=1.4))
     marks = ["0", *(f"{edge:.2f}" for edge in edges[1:-1]), "1"]
-    apart = _staggered(edges)
-    left.set_xticks(edges, [f"\n{mark}" if away else mark for mark, away in zip(marks, apart, strict=True)])
-    left.set_yticks(edges, [f"{mark}{' ' * 10}" if away else mark for mark, away in zip(marks, apart, strict=True)])
+    below, beside = _staggered(edges, _TOUCHING[0]), _staggered(edges, _TOUCHING[1])
+    left.set_xticks(edges, [f"\n{mark}" if away else mark for mark, away in zip(marks, below, strict=True)])
+    left.set_yticks(edges, [f"{mark}{' ' * 10}" if away else mark for mark, away in zip(marks, beside, strict=True)])
     left.tick_params(labelsize=8)
     left.set(xlabel=_MEASURES[clustering.measure])
     left.spines[:].set_visible(False)
@@ -150,11 +150,11 @@ def _matrix(clustering: Clustering) -> Figure:
     return figure
 
 
-def _staggered(places: Sequence[float]) -> list[bool]:
+def _staggered(places: Sequence[float], least: float) -> list[bool]:
     """Which labels of an axis stand further away from it, so as not to touch their neighbour."""
     apart = [False]
     for before, place in itertools.pairwise(places):
-        apart.append(place - before < _TOUCHING and not apart[-1])
+        apart.append(place - before < least and not apart[-1])
     return apart
 
 
