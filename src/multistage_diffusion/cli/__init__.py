@@ -23,7 +23,7 @@ from multistage_diffusion.records import new_words
 from multistage_diffusion.text import line, message
 
 COMMANDS = {
-    "demo": "the main job on the embedded digits: cluster, train, sample, evaluate, report",
+    "demo": "the main job on digits: cluster, train, sample, evaluate, report",
     "data": "what a source holds",
     "autoencoder": "train a small autoencoder for latent diffusion",
     "cluster": "find the stages of a data set",
@@ -32,9 +32,9 @@ COMMANDS = {
     "sample": "draw images from a run",
     "serve": "a local page: draw images, watch stages and denoising",
     "evaluate": "measure a run, or a folder of images",
-    "study": "a table or figure of the paper, with seeds, intervals and a report",
+    "study": "a table or figure of the paper, with seeds and intervals",
     "verify": "check every file of a run against its manifest",
-    "convert": "a run to a folder for diffusers, or the weights of others to a model",
+    "convert": "a run for diffusers, or the weights of others to a model",
     "merge": "a run's stages back to one unified network",
     "export": "a run's weights as one file, or its stages as graphs (torch.export, ONNX)",
 }
@@ -154,7 +154,11 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"no command {name}{suggest(name, COMMANDS)}; see msd --help")
     module = importlib.import_module(f"multistage_diffusion.cli.{name}")
-    options = module.parse(arguments) if hasattr(module, "parse") else parse(module.Options, name, arguments)
+    options = (
+        module.parse(arguments)
+        if hasattr(module, "parse")
+        else parse(module.Options, name, arguments, common=getattr(module, "COMMON", ()))
+    )
     console = Terminal(stderr=options.json, soft_wrap=True, quiet=not is_main())
     try:
         document = module.run(options, console)
@@ -174,7 +178,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -> Any:
+def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None, common: Sequence[str] = ()) -> Any:
     """Parse a command's words into its dataclass of options with tyro; a mistake becomes one line.
 
     Args:
@@ -182,6 +186,7 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
         name: The command's name.
         arguments: Words after it.
         default: An instance to start from.
+        common: Options that --help shows where it does not show all; --help-all does.
 
     Returns:
         An instance of `kind`.
@@ -195,9 +200,19 @@ def parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     extra: dict[str, Any] = {"registry": _rules()} | ({} if default is None else {"default": default})
     out, err = io.StringIO(), io.StringIO()
-    wants_help = any(word in ("-h", "--help") for word in arguments)
-    if wants_help:
-        return tyro.cli(kind, prog=f"msd {name}", args=arguments, config=config, **extra)
+    if any(word in ("-h", "--help", "--help-all") for word in arguments):
+        from multistage_diffusion.cli.help import description, short_help
+
+        if common and "--help-all" not in arguments:
+            print(short_help(kind, name, default, common))
+            raise SystemExit(0)
+        with redirect_stdout(out), suppress(SystemExit):
+            tyro.cli(kind, prog=f"msd {name}", args=["--help"], config=config, **extra)
+        usage, _, rest = out.getvalue().partition("\n\n")  # tyro does not break the lines of a description
+        options = re.split(r"^(?=[ ╭─]*(?:positional arguments|options))", rest, maxsplit=1, flags=re.MULTILINE)[-1]
+        print(f"{usage}\n\n{description(kind)}\n")
+        print(*(row.rstrip() for row in options.rstrip().splitlines()), sep="\n")
+        raise SystemExit(0)
     try:
         with redirect_stdout(out), redirect_stderr(err):
             return tyro.cli(kind, prog=f"msd {name}", args=arguments, config=config, **extra)
@@ -315,7 +330,8 @@ def _overview() -> str:
     rows = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
     return f"""usage: msd COMMAND ...    (each has --help with an example)
 
-Train diffusion models in stages: noise levels clustered, one shared encoder, one decoder per stage.
+Train diffusion models in stages: noise levels clustered, one shared encoder,
+one decoder per stage.
 
 {rows}
 

@@ -32,7 +32,7 @@ _MINUTES = 30.0  # that processes wait for one another's shares
 class Options(Reads):
     """Cut the noise levels of a data set into stages, by the exact denoiser of its images or by a baseline.
 
-    Example: msd cluster fashion-mnist --process vp --stages 3 --eta 0.0078125 --alpha 0.9 --out stages.json
+    Example: msd cluster fashion-mnist --process vp --stages 3 --out stages.json
     """
 
     source: tyro.conf.Positional[str]

@@ -27,7 +27,7 @@ _GRID_SIDE = 48  # smaller images are enlarged by a whole factor to about this m
 class Options(Common):
     """Show what a source holds: how many images, their shape and range, classes, what was skipped and why.
 
-    Example: msd data folder:photos --resolution 64 --grid photos.png --convert photos-64
+    Example: msd data folder:photos --resolution 64 --convert photos-64
     """
 
     source: tyro.conf.Positional[str]

@@ -29,6 +29,10 @@ _TRAINED = ("classifier", "source")  # features that are trained on images of th
 _MINUTES = 10.0  # that processes wait for one another where they add up their sums
 
 
+# Options that --help shows; --help-all shows the others.
+COMMON = ("data", "metrics", "features", "num", "reference", "seed", "solver", "steps", "weights", "device", "out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(SamplerOptions, Compute):
     """Measure a run, or a folder of images, against real images that were held out from training.

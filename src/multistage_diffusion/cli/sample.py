@@ -39,6 +39,10 @@ _COMPARED = 8  # images drawn once more, to see what reused features change
 _MINUTES = 10.0  # that processes wait for one another
 
 
+# Options that --help shows; --help-all shows the others.
+COMMON = ("out", "num", "seed", "label", "guidance", "solver", "steps", "start", "from_sigma", "weights", "device")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(EditingOptions, SamplerOptions, Compute):
     """Draw images from a run, or from a folder written by save_pretrained: PNGs, a grid, and a JSON file with the cost.
@@ -83,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         check(word != "--class" or not following.startswith("--"), "--class", "the name of a class", "none")
-    return parse_words(Options, "sample", arguments)
+    return parse_words(Options, "sample", arguments, common=COMMON)
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:

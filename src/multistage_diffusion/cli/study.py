@@ -37,7 +37,7 @@ class Options(Compute):
     command goes on where it was, other studies of the folder share what they can, and several processes may work on one
     folder at once. Writes NAME.json, NAME.svg and report.html.
 
-    example: msd study efficiency --data fashion-mnist --budget small --out runs/study
+    example: msd study efficiency --budget small --out runs/study
     """
 
     name: tyro.conf.Positional[str]

@@ -15,17 +15,23 @@ from rich.console import Console
 
 from multistage_diffusion.cli import parse as parse_words
 from multistage_diffusion.cli.common import Compute, prepare
+from multistage_diffusion.cli.values import Values, combinations, read_values, start, with_command
 from multistage_diffusion.config import Architecture, RunConfig, check, from_dict, to_dict
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import read_json
 from multistage_diffusion.noise import process_by_kind
 from multistage_diffusion.recipes import RECIPES, recipe
-from multistage_diffusion.records import Tagged, with_new_keys
 
+# Options that --help shows; --help-all shows the others.
+COMMON = (
+    "out", "config", "resume", "init", "stages", "training.steps", "training.batch_size", "training.learning_rate",
+    "model.architecture", "model.classes", "logging.grid_every", "device", "dry_run",
+)  # fmt: skip
 # Options that change the defaults of others.
 _FIRST = ("--config", "--init", "--resume", "--model.architecture", "--model.backbone", "--process.kind", "--stages")
 
 if TYPE_CHECKING:
+    from multistage_diffusion.stages import Stages
     from multistage_diffusion.training.callbacks import LogRecord
     from multistage_diffusion.training.initial import Initial
     from multistage_diffusion.training.trainer import StepResult
@@ -39,11 +45,12 @@ class Options(Compute):
     """
 
     recipe: tyro.conf.Positional[str]
-    """Recipe to start from; it comes first."""
+    """Recipe to start from; it comes first, unless --config names one."""
     out: str | None = None
     """Run directory; needed for all but --dry-run and --profile."""
     config: str | None = None
-    """JSON file with values that replace the recipe's, like the config.json of another run."""
+    """JSON, TOML or YAML file with values that replace the recipe's, like the config.json of another run. It may hold
+    the whole command (recipe, out, device) and lists to sweep."""
     stages: str | None = None
     """File from msd cluster; sets stages.edges, and model.decoder-widths where the file has them."""
     resume: str | None = None
@@ -64,6 +71,7 @@ class Options(Compute):
     profile_trace: str | None = None
     """File for --profile's trace, to be opened in chrome://tracing or ui.perfetto.dev."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    values: tyro.conf.Suppress[Values | None] = None
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -72,18 +80,40 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: No recipe, or a wrong option.
     """
-    wants_help = any(word in ("-h", "--help") for word in arguments)
-    values = dict(_values(arguments))
-    if "--resume" in values and not wants_help:
-        return _resume(values, arguments)
-    if not arguments or arguments[0].startswith("-"):
-        if not wants_help:
-            raise ConfigError(f"msd train needs a recipe as its first word: {', '.join(RECIPES)}; or --resume RUN")
-        arguments = ["digits", *arguments]
+    wants_help = any(word in ("-h", "--help", "--help-all") for word in arguments)
+    words = dict(_values(arguments))
+    if "--resume" in words and not wants_help:
+        return _resume(words, arguments)
+    file = read_values(words["--config"]) if "--config" in words else None
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is None:
+        name = "digits" if wants_help else file.command.get("recipe") if file is not None else None
+        arguments = [name or "config", *arguments]
+        if file is None and name is None:
+            raise ConfigError(
+                f"msd train needs a recipe as its first word: {', '.join(RECIPES)}; or --config FILE, or --resume RUN"
+            )
     values = dict(_values(arguments))  # again: help shows the options of a recipe
-    base = recipe(arguments[0], _architecture(values))
-    if "--config" in values:
-        base = _merge(base, values["--config"])
+    base = _base(name, values, file)
+    default = Options(recipe=arguments[0], run=base)
+    if file is not None:
+        given = {word.partition("=")[0] for word in arguments}
+        default = replace(with_command(default, file, given), values=file)
+        for option in file.sweep:
+            if (word := f"--{option.replace('_', '-')}") in given:
+                raise ConfigError(f"{word} is swept by {file.file}; leave it out here or there")
+    return parse_words(Options, "train", arguments, default, COMMON)
+
+
+def _base(name: str | None, values: dict[str, str], file: Values | None) -> RunConfig:
+    """The recipe with the file's values, and what those options say that change the defaults of others."""
+    if name is None:
+        assert file is not None
+        base = start(file, "msd train")
+    else:
+        base = recipe(name, _architecture(values, file))
+    if file is not None:
+        base = file.merge(base)
     if "--process.kind" in values and not base.process.is_kind({"kind": values["--process.kind"]}):
         base = replace(base, process=process_by_kind(values["--process.kind"]))
     if "--model.backbone" in values:
@@ -94,7 +124,7 @@ def parse(arguments: Sequence[str]) -> Options:
         from multistage_diffusion.interop.initial import load_initial, start_from
 
         base = start_from(base, load_initial(values["--init"]))
-    return parse_words(Options, "train", arguments, Options(recipe=arguments[0], run=base))
+    return base
 
 
 def _resume(values: dict[str, str], arguments: Sequence[str]) -> Options:
@@ -120,9 +150,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
         The command's document.
     """
-    config, stages = options.run, None
+    config = options.run
     if options.data_root is not None:
         config = replace(config, data=replace(config.data, root=options.data_root))
+    if options.values is not None and options.values.sweep:
+        return _sweep(config, options, console)
+    stages = None
     if options.stages is not None:
         from multistage_diffusion.stages import Stages
 
@@ -142,6 +175,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         return _profile(config, options, console)
     if options.out is None:
         raise ConfigError(f"--out is needed: where to keep the run, like --out runs/{options.recipe}")
+    return _train(config, options, options.out, stages, console)
+
+
+def _train(config: RunConfig, options: Options, out: str, stages: Stages | None, console: Console) -> dict[str, Any]:
+    """Train one run in a folder."""
     device = prepare(options)
     if config.model.architecture == "unified" and (reason := _why_not_standard(config)):
         console.print(f"msd convert will make a MultistagePipeline of it, not a standard one of diffusers: {reason}")
@@ -156,7 +194,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
         summary = train(
             config,
-            options.out,
+            out,
             stages=stages,
             initial=_initial(options),
             device=device,
@@ -181,6 +219,28 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "training_pflops": summary.training_flops / 1e15,
         "seconds": round(summary.seconds, 3),
     }
+
+
+def _sweep(config: RunConfig, options: Options, console: Console) -> dict[str, Any]:
+    """Train every combination of the file's lists, in folders below --out."""
+    from multistage_diffusion.cli.sweep import planned, sweep
+
+    assert options.values is not None
+    if options.profile:
+        raise ConfigError(f"--profile measures one run, and {options.values.file} sweeps; leave its sweep out")
+    runs = combinations(config, options.values.sweep, options.values.file)
+    if options.dry_run:
+        return planned(runs, console)
+    if options.out is None:
+        raise ConfigError("--out is needed: the folder of the sweep's runs, like --out runs/sweep")
+    check(options.stages is None, "--stages", "left out in a sweep; write the file's edges into stages.edges", "a file")
+    return sweep(
+        runs,
+        Path(options.out),
+        lambda config, out: _train(config, options, out, None, console),
+        console,
+        prepare(options),
+    )
 
 
 def _initial(options: Options) -> Initial | Callable[[tuple[int, int, int]], Initial] | None:
@@ -281,12 +341,11 @@ def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, value if equals else following
 
 
-def _architecture(values: dict[str, str]) -> Architecture | None:
+def _architecture(values: dict[str, str], file: Values | None) -> Architecture | None:
     """The architecture that options or their file ask for, as a recipe has the published network of each."""
     name: Any = values.get("--model.architecture")
-    if name is None and "--config" in values:
-        document = read_json(Path(values["--config"]))
-        model = document.get("model") if isinstance(document, dict) else None
+    if name is None and file is not None:
+        model = file.sections.get("model")
         name = model.get("architecture") if isinstance(model, dict) else None
     return name if name in get_args(Architecture) else None  # a wrong one is refused where options are read
 
@@ -306,19 +365,3 @@ def _with_stages(base: RunConfig, file: str) -> RunConfig:
     changed = to_dict(base)
     changed["stages"]["edges"], changed["model"] = edges, to_dict(model)
     return from_dict(RunConfig, changed, file)
-
-
-def _merge(base: RunConfig, file: str) -> RunConfig:
-    """The configuration with the values of a file in place of its own."""
-    changes = with_new_keys(read_json(Path(file)), file)
-    document = to_dict(base)
-    if not isinstance(changes, dict):
-        raise ConfigError(f"{file} must hold named sections, like the config.json of a run")
-    for section, values in changes.items():
-        record = getattr(base, section, None)
-        other = isinstance(record, Tagged) and isinstance(values, dict) and not record.is_kind(values)
-        if isinstance(values, dict) and isinstance(document.get(section), dict) and not other:
-            document[section] = {**document[section], **values}
-        else:
-            document[section] = values
-    return from_dict(RunConfig, document, file)
