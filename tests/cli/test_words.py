@@ -137,7 +137,7 @@ def test_processes_share_the_images(run, tmp_path, call):
         name = f"images/seed-{i:08d}.png"
         assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     out, _ = ranks.printed(tmp_path)
-    assert len(out) == 1 and "wrote 5 images" in out[0]
+    assert len(out) == 2 and "wrote 5 images" in out[0] and out[1].startswith("next: ")  # said once, too
 
 
 def test_python_draws_as_the_command_does(run, call, tmp_path):

@@ -22,7 +22,7 @@ class Options(Common):
     graphs lies graphs.json, which says which graph serves which sigma. Each is compared with the network when written.
 
     example: msd export runs/digits --weights ema --out digits.safetensors
-    example: msd export runs/digits --format torch-export --stage all --out digits-graphs
+    example: msd export runs/digits --format torch-export --stage all --out graphs
     """
 
     run: tyro.conf.Positional[str]

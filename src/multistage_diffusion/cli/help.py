@@ -92,7 +92,9 @@ def _docs(owner: type) -> dict[str, str]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
         assert isinstance(definition, ast.ClassDef)
         for item, following in zip(definition.body, definition.body[1:], strict=False):
-            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and is_text:
-                texts[item.target.id] = " ".join(str(following.value.value).split())
+            match item, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                    texts[name] = " ".join(str(text).split())
+                case _:
+                    pass
     return texts
