@@ -70,7 +70,7 @@ def compare(axes: Any, staged: msd.Run, unified: msd.Run) -> None:
     sigmas, shares = staged.config.process.icdf(u), []
     for sigma in sigmas:
         with torch.inference_mode():
-            one, other = (denoising_loss(model, images, noise, sigma.expand(len(test))).double() for model in models)
+            one, other = (denoising_loss(model, images, noise, sigma.repeat(len(test))).double() for model in models)
         ratio = one.mean() / other.mean()
         error = (one - ratio * other).std() / len(test) ** 0.5 / other.mean()  # of a ratio of paired means
         shares.append((100 * float(ratio - 1), 196 * float(error)))
@@ -103,7 +103,7 @@ def costs(axes: Any, staged: msd.Run, unified: msd.Run) -> None:
     axes.text(whole, len(cost.stages), f" {whole:.1f}", va="center", fontsize=8)
     names = [f"stage {stage}" for stage in range(len(cost.stages))]
     axes.set_yticks(range(len(names) + 1), [*names, "unified"])
-    axes.set(xlabel="MFLOPs an image", xlim=(0, 1.75 * whole))
+    axes.set(xlabel="MFLOPs an image", xlim=(0, 1.5 * whole))
     axes.set_title("What does each stage cost?")
 
 
@@ -116,7 +116,9 @@ def steps(figure: Any, staged: msd.Run) -> None:
     for column, step in enumerate(kept):
         sigma = trace.sigmas[step]
         colour = STAGE_COLOURS[denoiser.stages.of(sigma)]
-        grid[0, column].set_title(f"{sigma:.2g}", fontsize=8, loc="center", weight="normal")
+        grid[0, column].set_title(
+            f"{sigma:.0f}" if sigma >= 100 else f"{sigma:.2g}", fontsize=8, loc="center", weight="normal"
+        )
         for row in range(ROWS):
             pixels = (trace.denoised[step][row].clamp(-1, 1) + 1) / 2
             shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]

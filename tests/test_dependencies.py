@@ -40,7 +40,7 @@ def test_every_import_is_declared():
         needed |= imported(node for node in ast.walk(tree) if id(node) not in below_try)
         tried |= imported(node for node in ast.walk(tree) if id(node) in below_try)
     extras = PROJECT["optional-dependencies"]
-    required, users = names(PROJECT["dependencies"]), {name for name in extras if name != "dev"}
+    required, users = names(PROJECT["dependencies"]), {name for name in extras if name not in ("dev", "test")}
     offered = names(requirement for name in users for requirement in extras[name])
     assert needed <= required | names(extras["diffusers"])  # the rooms of diffusers say themselves how to get it
     assert tried <= required | offered

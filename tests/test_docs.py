@@ -24,12 +24,11 @@ ELSEWHERE = {"extending.md", "finetuning.md"}  # tests/test_examples.py, tests/t
 # Later options replace earlier ones.
 LESS = {
     "autoencoder": "--steps 2 --batch-size 8",
-    "cluster": "--samples 400",
-    "demo": "--tflops 0.01 --points 1 --samples 20",
+    "cluster": "--samples 2000",
     "evaluate": "--num 20 --steps 2",
     "sample": "--num 2 --steps 2",
     "train": "--training.steps 2 --training.batch-size 8 --training.warmup-images 8 --engine.precision fp32 "
-    "--engine.gradient-accumulation 1 --engine.parallel ddp",
+    "--engine.gradient-accumulation 1 --engine.parallel ddp --logging.evaluate-images 20 --logging.grid-images 2",
 }
 NOT_RUN = {
     "--allocate": "trains proxy networks: tests/allocation",
@@ -43,6 +42,7 @@ NOT_RUN = {
     "dit-xl-2": "a large network",
     "vp-cifar10": "a large network",
     "edm-cifar10": "a large network",
+    "msd demo": "minutes: tests/studies/test_demo.py",
     "msd serve": "until it is stopped: tests/test_serving.py",
     "msd study": "hours: tests/studies",
 }
@@ -130,6 +130,11 @@ def before_sampling():
 
 
 def before_families():
+    """A U-Net of diffusers, stages for it, and a unified model that becomes a pipeline of diffusers."""
+    write_json(pages.Path("stages.json"), {"edges": [0.5, 3.0]})
+    unified = "--model.architecture unified --model.groups 8 --out runs/unified --threads 1"
+    assert cli.dispatch(f"train digits-ldm {unified} {LESS['train']}".split()) == 0
+    assert cli.dispatch(["convert", "runs/unified", "models/unified"]) == 0
     return write_ddpm(pages.Path("ddpm-cifar10-32"))
 
 
@@ -160,7 +165,8 @@ CHANGED = {  # in Python's text: what is long, or far away
     "variations = msd.sample(denoiser, 8": "variations = msd.sample(denoiser, 8, steps=4",
     "filled = msd.sample(denoiser, 8": "filled = msd.sample(denoiser, 8, steps=4",
     "(denoiser, 64, ": "(denoiser, 2, ",
-    '"models/unified"': '"models/unified-diffusers"',
+    "(batch_size=4)": "(batch_size=1, num_inference_steps=2)",
+    "batch_size=4, num_inference_steps=20": "batch_size=1, num_inference_steps=4",
 }
 
 

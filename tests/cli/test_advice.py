@@ -1,5 +1,6 @@
 """The line with which a command ends: what comes next."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,11 @@ from multistage_diffusion.cli.advice import next_step
          "msd cluster 'folder:my cats' --out stages.json"),
         ("data", {"source": "folder:cats", "convert": "sets/cats"}, {},
          "msd train fashion-mnist --data.source shards:sets/cats --out runs/cats"),
-        ("cluster", {"source": "digits", "out": "s.json"}, {},
+        ("cluster", {"source": "digits", "out": Path("s.json"), "process": "vp"}, {},
          "msd train digits --stages s.json --out runs/digits"),
-        ("cluster", {"source": "zip:a/b.zip", "out": "s.json"}, {},
+        ("cluster", {"source": "digits", "out": Path("s.json"), "process": "flow"}, {},
+         "msd train digits-flow --stages s.json --out runs/digits"),
+        ("cluster", {"source": "zip:a/b.zip", "out": Path("s.json"), "process": "edm"}, {},
          "msd train fashion-mnist --data.source zip:a/b.zip --stages s.json --out runs/b"),
         ("cluster", {"source": "digits", "out": None}, {},
          "the same with --out stages.json, then msd train ... --stages stages.json"),

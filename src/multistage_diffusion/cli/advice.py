@@ -33,7 +33,8 @@ def _after_data(options: Any, document: Mapping[str, Any]) -> str:
 def _after_cluster(options: Any, document: Mapping[str, Any]) -> str:
     if options.out is None:
         return "the same with --out stages.json, then msd train ... --stages stages.json"
-    return _train(options.source, str(options.out))
+    of_the_process = f"{options.source}-{options.process}"
+    return _train(options.source, str(options.out), of_the_process if of_the_process in RECIPES else None)
 
 
 def _after_autoencoder(options: Any, document: Mapping[str, Any]) -> str:
@@ -71,10 +72,11 @@ def _after_demo(options: Any, document: Mapping[str, Any]) -> str:
     return f"open {shlex.quote(document['report'])}; {_words('msd', 'serve', f'{options.out}/multistage')}"
 
 
-def _train(source: str, stages: str | None = None) -> str:
-    """Training on a source: by the recipe of its name, or a recipe with another source."""
+def _train(source: str, stages: str | None = None, recipe: str | None = None) -> str:
+    """Training on a source: by a recipe of it, by that of its name, or by a recipe with another source."""
     kind, colon, path = source.partition(":")
-    words = [source] if source in RECIPES else ["fashion-mnist", "--data.source", source]
+    recipe = recipe or (source if source in RECIPES else None)
+    words = [recipe] if recipe else ["fashion-mnist", "--data.source", source]
     words += [] if stages is None else ["--stages", stages]
     return _words("msd", "train", *words, "--out", f"runs/{(Path(path).stem if colon else kind) or 'mine'}")
 
