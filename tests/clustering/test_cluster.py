@@ -25,6 +25,7 @@ from multistage_diffusion.clustering.similarity import (
     first_crossings,
 )
 from multistage_diffusion.data import load_data
+from multistage_diffusion.data.user import as_data
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.noise import EDM, LDM, VE, VP, Flow
 from multistage_diffusion.stages import Stages
@@ -164,7 +165,7 @@ def test_edges_of_digits_are_about_the_same_sigma_in_every_process(digits, proce
 
 def test_the_paper_reading_halves_the_images(digits):
     half = cluster(digits, VP(), samples=2000, unit_range=True, resamples=0)
-    same = cluster(digits / 2 + 0.5, VP(), samples=2000, resamples=0)
+    same = cluster(as_data(digits / 2 + 0.5, scale="none"), VP(), samples=2000, resamples=0)
     assert half.stages.edges == pytest.approx(same.stages.edges, rel=1e-3)
 
 

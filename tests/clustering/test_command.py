@@ -124,7 +124,7 @@ def test_bad_pictures_are_refused_or_left_out_as_in_training(tmp_path, capsys, m
     assert dispatch(["cluster", *words, "--on-bad-file", "skip"]) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 41 pictures cannot be read" in line and line.endswith("or raise max-bad (now 0.01)")
-    with pytest.warns(UserWarning, match=r"1 left out, like bad\.png"):
+    with pytest.warns(UserWarning, match=r"left out: bad\.png: not a picture"):
         assert dispatch(["cluster", *words, "--on-bad-file", "skip", "--max-bad", "0.1"]) == 0
     assert json.loads(capsys.readouterr().out)["edges"] == edges
     assert dispatch(["cluster", *words, "--max-bad", "1.5"]) == 2

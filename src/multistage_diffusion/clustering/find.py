@@ -134,7 +134,7 @@ def cluster(
     options = replace(options, **changes)
     process = process_by_kind(process) if isinstance(process, str) else process
     check(isinstance(process, Process), "process", "a process, or its name", process)
-    examples = as_data(data, name=source or "data")
+    examples = as_data(data, name=source or "the data")
     _check_number(len(examples), options)
     match options.method:
         case "timestep" | "snr":

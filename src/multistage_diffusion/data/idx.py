@@ -62,7 +62,7 @@ def read_mnist_like(
     return Images(name, pixels[:, None], labels.long(), classes)
 
 
-def read_idx(path: Path, dimensions: int) -> UInt8[Tensor, "..."]:
+def read_idx(path: Path, dimensions: int) -> UInt8[Tensor, ...]:
     """One idx file of bytes.
 
     Args:
