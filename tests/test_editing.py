@@ -116,6 +116,7 @@ def errors(resample, num=1000):
     return float(off), float((pixels.T.cov() - covariance).norm() / covariance.norm())
 
 
+@pytest.mark.slow
 def test_resampling_brings_inpainting_nearer_to_the_conditional_of_gaussian_data():
     (mean_once, spread_once), (mean_often, spread_often) = errors(1), errors(20)
     assert mean_often < 0.16 and spread_often < 0.14

@@ -33,6 +33,7 @@ def test_all_parts_pass_on_a_cpu_and_are_done_once(tmp_path):
     assert all(item["difference"] <= item["bound"] for item in checks.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run(

@@ -48,6 +48,7 @@ def test_given_weights_are_taken(trunk):
         torch.testing.assert_close(a, (b + c) / 2)
 
 
+@pytest.mark.slow
 def test_the_search_leaves_out_a_decoder_that_was_spoilt(trunk):
     staged = branch(trunk, Stages(tiny.EDGES))
     tiny.randomise(staged.network.decoders[2])

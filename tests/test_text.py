@@ -65,6 +65,7 @@ def test_errors_stay_short():
     assert message(ValueError("a\nb\x07")) == "a b\\x07" and bounded("x" * 2000) == "x" * 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edges", [list(range(300_000)), ["x"] * 300_000, "y" * 3_000_000])
 def test_a_file_of_a_million_values_is_one_short_line(edges, tmp_path, capsys):
     (tmp_path / "stages.json").write_text(json.dumps({"edges": edges}))

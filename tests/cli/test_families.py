@@ -34,6 +34,7 @@ def test_a_first_stage_that_cannot_be_fetched_is_one_line(tmp_path, capsys, monk
     assert err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_class_is_guided_within_an_interval_of_noise(tmp_path):
     run = str(tmp_path / "run")
     words = [*SMALL, "--model.decoder-widths", "8", "8", "8", "--model.classes", "10"]

@@ -62,6 +62,7 @@ def test_what_a_run_starts_from_must_be_repeated_until_a_checkpoint(trunk, tmp_p
     assert "repeat --init" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_a_plain_file_of_weights_with_other_names(trunk, tmp_path, capsys):
     state = load_run(trunk).denoiser.network.state_dict()
     renamed = {name.replace("encoders.0.", "net.down."): tensor for name, tensor in state.items()}

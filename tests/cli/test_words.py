@@ -130,6 +130,7 @@ def shared(rank, run, out, errors):
     )
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(run, tmp_path, call):
     assert ranks.run(shared, tmp_path / "ranks", run, tmp_path / "together", tmp_path) == [0, 0]
     assert call("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "alone", "--device", "cpu")[0] == 0

@@ -63,6 +63,7 @@ def seconds_since(folder):
     return seconds
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_is_said_once_and_ends_both(tmp_path):
     codes, out, err = live(tmp_path, "life", words(tmp_path / "run", 12, "--json"), "6:error")
     assert seconds_since(tmp_path / "life") < 30
@@ -89,6 +90,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on(whole, tmp_path):
     same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step(whole, tmp_path):
     codes, _, err = live(tmp_path, "life", words(tmp_path / "run"), "5:term")
     assert codes == [143, 143]
@@ -98,6 +100,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(whole, tmp_path):
     same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_weights_that_differ_are_found_and_named(tmp_path):
     codes, _, err = live(tmp_path, "life", words(tmp_path / "run", 12, "--training.log-every", "3"), "0:perturb")
     assert codes == [4, 4]
@@ -105,6 +108,7 @@ def test_weights_that_differ_are_found_and_named(tmp_path):
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_a_spike_in_one_process_is_clipped_by_both(tmp_path):
     codes, _, _ = live(tmp_path, "life", words(tmp_path / "run", 6), "3:spike")
     assert codes == [0, 0]  # weights are compared after each step, and agree

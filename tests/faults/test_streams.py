@@ -28,6 +28,7 @@ def test_training_goes_on_where_nothing_can_be_printed(redirection, tmp_path):
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [FULL, CLOSED])
 def test_training_goes_on_where_not_even_errors_can_be_printed(redirection, tmp_path):
     assert msd(train(tmp_path / "run"), f"{redirection} 2{redirection}").returncode == 0

@@ -56,6 +56,7 @@ def folder(tmp_path_factory):
     return home / "staged"
 
 
+@pytest.mark.slow
 def test_a_folder_holds_all_that_diffusers_needs(folder, tmp_path):
     done = draw(folder, tmp_path / "alone.npy", "alone", "trust")
     assert done.returncode == 0, done.stderr[-800:]

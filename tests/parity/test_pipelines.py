@@ -115,6 +115,7 @@ def test_a_multistage_model_is_our_pipeline_with_our_images(tmp_path, process):
     assert torch.equal(images(again, steps), theirs)
 
 
+@pytest.mark.slow
 def test_other_schedulers_that_fit_can_be_put_in(tmp_path):
     denoiser = tiny.denoiser(process=VP(prediction="v"))
     export(denoiser, tmp_path / "out")
@@ -368,6 +369,7 @@ def test_a_run_with_its_model_card(run, tmp_path, capsys):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_as_it_stands_and_without_this_package(tmp_path):
     for model, name in ((PLAIN, "plain"), (tiny.MODEL, "staged")):
         tiny.denoiser(model, LDM(prediction="v")).save_pretrained(tmp_path / f"{name}-model")

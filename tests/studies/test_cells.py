@@ -138,6 +138,7 @@ def test_a_trained_cell_is_not_trained_again(tmp_path):
     assert len(said) == 1 and "2 steps" in said[0]
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_cells(tmp_path, monkeypatch):
     """Locks belong to open files, so two threads stand for two processes; a slow test has real ones."""
     monkeypatch.setattr(module, "_POLL", 0.02)
@@ -208,6 +209,7 @@ def test_what_was_measured_is_remembered(tmp_path):
     assert len(calls) == 2  # the last point is point 3
 
 
+@pytest.mark.slow
 def test_early_stopping_takes_each_stage_where_its_loss_was_least(tmp_path):
     one = cell(with_model(architecture="separate"), TINY, 3)
     cells = cells_in(tmp_path)

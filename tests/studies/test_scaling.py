@@ -121,6 +121,7 @@ def test_power_laws_with_one_floor_are_found_and_banded():
         assert low < middle < high
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_tables_and_a_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(budgets.BUDGETS, "small", lambda: FEW)

@@ -184,6 +184,7 @@ LEFT_OUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process", "fault", "reason"), LEFT_OUT)
 def test_what_one_process_cannot_do_is_left_out_by_all_and_said_once(process, fault, reason, watched, tmp_path):
     (said, *first), (silent, *second) = ranks.run(life, tmp_path / "life", tmp_path / "run", "ddp", [(process, *fault)])
@@ -208,6 +209,7 @@ def test_memory_for_fewer_images_suffices(watched, tmp_path):
             assert ours["evaluation"]["fd"] == pytest.approx(theirs["evaluation"]["fd"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_another_error_in_one_process_ends_both(tmp_path):
     found = ranks.run(life, tmp_path / "life", tmp_path / "run", "ddp", [(1, at, 1, 1, a_mistake)])
     assert [(error, code) for _, error, code, _ in found] == [
@@ -229,6 +231,7 @@ def test_a_process_killed_while_it_measures_is_named_and_the_run_goes_on(watched
 LONG = replace(WATCHED, evaluate_images=400)  # a process draws its share in 50 calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "call"), [(1, 4), *slowly((0, 1), (0, 3), (0, 53), (1, 1), (1, 51))]
 )  # 2 calls for the grid, 50 for each share

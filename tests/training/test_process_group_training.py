@@ -126,6 +126,7 @@ def one_stage_only(rank, kind, steps):
         return trained(configuration("single-uniform", parallel=kind), processes, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_decoder_that_no_process_used_does_not_move(kind, tmp_path):
     config = configuration("single-uniform")
@@ -211,6 +212,7 @@ def continued(rank, out, **engine):
     return summary.resumed, summary.loss, [str(warning.message) for warning in said if warning.category is UserWarning]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(kind, tmp_path):
     from runs import train_until

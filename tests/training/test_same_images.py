@@ -61,6 +61,7 @@ def config_of(source, **data):
     return replace(config, data=DataConfig(source=source, flip=True, **data))
 
 
+@pytest.mark.slow
 def test_losses_are_the_same_to_the_last_digit(sources, tmp_path):
     for name, source in sources.items():
         train(config_of(source), tmp_path / f"run-{name}")

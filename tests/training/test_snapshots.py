@@ -133,6 +133,7 @@ def tracked_run(tmp_path_factory):
     return folder, average
 
 
+@pytest.mark.slow
 def test_the_average_put_together_is_the_one_that_would_have_been_tracked(tracked_run):
     folder, expected = tracked_run
     assert len(list_snapshots(folder)) == 16
@@ -147,6 +148,7 @@ def test_the_average_put_together_is_the_one_that_would_have_been_tracked(tracke
     assert worst < 2e-3 * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_tracked_length_is_itself(length, tracked_run):
     folder, _ = tracked_run
@@ -157,6 +159,7 @@ def test_a_tracked_length_is_itself(length, tracked_run):
         torch.testing.assert_close(parameter.detach(), stored[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_left_out_with_a_warning(tracked_run, tmp_path):
     folder = shutil.copytree(tracked_run[0], tmp_path / "run")
     file = list_snapshots(folder)[3] / file_name(0.1)
@@ -168,6 +171,7 @@ def test_a_damaged_snapshot_is_left_out_with_a_warning(tracked_run, tmp_path):
     assert len(loaded.rebuilt.weights) == 30
 
 
+@pytest.mark.slow
 def test_snapshots_after_the_checkpoint_belong_to_another_future(tracked_run, tmp_path):
     folder = shutil.copytree(tracked_run[0], tmp_path / "run")
     later = folder / "ema" / "step-00000085"

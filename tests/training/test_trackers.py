@@ -274,6 +274,7 @@ def read_back(name, folder, record):
     return [line["step"] for line in SQLiteStorage.get_logs("project", record["name"]) if line.get("loss")]
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_twice_is_reported_once(wandb, tmp_path):
     """Steps 2, 4, 6 and 8 have lines, 3 and 6 checkpoints: a kill after step 5 takes the line of step 4 back."""
     config = replace(tiny.run_config(), logging=LoggingConfig(trackers=("wandb",), grid_every=4, grid_images=1))

@@ -58,6 +58,7 @@ def without_keys(weights):
     return {name: tensor for name, tensor in weights.items() if not name.endswith("qkv.bias")}
 
 
+@pytest.mark.slow
 def test_two_processes_and_recomputed_blocks_train_as_one_process_does(tmp_path):
     alone = {batches: trained(EngineConfig(), batches=batches) for batches in ("mixed", "single-uniform")}
     found, _ = ranks.run(in_processes, tmp_path)
@@ -70,6 +71,7 @@ def test_two_processes_and_recomputed_blocks_train_as_one_process_does(tmp_path)
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_capacities_under_a_budget_are_those_that_heads_can_have():
     config = recipe("digits-dit")
     candidates = candidate_widths(config.model)

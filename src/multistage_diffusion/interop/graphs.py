@@ -166,7 +166,6 @@ def _save_program(program: Any, inputs: Sequence[Tensor], path: Path) -> Callabl
 
 def _save_onnx(program: Any, inputs: Sequence[Tensor], path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
     """Write an ONNX graph from a program of torch.export; returns what was written, as a function."""
-
     names = ["x", "sigma", "labels"][: len(inputs)]
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports]
