@@ -20,8 +20,9 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
 
+# Types of tensors are checked at every call here, which takes as long again as the tests.
 test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --jaxtyping-packages=multistage_diffusion,beartype.beartype
 
 lint: setup
 	$(BIN)/ruff check .
