@@ -91,6 +91,7 @@ def test_a_decoder_that_was_not_called_gets_no_gradient_nor_does_its_entry():
     assert network.decoders[2].entry[1].weight.grad is not None
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_bit(tmp_path):
     config = tiny.run_config(MODEL)
     train(config, tmp_path / "whole", data=tiny.images())

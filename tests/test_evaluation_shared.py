@@ -38,6 +38,7 @@ def measured(rank, num, cache):
         return list(measure(num, processes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "num", "tolerance"), [(2, 32, 1e-9), pytest.param(3, 31, 2e-3, marks=pytest.mark.slow)]
 )

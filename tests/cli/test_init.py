@@ -23,6 +23,7 @@ def trunk(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_from_a_run_every_decoder_starts_as_the_trunk(trunk, tmp_path, capsys):
     words = ["train", "digits", "--init", str(trunk), "--training.steps", "1", *SMALL[7:], "--out"]
     assert not main([*words, str(tmp_path / "run")])

@@ -49,6 +49,7 @@ def command(rank, errors, source):
     return ranks.command(rank, ["cluster", source, "--samples", "200", "--json"], errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "code"), [("digits", 0), ("folder:nowhere", 3)])
 def test_two_processes_print_one_document_or_one_line(source, code, tmp_path):
     assert ranks.run(command, tmp_path, tmp_path, source) == [code, code]

@@ -68,6 +68,7 @@ def whole(lives, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_everything_is_on_the_disk_before_it_has_its_name(lives, tmp_path):
     """What a power loss can leave: flushed data under temporary names, or all of it under the right one."""
     out, record = tmp_path / "run", tmp_path / "log"

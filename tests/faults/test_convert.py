@@ -39,6 +39,7 @@ def leftovers(folder):
     return [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_made_again_from_the_start(lives, pictures, tmp_path):
     out, chance, inside = tmp_path / "shards", random.Random(0), 0
     for _ in range(10):

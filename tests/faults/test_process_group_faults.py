@@ -72,6 +72,7 @@ def test_an_error_in_one_process_is_said_once_and_ends_both(tmp_path):
     assert [found.step for found in list_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_first_process_ends_both(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
@@ -80,6 +81,7 @@ def test_a_mistake_of_the_first_process_ends_both(tmp_path):
     assert "holds files but no run" in only_error(err)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_run_goes_on(whole, tmp_path):
     codes, _, err = live(tmp_path, "life", words(tmp_path / "run"), "6:kill")
     assert seconds_since(tmp_path / "life") < 30

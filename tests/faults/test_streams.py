@@ -21,6 +21,7 @@ def train(out):
     return f"train digits --out {out} {' '.join(MODEL)} --training.steps 3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [FULL, *(pytest.param(way, marks=pytest.mark.slow) for way in (CLOSED, LEFT))])
 def test_training_goes_on_where_nothing_can_be_printed(redirection, tmp_path):
     done = msd(train(tmp_path / "run"), redirection)

@@ -113,6 +113,7 @@ def test_compiled_parts_train_as_the_others_do(tmp_path):
     torch.testing.assert_close(without_keys(found["weights"]), without_keys(expected["weights"]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_from_clusters_to_figures_by_the_commands(tmp_path, capsys, allocated):
     stages, run = str(tmp_path / "stages.json"), str(tmp_path / "run")
