@@ -123,6 +123,16 @@ def test_a_loss_that_explodes_has_code_4(tmp_path, capsys):
     assert last.startswith("error: ") and "at step 2" in last
 
 
+@pytest.mark.parametrize(
+    ("rate", "init", "warned"), [("1e-3", False, False), ("1e-6", False, True), ("1e-6", True, False)]
+)
+def test_a_rate_far_from_what_serves_that_width_is_said(rate, init, warned, trained, tmp_path, capsys):
+    words = ["train", "digits", "--out", str(tmp_path / "run"), *SMALL, "--training.steps", "1"]
+    assert dispatch([*words, "--training.learning-rate", rate, *(["--init", str(trained)] if init else [])]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("is far from what serves U-Nets of width 8, 0.0025 to 0.016" in shown) == warned
+
+
 def test_verify_says_what_is_whole_and_what_is_not(trained, tmp_path, capsys):
     found, _ = document(["verify", str(trained)], capsys)
     assert found["checkpoints"] == [{"step": step, "valid": True, "damage": None} for step in (2, 3)]

@@ -1,5 +1,6 @@
 """Schedules of the learning rate and weightings of the loss, against closed forms."""
 
+import json
 import math
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 
 import tiny
 from multistage_diffusion.config import TrainingConfig
-from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.noise import EDM, VE, VP, Cosine, Flow
+from multistage_diffusion.runs.checkpoints import STATE
+from multistage_diffusion.training.checkpoint import restore_checkpoint, save_checkpoint
 from multistage_diffusion.training.run import build_trainer, train
 from multistage_diffusion.training.schedule import learning_rate
-from multistage_diffusion.training.weighting import relative_weight
+from multistage_diffusion.training.weighting import Uncertainty, relative_weight
+from runs import same_run, train_until
 
 PROCESSES = [VP(), VP(prediction="v"), Cosine(), VE(), EDM(), Flow()]
 
@@ -82,3 +86,53 @@ def test_a_falling_rate_holds_the_number_of_steps(tmp_path):
     train(tiny.run_config(steps=2, schedule="cosine"), tmp_path / "run", data=tiny.images())
     with pytest.raises(ConfigError, match=r"training\.steps"):
         train(tiny.run_config(steps=3, schedule="cosine"), tmp_path / "run", data=tiny.images())
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda process: process.kind)
+def test_learned_uncertainty_settles_where_its_loss_is_least(process):
+    """E[exp(-u) L + u] is least at u = log E[L | sigma]: each level's loss is divided by its mean."""
+    learned = Uncertainty(process, half_life=200.0)
+    middles = (torch.arange(learned.cells, dtype=torch.float64) + 0.5) / learned.cells
+    sigma, losses = process.icdf(middles), 0.05 + middles**2
+    assert torch.equal(learned.factor(sigma), torch.ones_like(sigma))
+    for _ in range(100):
+        learned.update(learned.figures(sigma, losses, torch.ones(learned.cells, dtype=torch.bool)), learned.cells)
+    u = -torch.log(learned.factor(sigma) / losses.mean())  # the weight is exp(-u), but for its scale
+    (gradient,) = torch.autograd.grad((torch.exp(-u.requires_grad_()) * losses + u).sum(), u)
+    torch.testing.assert_close(gradient, torch.zeros_like(u), rtol=0, atol=1e-5)
+    torch.testing.assert_close(learned.factor(sigma) * losses, losses.mean().expand(learned.cells), rtol=1e-5, atol=0)
+
+
+def test_rows_that_fill_a_micro_batch_teach_no_level():
+    learned = Uncertainty(EDM())
+    sigma = EDM().icdf(torch.tensor([0.2, 0.2, 0.7], dtype=torch.float64))
+    figures = learned.figures(sigma, torch.tensor([1.0, 2.0, 5.0]), torch.tensor([True, True, False]))
+    sums, counts = figures.view(2, learned.cells)
+    assert (float(sums.sum()), float(counts.sum()), float(sums.max())) == (3.0, 2.0, 3.0)
+
+
+def test_a_run_with_learned_uncertainty_resumes_to_the_bit_and_trains_every_level_alike(tmp_path):
+    config = tiny.run_config(weighting="uncertainty")
+    train(config, tmp_path / "whole", data=tiny.images())
+    train_until(5, tmp_path / "run", config)
+    assert train(config, tmp_path / "run", data=tiny.images()).resumed == 3
+    same_run(tmp_path / "run", tmp_path / "whole")
+    trainer = build_trainer(config, tiny.images())
+    assert len(list(trainer.run(4))) == 4
+    assert trainer.uncertainty is not None and float(trainer.uncertainty.counts.sum()) > 64
+    batch = trainer.batches(4, 0, 1)
+    expected = batch.weight * trainer.uncertainty.factor(batch.sigma).float()
+    losses = trainer._model(batch, None).detach()
+    assert next(trainer.run(5)).loss == pytest.approx(float((expected * losses).mean()), rel=1e-5)
+    assert float(expected.std()) > 0
+
+
+def test_a_damaged_table_of_uncertainty_is_one_line(tmp_path):
+    config = tiny.run_config(weighting="uncertainty")
+    trainer = build_trainer(config, tiny.images())
+    for turn, value in enumerate((None, {"sums": [1.0], "counts": [1.0]}, {"sums": [-1.0] * 64, "counts": [1.0] * 64})):
+        checkpoint = save_checkpoint(tmp_path / f"run-{turn}", trainer, {"shape": tiny.SHAPE}, {})
+        state = json.loads((checkpoint.path / STATE).read_text()) | {"uncertainty": value}
+        (checkpoint.path / STATE).write_text(json.dumps(state))
+        with pytest.raises(CheckpointError, match="cannot restore"):
+            restore_checkpoint(checkpoint, trainer)

@@ -186,6 +186,14 @@ def _train(config: RunConfig, options: Options, out: str, stages: Stages | None,
 
     from multistage_diffusion.cli.progress import encoding_progress, training_progress
     from multistage_diffusion.training.run import train
+    from multistage_diffusion.training.schedule import usual_rates
+
+    rate, usual = config.training.learning_rate, usual_rates(config.model, config.training)
+    if usual is not None and options.init is None and not usual[0] <= rate <= usual[1]:
+        console.print(
+            f"warning: training.learning-rate {rate:g} is far from what serves U-Nets of width "
+            f"{config.model.capacity}, {4 * usual[0]:.2g} to {usual[1] / 4:.2g} (docs/training.md)"
+        )
 
     with training_progress(console, config.training, device=device) as progress:
 

@@ -13,7 +13,7 @@ from multistage_diffusion.sampling.sampler import Sampler
 
 ModelConfig = UNet  # its name in version 0.1
 Schedule = Literal["constant", "cosine", "linear", "inverse-sqrt"]
-Weighting = Literal["process", "min-snr", "p2"]
+Weighting = Literal["process", "min-snr", "p2", "uncertainty"]
 Precision = Literal["fp32", "bf16", "fp16"]
 AugmentSigns = Literal["edm", "reversed"]
 Scaling = Literal["pictures", "none", "range", "standardise"]
@@ -108,6 +108,9 @@ class TrainingConfig:
     """Images a step, over all processes together."""
     learning_rate: float = 2e-4
     """Learning rate after warm-up; never scaled by anything else."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: Adam with decoupled weight decay; muon: updates of weights made orthogonal, adamw for biases, norms and
+    embeddings."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     weight_decay: float = 0.0
@@ -117,7 +120,8 @@ class TrainingConfig:
     schedule: Schedule = "constant"
     """Learning rate after warm-up: constant; linear or cosine, to 0 at training.steps; inverse-sqrt of images seen."""
     weighting: Weighting = "process"
-    """Weight of noise levels in the trained loss: the process's; min-snr, min(SNR, 5); p2, SNR / (1 + SNR)."""
+    """Weight of noise levels in the trained loss: the process's; min-snr, min(SNR, 5); p2, SNR / (1 + SNR);
+    uncertainty, the process's over the mean loss at that level, which is learned."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; larger ones are scaled down."""
     batches: Literal["mixed", "single-uniform", "single-p"] = "mixed"

@@ -39,13 +39,14 @@ def branch_trainer(trunk: Trainer, denoiser: Denoiser, training: TrainingConfig)
         trunk.engine,
         flip=trunk.flip,
         augment_probability=trunk.augment_probability,
+        augment_signs=trunk.augment_signs,
         feed=trunk.batches.feed,
         optimizer=trunk.user_optimizer,
         device=trunk.device,
         processes=trunk.processes,
         callbacks=trunk.callbacks,
     )
-    denoiser.trained_classes = trunk.denoiser.trained_classes
+    denoiser.trained_classes, trainer.uncertainty = trunk.denoiser.trained_classes, trunk.uncertainty
     trainer.step, trainer.scale, trainer.trunk_images = trunk.step, trunk.scale, sum(trunk.stage_images)
     averages = zip((trainer.ema, *trainer.powers.values()), (trunk.ema, *trunk.powers.values()), strict=True)
     for average, before in averages:
@@ -69,7 +70,9 @@ def _carry_moments(trunk: Trainer, trainer: Trainer, plan: Inheritance) -> None:
         if values:
             before[name] = {key: whole_tensor(value).cpu() for key, value in values.items()}
     keys = {key for state in before.values() for key, value in state.items() if value.dim() > 0}
-    moments = {key: plan.moments({name: state[key] for name, state in before.items()}) for key in keys}
+    moments = {
+        key: plan.moments({name: state[key] for name, state in before.items() if key in state}) for key in sorted(keys)
+    }
     steps = next((state["step"] for state in before.values() if "step" in state), None)
     shares, size = trainer.denoiser.stages.shares(trainer.denoiser.process), trainer.training.batch_size
     counts = stage_counts(trainer.training.quotas or shares, size)
@@ -80,10 +83,11 @@ def _carry_moments(trunk: Trainer, trainer: Trainer, plan: Inheritance) -> None:
         if staged:
             share = shares[int(stage)]
             mean, variance = share, share**2 * size / counts[int(stage)]
-        if not all(name in moments[key] for key in keys):
+        own = [key for key in moments if name in moments[key]]
+        if not own:
             continue  # the trunk did not train it
         state = {} if steps is None else {"step": steps.clone()}
-        for key in keys:
+        for key in own:
             placed = torch.zeros_like(parameter, dtype=moments[key][name].dtype)
             put(placed, moments[key][name] * (variance if key.endswith("_sq") else mean))
             state[key] = placed

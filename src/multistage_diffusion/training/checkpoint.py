@@ -29,6 +29,7 @@ from multistage_diffusion.training.distributed import gather, put
 from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.precision import LossScale
 from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.training.weighting import Uncertainty
 from multistage_diffusion.weights import read_weights
 
 
@@ -63,6 +64,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], confi
     state["trunk_images"] = trainer.trunk_images
     if trainer.scale is not None:
         state["loss_scale"] = vars(trainer.scale)
+    if (levels := trainer.uncertainty) is not None:
+        state["uncertainty"] = {"sums": levels.sums.tolist(), "counts": levels.counts.tolist()}
     _require_finite(files[RAW], trainer.step)
     size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with whole_directory(path, size=size, replace=True) as temporary:  # a damaged one of this step gives way
@@ -98,6 +101,9 @@ def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
     trainer.trunk_images = document["trunk_images"]
     if trainer.scale is not None:
         trainer.scale = LossScale(**document["loss_scale"])
+    if trainer.uncertainty is not None:
+        sums, counts = document["uncertainty"]
+        trainer.uncertainty.sums, trainer.uncertainty.counts = sums, counts
 
 
 def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -111,9 +117,18 @@ def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str,
         scale = LossScale(**state.get("loss_scale", {}))
         trunk_images = int(state.get("trunk_images", 0))
         document = {"step": int(state["step"]), "stage_images": images, "trunk_images": trunk_images}
+        document["uncertainty"] = _uncertainty(state) if trainer.uncertainty is not None else None
         return files, {**document, "loss_scale": vars(scale)}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
+
+
+def _uncertainty(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums and counts of losses by noise level."""
+    sums, counts = (torch.tensor(state["uncertainty"][name], dtype=torch.float64) for name in ("sums", "counts"))
+    if not all(column.shape == (Uncertainty.cells,) and bool((column > 0).all()) for column in (sums, counts)):
+        raise ValueError(f"{STATE} has no table of losses by noise level")
+    return sums, counts
 
 
 def _put(file: str, tensors: dict[str, torch.Tensor], trainer: Trainer) -> None:

@@ -1,12 +1,15 @@
-"""The optimiser of a training: Adam, with a learning rate for each part of the network where that is asked for."""
+"""The optimiser of a training: AdamW or Muon, with a learning rate for each part where that is asked for."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, final
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.errors import ConfigError
@@ -49,13 +52,101 @@ def parameter_groups(network: MultiDecoder, rates: tuple[float, ...]) -> Paramet
     return [{"params": list(part.parameters()), "rate": rate} for part, rate in zip(network.parts, rates, strict=True)]
 
 
-def adam(parameters: Parameters, training: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or AdamW with weight decay, as `training` says."""
-    kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
-    return kind(
-        parameters,
-        lr=training.learning_rate,
-        betas=training.betas,
-        weight_decay=training.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+def make_optimizer(
+    network: MultiDecoder, rates: tuple[float, ...], training: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimiser that `training.optimizer` names.
+
+    Args:
+        network: What it moves.
+        rates: Factor of the learning rate for each part.
+        training: The options.
+        device: Where the weights are.
+
+    Returns:
+        AdamW (Adam where there is no weight decay), or Muon.
+    """
+    options: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": training.betas,
+        "weight_decay": training.weight_decay,
+        "fused": device.type in ("cpu", "cuda"),
+    }
+    groups = parameter_groups(network, rates)
+    if training.optimizer == "muon":
+        tables = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+        return Muon(groups, tables, **options)
+    return (torch.optim.AdamW if training.weight_decay else torch.optim.Adam)(groups, **options)
+
+
+@final
+class Muon(torch.optim.AdamW):
+    """Muon for weights of two or more dimensions, AdamW for biases, norms and embeddings (Jordan et al. 2024).
+
+    The Nesterov momentum of a weight is made nearly orthogonal, a convolution's kernel as the matrix (out, everything
+    else). It is scaled by 0.2 sqrt(longer side), which gives it the size of AdamW's updates, so that one learning rate
+    and one weight decay serve both kinds (Liu et al. 2025).
+
+    Args:
+        groups: Parameters, or groups of them.
+        tables: Weights of embeddings, whose rows are not one matrix.
+        momentum: Decay rate of the gradients' average.
+        options: Of AdamW.
+    """
+
+    def __init__(self, groups: Parameters, tables: set[nn.Parameter], momentum: float = 0.95, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.momentum = momentum
+        listed = (parameter for group in self.param_groups for parameter in group["params"])
+        self._matrices = {parameter for parameter in listed if parameter.dim() > 1} - tables
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move the weights; gradients of the matrices are gone afterwards."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike = defaultdict[torch.Size, list[nn.Parameter]](list)
+            for parameter in group["params"]:
+                if parameter in self._matrices and parameter.grad is not None:
+                    alike[parameter.flatten(1).shape].append(parameter)
+            for (rows, columns), parameters in alike.items():
+                factor = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                directions = orthogonal(torch.stack([self._momentum(parameter).flatten(1) for parameter in parameters]))
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(direction.view(parameter.shape), alpha=factor)
+                    parameter.grad = None  # AdamW passes over it
+        super().step()
+        return loss
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # AdamW reads it of every state that is loaded
+        state["step"] += 1
+        average = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(average, self.momentum)
+
+
+def orthogonal(matrices: Float[Tensor, "count rows columns"], steps: int = 5) -> Float[Tensor, "count rows columns"]:
+    """Matrices with the same singular vectors and singular values near 1, by Newton and Schulz's iteration.
+
+    With X scaled to a norm of 1, each step is X <- a X + (b A + c A^2) X with A = X X^T. Its coefficients move small
+    values away from 0 fast, and end between .7 and 1.2 rather than at 1. GPUs compute in bfloat16, CPUs in float32.
+
+    Source: Jordan et al. 2024, Muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x.to(torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices)

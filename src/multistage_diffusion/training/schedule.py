@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from multistage_diffusion.backbones import Backbone, UNet
 from multistage_diffusion.config import TrainingConfig
 
 
@@ -35,3 +36,21 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
         case "inverse-sqrt":
             factor = math.sqrt(warmup / seen)
     return training.learning_rate * factor
+
+
+def usual_rates(model: Backbone, training: TrainingConfig) -> tuple[float, float] | None:
+    """Learning rates, from the lowest to the highest, beyond which few networks of that width train well.
+
+    Rates that were best, or are published, times the encoder's width lie between .02 and .13 for U-Nets and Adam
+    (docs/training.md). The range is wider on both sides by a factor of 4.
+
+    Args:
+        model: The network.
+        training: The options.
+
+    Returns:
+        None where nothing was measured: other networks and optimisers.
+    """
+    if not isinstance(model, UNet) or training.optimizer != "adamw":
+        return None
+    return 0.005 / model.width, 0.5 / model.width

@@ -25,15 +25,16 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
+from multistage_diffusion.records import check
 from multistage_diffusion.training.batches import Batch, Batches, with_classes
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.guard import SIGNALS
-from multistage_diffusion.training.optimizer import MakeOptimizer, adam, freeze, parameter_groups
+from multistage_diffusion.training.optimizer import MakeOptimizer, freeze, make_optimizer, parameter_groups
 from multistage_diffusion.training.precision import LossScale, require_few
 from multistage_diffusion.training.schedule import learning_rate
-from multistage_diffusion.training.weighting import relative_weight
+from multistage_diffusion.training.weighting import Uncertainty, relative_weight
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Trainer:
         augment_signs: Signs of their labels.
         feed: Where the images come from; by default from the memory of the device, or from disk if they do not fit.
         optimizer: Makes the optimiser from the parameters (groups of them, if parts have rates of their own); by
-            default Adam, or AdamW with weight decay. Its learning rate is set in each step.
+            default what `training.optimizer` names. Its learning rate is set in each step.
         device: Where to train; by default where the denoiser is.
         processes: The processes that train together; each of them makes its trainer.
         callbacks: Whose `on_log` takes what a run directory's metrics.jsonl and grids show.
@@ -93,6 +94,7 @@ class Trainer:
         step: Steps taken.
         stage_images: Images that each stage was trained on.
         trunk_images: Images that the unified network was trained on from which this one branched.
+        uncertainty: Mean losses by noise level, where `training.weighting` asks for them.
     """
 
     def __init__(
@@ -130,6 +132,12 @@ class Trainer:
             )
         # A network that no record can build is copied before the engine changes it, to carry averages.
         self._template = None if denoiser.backbone.builds else copy.deepcopy(denoiser).cpu()
+        check(
+            not (training.optimizer == "muon" and engine.parallel == "fsdp"),
+            "training.optimizer",
+            "adamw with engine.parallel fsdp, as muon needs whole weights",
+            "muon",
+        )
         rates = freeze(denoiser.network, training)
         self.denoiser = denoiser.to(self.device).train()
         self.batches = Batches(
@@ -152,10 +160,13 @@ class Trainer:
         self.ema = EMA(network, HalfLife(training.ema_half_life, training.ema_ramp_up))
         self.powers = {width: EMA(network, Power(width)) for width in training.sigma_rel}
         self.user_optimizer = optimizer
-        parameters = parameter_groups(network, rates)
-        self.optimizer = optimizer(parameters) if optimizer else adam(parameters, training, self.device)
+        if optimizer:
+            self.optimizer = optimizer(parameter_groups(network, rates))
+        else:
+            self.optimizer = make_optimizer(network, rates, training, self.device)
         self.step = self.trunk_images = 0
         self.stage_images = [0] * len(denoiser.stages)
+        self.uncertainty = Uncertainty(denoiser.process) if training.weighting == "uncertainty" else None
 
     @property
     def images(self) -> int:
@@ -249,6 +260,8 @@ class Trainer:
                 average.update(seen, training.batch_size)
         if self.scale is not None:
             self.scale.keep()
+        if self.uncertainty is not None:
+            self.uncertainty.update(gradients.by_level, training.batch_size)
         self.step += 1
         self.stage_images = [total + count for total, count in zip(self.stage_images, gradients.counts, strict=True)]
         if self.step % training.log_every == 0:
@@ -269,17 +282,19 @@ class Trainer:
     def _finite_gradients(self, received: Sequence[int]) -> _Gradients:
         """Gradients of the step; in fp16 again, at half the loss scale, where they overflow: no image is lost."""
         for overflows in itertools.count():
-            figures, counts = self._gradients(received)
+            figures, counts, by_level = self._gradients(received)
             gradients = [p.grad for p in self.denoiser.network.parameters() if p.grad is not None]
             if self.scale is not None:
                 torch._foreach_mul_(gradients, 1.0 / self.scale.value)  # pyright: ignore[reportPrivateImportUsage]
             norm_tensor = whole_tensor(torch.nn.utils.get_total_norm(gradients))
             # Read at once, as each read waits for the device, and before the update, which a bad value must not reach.
-            norm, loss, *rest = torch.cat((norm_tensor[None], figures)).tolist()
+            read = torch.cat((norm_tensor[None], figures, by_level)).cpu()
+            norm, loss, *rest = read[: 1 + len(figures)].tolist()
             stage_loss = _by_stage(rest, counts)
             self._require_finite(stage_loss)
             if math.isfinite(norm):
-                return _Gradients(loss, stage_loss, counts, norm, norm_tensor, overflows, self._signal(rest))
+                by_level = read[1 + len(figures) :]
+                return _Gradients(loss, stage_loss, counts, norm, norm_tensor, by_level, overflows, self._signal(rest))
             if self.scale is None:
                 raise NumericsError(
                     f"gradient norm is {norm} at step {self.step + 1}; the weights were not updated; lower "
@@ -289,16 +304,16 @@ class Trainer:
             self.scale.shrink()
         raise AssertionError("unreachable")
 
-    def _gradients(self, received: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    def _gradients(self, received: Sequence[int]) -> tuple[Tensor, tuple[int, ...], Tensor]:
         """Gradients of the whole batch's loss, over all processes and micro-batches.
 
         Returns:
             The loss, the mean loss of each stage in the batch, and for several processes the signals that they got;
-            and how many images of each stage there are.
+            how many images of each stage there are; and losses by noise level, empty where nothing learns from them.
         """
         processes, training, accumulation = self.processes, self.training, self.engine.gradient_accumulation
         self.optimizer.zero_grad(set_to_none=True)
-        figures, counts = torch.empty(0), ()
+        figures, counts, by_level = torch.empty(0), (), torch.empty(0, device=self.device)
         for turn in range(accumulation):
             with record_function("batch"):
                 batch = self.batches(self.step, turn * processes.size + processes.rank, accumulation * processes.size)
@@ -314,15 +329,22 @@ class Trainer:
             means = [part.sum() / count if counted else part.new_zeros(()) for part, count, counted in rows if count]
             summands = torch.stack([loss.detach(), *means])
             figures, counts = (figures + summands if turn else summands), batch.batch_counts
+            if self.uncertainty is not None:
+                levels = self.uncertainty.figures(batch.sigma.to(losses), losses.detach(), batch.weight > 0)
+                by_level = by_level + levels if turn else levels
         if processes.size > 1:
             flags = self._signal_flags[1 + SIGNALS.index(received[0]) if received else 0]
             figures = processes.all_reduce(torch.cat((figures, flags)))
-        return figures, counts
+            by_level = processes.all_reduce(by_level) if self.uncertainty is not None else by_level
+        return figures, counts, by_level
 
     def _weight(self, batch: Batch) -> Tensor:
         """Weights of the losses: importance weights, times what the weighting makes of the process's weight."""
         if self.training.weighting == "process":
             return batch.weight
+        if self.training.weighting == "uncertainty":
+            assert self.uncertainty is not None
+            return batch.weight * self.uncertainty.factor(batch.sigma).to(batch.weight)
         factor = relative_weight(self.training.weighting, self.denoiser.process, batch.sigma)
         return batch.weight * factor.to(batch.weight)
 
@@ -360,6 +382,7 @@ class _Gradients:
         counts: Images of each stage.
         norm: Norm of the gradient.
         norm_tensor: The same, on the device.
+        by_level: Losses by noise level, as `Uncertainty.figures` has them; empty where nothing learns from them.
         overflows: How often the step was repeated.
         stop: Signal that asks to stop.
     """
@@ -369,6 +392,7 @@ class _Gradients:
     counts: tuple[int, ...]
     norm: float
     norm_tensor: Tensor
+    by_level: Tensor
     overflows: int
     stop: int | None
 
