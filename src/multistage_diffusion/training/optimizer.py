@@ -94,11 +94,11 @@ class Muon(torch.optim.AdamW):
         options: Of AdamW.
     """
 
-    def __init__(self, groups: Parameters, tables: set[nn.Parameter], momentum: float = 0.95, **options: Any) -> None:
+    def __init__(self, groups: Parameters, tables: set[Tensor], momentum: float = 0.95, **options: Any) -> None:
         super().__init__(groups, **options)
         self.momentum = momentum
         listed = (parameter for group in self.param_groups for parameter in group["params"])
-        self._matrices = {parameter for parameter in listed if parameter.dim() > 1} - tables
+        self._matrices: set[Tensor] = {parameter for parameter in listed if parameter.dim() > 1} - tables
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
