@@ -50,22 +50,25 @@ class Routing:
         Raises:
             ConfigError: The part is called by itself.
         """
-        key = tuple(map(id, tensors))
         if self.route is not None:
             if torch.is_grad_enabled() and tensors:
                 calls = self._calls.setdefault(tensors[0], {})
-                calls[key] = self.route
+                calls[tuple(map(id, tensors))] = self.route
                 if len(calls) > _REMEMBERED:
                     del calls[next(iter(calls))]
             return self.route
-        calls = self._calls.get(tensors[0]) if tensors else None
-        route = (calls or {}).get(key)
+        route = self.recalled(tensors)
         if route is None:
             raise ConfigError(
                 "a staged part runs only inside the staged module's forward, and is recomputed only by checkpoint("
                 "use_reentrant=False); use staged.expert(k) for the parts of one stage"
             )
         return route
+
+    def recalled(self, tensors: Sequence[Tensor]) -> int | tuple[int, ...] | None:
+        """The route of the call with these very tensors; none if it is not remembered."""
+        calls = self._calls.get(tensors[0]) if tensors else None
+        return (calls or {}).get(tuple(map(id, tensors)))
 
 
 class Tree(nn.Module):

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion.errors import CheckpointError, ConfigError, suggest
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory, write_json
+from multistage_diffusion.interop import low_rank as deltas
 from multistage_diffusion.interop.routing import Part, Routing, Tree, UnroutableError, by_stage
 from multistage_diffusion.interop.timesteps import NoiseLevels, noise_levels, read_levels
 from multistage_diffusion.multidecoder import is_batch, map_leaves
@@ -47,6 +48,8 @@ class Staging:
         levels: Gives the noise level of a timestep.
         argument: The argument of forward that is the timestep.
         mixed: What a batch of several stages does; see `stage_module`.
+        low_rank: The layers and submodules with a delta for each stage, as they were named.
+        rank: Of the deltas.
     """
 
     own: tuple[str, ...]
@@ -54,6 +57,8 @@ class Staging:
     levels: NoiseLevels
     argument: str
     mixed: str
+    low_rank: tuple[str, ...] = ()
+    rank: int = 8
 
 
 class StagedModule(nn.Module):
@@ -115,6 +120,7 @@ class StagedModule(nn.Module):
         plain: Any = copy.deepcopy(self, memo)
         for path in self._routing.paths:
             plain.set_submodule(path, copy.deepcopy(self.by_stage[stage].get_submodule(path), memo))
+        deltas.merge(plain, self.by_stage[stage], deltas.layers(plain, self.staging.low_rank))
         del plain.by_stage, plain.staging, plain._routing
         plain.__class__ = self.original
         return plain
@@ -213,6 +219,7 @@ class StagedModule(nn.Module):
             "stages": {**staging.stages.provenance, "edges": list(staging.stages.edges)},
             "timestep_argument": staging.argument,
             "mixed": staging.mixed,
+            **({"low_rank": list(staging.low_rank), "rank": staging.rank} if staging.low_rank else {}),
             **staging.levels.document,
         }
         with whole_directory(Path(directory)) as folder:
@@ -257,6 +264,8 @@ def stage_module(
     *,
     timestep_argument: str | None = None,
     mixed: str = "shared",
+    low_rank: Sequence[str] = (),
+    rank: int = 8,
 ) -> Any:
     """A copy of a module in which each stage has its own copy of some submodules; at first they are all equal.
 
@@ -266,7 +275,8 @@ def stage_module(
 
     Args:
         module: Any module whose forward takes a timestep; it stays as it is.
-        own: Names of submodules, like "conv_out" or "up_blocks.1"; that of a list stages each of its members.
+        own: Names of submodules, like "conv_out" or "up_blocks.1"; that of a list stages each of its members. May be
+            empty with `low_rank`.
         stages: The partition, or its edges in sigma.
         process: What translates timesteps to noise levels: a process of this package, a scheduler of diffusers, or a
             function of a float64 tensor. Not needed where the argument is a noise level itself ("sigma").
@@ -275,6 +285,9 @@ def stage_module(
         mixed: "shared" as above; "apart" runs the whole module for each stage's rows, for modules that give staged
             parts other tensors whose first dimension may be as long as the batch. A module that reads weights of a
             staged part runs apart by itself.
+        low_rank: Names of layers, or of submodules, beside whose linear layers and convolutions each stage gets a delta
+            of low rank. The layers stay shared, and their names stay. Deltas begin at zero.
+        rank: Rank of the deltas, at least 1.
 
     Returns:
         The staged module, of the module's class and `StagedModule`.
@@ -298,16 +311,26 @@ def stage_module(
         raise ConfigError(f"{problem} in {kind.__name__}.forward({', '.join(names)}); give timestep_argument")
     levels = noise_levels(process, argument)
     levels.require(stages)
-    paths = _expand(module, own)
+    paths = _expand(module, own, "own") if own or not low_rank else []
+    beside = deltas.layers(module, _expand(module, low_rank, "low_rank")) if low_rank else []
+    if inside := next((path for path in beside if f"{path}.".startswith(tuple(f"{own}." for own in paths))), None):
+        raise ConfigError(
+            f"low_rank names {inside}, of which each stage has a copy already; leave it out of one of them"
+        )
+    check(rank >= 1, "rank", "at least 1", rank)
     staged: Any = copy.deepcopy(module)
     staged.__class__ = _staged(kind)
-    staged.staging = Staging(tuple(own), stages, levels, argument, mixed)
+    staged.staging = Staging(tuple(own), stages, levels, argument, mixed, tuple(low_rank), rank)
     parts = [staged.get_submodule(path) for path in paths]
     copies = [parts, *(copy.deepcopy(parts) for _ in range(len(stages) - 1))]
-    staged.by_stage = nn.ModuleList(Tree(paths, part) for part in copies)
+    added = ([deltas.LowRank(staged.get_submodule(path), rank) for path in beside] for _ in copies)
+    staged.by_stage = nn.ModuleList(
+        Tree([*paths, *beside], [*part, *delta]) for part, delta in zip(copies, added, strict=True)
+    )
     staged._routing = Routing(staged.by_stage, tuple(paths))
     for path in paths:
         staged.set_submodule(path, Part(staged._routing, path))
+    deltas.attach(staged, staged._routing, beside)
     return staged
 
 
@@ -336,22 +359,28 @@ def load_staged(directory: str | Path, module: nn.Module, process: Any = None) -
             raise ConfigError(f"it is of a {document['class']}, and the module is a {type(module).__name__}")
         stages = Stages.parse(document["stages"], f"{where}, stages")
         own, argument, mixed = document["own"], document["timestep_argument"], document["mixed"]
-        if not isinstance(own, list) or not all(isinstance(word, str) for word in [*own, argument, mixed]):
-            raise ConfigError("own must be a list of names")
+        low_rank, rank = document.get("low_rank", []), document.get("rank", 8)
+        for option, names in (("own", own), ("low_rank", low_rank)):
+            if not isinstance(names, list) or not all(isinstance(word, str) for word in [*names, argument, mixed]):
+                raise ConfigError(f"{option} must be a list of names")
+        if type(rank) is not int or not 1 <= rank <= 65_536:
+            raise ConfigError(f"rank must be in 1..65536, got {rank!r}")
         levels = read_levels(document, where) if process is None else process
-        staged = stage_module(module, own, stages, levels, timestep_argument=argument, mixed=mixed)
+        staged = stage_module(
+            module, own, stages, levels, timestep_argument=argument, mixed=mixed, low_rank=low_rank, rank=rank
+        )
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} holds no staged module for this one: {error}") from error
     load_weights(staged, folder / WEIGHTS)
     return staged
 
 
-def _expand(module: nn.Module, own: Sequence[str]) -> list[str]:
+def _expand(module: nn.Module, own: Sequence[str], option: str) -> list[str]:
     """The submodules that are called; members in place of their list."""
     names = [name for name, _ in module.named_modules() if name]
     if isinstance(own, str) or not own:
         raise ConfigError(
-            f'own must be a list of submodules, like ["{names[-1] if names else "conv_out"}"], got {own!r}'
+            f'{option} must be a list of submodules, like ["{names[-1] if names else "conv_out"}"], got {own!r}'
         )
     paths = list[str]()
     for name in own:
@@ -364,7 +393,7 @@ def _expand(module: nn.Module, own: Sequence[str]) -> list[str]:
         paths += [f"{name}.{child}" for child, _ in part.named_children()] if members else [name]
     for path in paths:
         if inside := next((other for other in paths if f"{path}.".startswith(f"{other}.") and other != path), None):
-            raise ConfigError(f"own names {path} and {inside}, which holds it; name one of them")
+            raise ConfigError(f"{option} names {path} and {inside}, which holds it; name one of them")
     return list(dict.fromkeys(paths))
 
 
