@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from multistage_diffusion.errors import ConfigError
+from multistage_diffusion.errors import ConfigError, suggest
 from multistage_diffusion.multidecoder import is_batch, leaves, map_leaves, split
 
 _REMEMBERED = 64  # calls with one and the same first tensor
@@ -186,3 +187,34 @@ def by_stage(arguments: Any, counts: Sequence[int], call: Callable[[int, Any, An
             raise UnroutableError
     joined = iter([torch.cat(row) if isinstance(row[0], Tensor) else row[0] for row in zip(*columns, strict=True)])
     return map_leaves(outputs[0], lambda leaf: next(joined))
+
+
+def submodules(module: nn.Module, own: Sequence[str], option: str) -> list[str]:
+    """The submodules that are named and called: members in the place of their list.
+
+    Args:
+        module: The module.
+        own: Names.
+        option: What messages call them.
+
+    Raises:
+        ConfigError: A name is no submodule or lies within another.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    if isinstance(own, str) or not own:
+        raise ConfigError(
+            f'{option} must be a list of submodules, like ["{names[-1] if names else "conv_out"}"], got {own!r}'
+        )
+    paths = list[str]()
+    for name in own:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = suggest(name, near or [child for child, _ in module.named_children()])
+            raise ConfigError(f"{type(module).__name__} has no submodule {name}{hint}")
+        part = module.get_submodule(name)
+        members = isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        paths += [f"{name}.{child}" for child, _ in part.named_children()] if members else [name]
+    for path in paths:
+        if inside := next((other for other in paths if f"{path}.".startswith(f"{other}.") and other != path), None):
+            raise ConfigError(f"{option} names {path} and {inside}, which holds it; name one of them")
+    return list(dict.fromkeys(paths))

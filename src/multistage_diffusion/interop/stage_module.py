@@ -9,7 +9,6 @@ its submodules and that argument; diffusers is not imported.
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from multistage_diffusion.errors import CheckpointError, ConfigError, suggest
+from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory, write_json
 from multistage_diffusion.interop import low_rank as deltas
-from multistage_diffusion.interop.routing import Part, Routing, Tree, UnroutableError, by_stage
+from multistage_diffusion.interop.routing import Part, Routing, Tree, UnroutableError, by_stage, submodules
 from multistage_diffusion.interop.timesteps import NoiseLevels, noise_levels, read_levels
 from multistage_diffusion.multidecoder import is_batch, map_leaves
 from multistage_diffusion.records import check
@@ -311,8 +310,8 @@ def stage_module(
         raise ConfigError(f"{problem} in {kind.__name__}.forward({', '.join(names)}); give timestep_argument")
     levels = noise_levels(process, argument)
     levels.require(stages)
-    paths = _expand(module, own, "own") if own or not low_rank else []
-    beside = deltas.layers(module, _expand(module, low_rank, "low_rank")) if low_rank else []
+    paths = submodules(module, own, "own") if own or not low_rank else []
+    beside = deltas.layers(module, submodules(module, low_rank, "low_rank")) if low_rank else []
     if inside := next((path for path in beside if f"{path}.".startswith(tuple(f"{own}." for own in paths))), None):
         raise ConfigError(
             f"low_rank names {inside}, of which each stage has a copy already; leave it out of one of them"
@@ -373,28 +372,6 @@ def load_staged(directory: str | Path, module: nn.Module, process: Any = None) -
         raise CheckpointError(f"{folder} holds no staged module for this one: {error}") from error
     load_weights(staged, folder / WEIGHTS)
     return staged
-
-
-def _expand(module: nn.Module, own: Sequence[str], option: str) -> list[str]:
-    """The submodules that are called; members in place of their list."""
-    names = [name for name, _ in module.named_modules() if name]
-    if isinstance(own, str) or not own:
-        raise ConfigError(
-            f'{option} must be a list of submodules, like ["{names[-1] if names else "conv_out"}"], got {own!r}'
-        )
-    paths = list[str]()
-    for name in own:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = suggest(name, near or [child for child, _ in module.named_children()])
-            raise ConfigError(f"{type(module).__name__} has no submodule {name}{hint}")
-        part = module.get_submodule(name)
-        members = isinstance(part, (nn.ModuleList, nn.ModuleDict))
-        paths += [f"{name}.{child}" for child, _ in part.named_children()] if members else [name]
-    for path in paths:
-        if inside := next((other for other in paths if f"{path}.".startswith(f"{other}.") and other != path), None):
-            raise ConfigError(f"{option} names {path} and {inside}, which holds it; name one of them")
-    return list(dict.fromkeys(paths))
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from multistage_diffusion.training.batches import Batch, Batches, with_classes
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
+from multistage_diffusion.training.gradients import Gradients, by_stage
 from multistage_diffusion.training.guard import SIGNALS
 from multistage_diffusion.training.optimizer import MakeOptimizer, freeze, make_optimizer, parameter_groups
 from multistage_diffusion.training.precision import LossScale, require_few
@@ -279,7 +280,7 @@ class Trainer:
             stop=gradients.stop,
         )
 
-    def _finite_gradients(self, received: Sequence[int]) -> _Gradients:
+    def _finite_gradients(self, received: Sequence[int]) -> Gradients:
         """Gradients of the step; in fp16 again, at half the loss scale, where they overflow: no image is lost."""
         for overflows in itertools.count():
             figures, counts, by_level = self._gradients(received)
@@ -290,11 +291,11 @@ class Trainer:
             # Read at once, as each read waits for the device, and before the update, which a bad value must not reach.
             read = torch.cat((norm_tensor[None], figures, by_level)).cpu()
             norm, loss, *rest = read[: 1 + len(figures)].tolist()
-            stage_loss = _by_stage(rest, counts)
+            stage_loss = by_stage(rest, counts)
             self._require_finite(stage_loss)
             if math.isfinite(norm):
                 by_level = read[1 + len(figures) :]
-                return _Gradients(loss, stage_loss, counts, norm, norm_tensor, by_level, overflows, self._signal(rest))
+                return Gradients(loss, stage_loss, counts, norm, norm_tensor, by_level, overflows, self._signal(rest))
             if self.scale is None:
                 raise NumericsError(
                     f"gradient norm is {norm} at step {self.step + 1}; the weights were not updated; lower "
@@ -372,31 +373,6 @@ class Trainer:
                 )
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    """The gradients of a step, which lie in the parameters, as numbers.
-
-    Attributes:
-        loss: Importance-weighted mean loss.
-        stage_loss: Mean loss of each stage, none where it has no image.
-        counts: Images of each stage.
-        norm: Norm of the gradient.
-        norm_tensor: The same, on the device.
-        by_level: Losses by noise level, as `Uncertainty.figures` has them; empty where nothing learns from them.
-        overflows: How often the step was repeated.
-        stop: Signal that asks to stop.
-    """
-
-    loss: float
-    stage_loss: tuple[float | None, ...]
-    counts: tuple[int, ...]
-    norm: float
-    norm_tensor: Tensor
-    by_level: Tensor
-    overflows: int
-    stop: int | None
-
-
 @final
 class _Losses(nn.Module):
     """What is called in training, whole: one forward pass for each backward pass, as DDP wants it."""
@@ -408,9 +384,3 @@ class _Losses(nn.Module):
     def forward(self, batch: Batch, dropout_seed: Tensor | None) -> Tensor:
         conditioning = Conditioning(batch.labels, batch.augment, dropout_seed)
         return denoising_loss(self.denoiser, batch.images, batch.noise, batch.sigma, conditioning, counts=batch.counts)
-
-
-def _by_stage(means: Sequence[float], counts: tuple[int, ...]) -> tuple[float | None, ...]:
-    """One entry a stage, none where it has no rows."""
-    remaining = iter(means)
-    return tuple(next(remaining) if count else None for count in counts)
