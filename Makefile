@@ -63,20 +63,18 @@ notebooks: setup  # executed, with their outputs, into build/notebooks
 	done
 
 # Built, then installed where nothing of this folder is in reach, and used there.
-DIST_VENV ?= $(shell mktemp -d)/venv
 dist: setup
 	rm -rf dist build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
 	$(BIN)/python -m build --quiet --outdir dist .
-	$(PYTHON) -m venv $(DIST_VENV)
-	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd $(DIST_VENV)/.. && $(DIST_VENV)/bin/msd --version && $(DIST_VENV)/bin/msd demo --quick --out demo
-	rm -rf $(DIST_VENV)
+	away=$$(mktemp -d) && $(PYTHON) -m venv $$away/venv && \
+	  $$away/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl && \
+	  (cd $$away && venv/bin/msd --version && venv/bin/msd demo --quick --out demo) && rm -rf $$away
 
-# What pyproject.toml promises, at both ends. TORCH replaces the lowest torch where an index does not have it.
+# What pyproject.toml promises, at both ends, where warnings of dependencies are no errors. TORCH replaces the lowest torch where an index does not have it.
 CORE_TESTS ?= tests/test_stages.py tests/test_noise.py tests/test_rng.py tests/test_multidecoder.py tests/test_sampling.py \
   tests/test_config.py tests/test_files.py tests/test_examples.py tests/models tests/training tests/clustering tests/metrics
-ENDS := python -m pytest -p no:cacheprovider -m "not slow" $(CORE_TESTS)
+ENDS := python -m pytest -p no:cacheprovider -W default -m "not slow" $(CORE_TESTS)
 TORCH ?=
 
 test-lowest:
