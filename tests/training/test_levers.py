@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,3 +137,47 @@ def test_a_damaged_table_of_uncertainty_is_one_line(tmp_path):
         (checkpoint.path / STATE).write_text(json.dumps(state))
         with pytest.raises(CheckpointError, match="cannot restore"):
             restore_checkpoint(checkpoint, trainer)
+
+
+def alike(**options):
+    """A run whose three decoders have one form."""
+    config = tiny.run_config(clip_norm=None, **options)
+    return replace(config, model=replace(config.model, decoder_widths=(8, 8, 8)))
+
+
+def steps_of(config, steps=1):
+    """How the weights of a run move, and where they began."""
+    trainer = build_trainer(config, tiny.images())
+    start = tiny.randomise(trainer.denoiser.network)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    assert len(list(trainer.run(steps))) == steps
+    return {name: value - before[name] for name, value in trainer.denoiser.network.state_dict().items()}
+
+
+def test_coupled_decoders_move_by_their_own_step_and_the_mean_of_all():
+    free, coupled = steps_of(alike()), steps_of(alike(coupling=0.25))
+    for name, step in free.items():
+        part, _, rest = name.split(".", 2)
+        if part == "decoders":
+            mean = sum(free[f"decoders.{stage}.{rest}"] for stage in range(3)) / 3
+            step = 0.75 * step + 0.25 * mean
+        torch.testing.assert_close(coupled[name], step, atol=1e-6, rtol=0)
+
+
+def test_coupling_ends_with_its_images_and_resumes_to_the_bit(tmp_path):
+    short = steps_of(alike(coupling=1.0, coupling_images=8), 3)  # two steps of 4 images are coupled
+    assert not all(
+        torch.equal(step, short[f"decoders.1.{name.split('.', 2)[2]}"])
+        for name, step in short.items()
+        if name.startswith("decoders.0.")
+    )
+    config = alike(coupling=0.5, coupling_images=20, branch_at=0.25)
+    train(config, tmp_path / "whole", data=tiny.images())
+    train_until(5, tmp_path / "run", config)
+    assert train(config, tmp_path / "run", data=tiny.images()).resumed == 3
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_decoders_of_other_forms_are_refused():
+    with pytest.raises(ConfigError, match=r"training\.coupling needs decoders of one form, and that of stage"):
+        build_trainer(tiny.run_config(coupling=0.5), tiny.images())

@@ -20,7 +20,7 @@ MUON = tiny.run_config(optimizer="muon", learning_rate=1e-3)
 
 def optimizer(module, **options):
     training = TrainingConfig(optimizer="muon", learning_rate=0.1, **options)
-    return make_optimizer(MultiDecoder.unified(module), (1.0, 1.0), training, torch.device("cpu"))
+    return make_optimizer(MultiDecoder.unified(module), (1.0, 1.0), training, EngineConfig(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 7)])

@@ -130,6 +130,11 @@ class TrainingConfig:
     """Share of each stage in a mixed batch; by default its probability under the training distribution."""
     overlap: float = 0.0
     """How far a decoder is trained beyond its edges in mixed batches, on either side, as a share of its stage."""
+    coupling: float = 0.0
+    """Share of each decoder's update that is replaced by the mean of all decoders' updates, for decoders of one width;
+    1 moves all alike."""
+    coupling_images: int = 0
+    """Images until which updates are coupled; 0: always."""
     branch_at: float = 0.0
     """Train one unified network first, and branch into stages after this share of the steps (below 1) or after this
     many images (a run that is shorter is not branched yet); 0 trains stages from the start."""
@@ -182,6 +187,8 @@ class TrainingConfig:
         check(0 <= self.overlap <= 1, "training.overlap", "in [0, 1]", self.overlap)
         mixed = self.overlap == 0 or self.batches == "mixed"
         check(mixed, "training.overlap", "0 unless training.batches is mixed", self.overlap)
+        check(0 <= self.coupling <= 1, "training.coupling", "in [0, 1]", self.coupling)
+        check(self.coupling_images >= 0, "training.coupling-images", "at least 0", self.coupling_images)
         check(self.branch_at >= 0, "training.branch-at", "at least 0", self.branch_at)
         check(0 <= self.encoder_rate <= 1000, "training.encoder-rate", "in [0, 1000]", self.encoder_rate)
         rates = all(0 <= rate <= 1000 for rate in self.stage_rates)

@@ -189,7 +189,7 @@ class TrainingRun:
             if self.trainer.denoiser.trained_classes is not None:
                 self.trainer.denoiser.trained_classes.save(self.folder)
         window, step = processes.broadcast(
-            (None if checkpoint is None else vars(self.window), checkpoint and checkpoint.step)
+            (None if checkpoint is None else dict(vars(self.window)), checkpoint and checkpoint.step)
         )
         if window is None:
             return

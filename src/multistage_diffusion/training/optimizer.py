@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.config import EngineConfig, TrainingConfig
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.multidecoder import MultiDecoder
+from multistage_diffusion.records import check
 
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -53,7 +54,11 @@ def parameter_groups(network: MultiDecoder, rates: tuple[float, ...]) -> Paramet
 
 
 def make_optimizer(
-    network: MultiDecoder, rates: tuple[float, ...], training: TrainingConfig, device: torch.device
+    network: MultiDecoder,
+    rates: tuple[float, ...],
+    training: TrainingConfig,
+    engine: EngineConfig,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """The optimiser that `training.optimizer` names.
 
@@ -61,10 +66,14 @@ def make_optimizer(
         network: What it moves.
         rates: Factor of the learning rate for each part.
         training: The options.
+        engine: Says whether weights are in shards.
         device: Where the weights are.
 
     Returns:
         AdamW (Adam where there is no weight decay), or Muon.
+
+    Raises:
+        ConfigError: Muon with weights in shards.
     """
     options: dict[str, Any] = {
         "lr": training.learning_rate,
@@ -74,6 +83,8 @@ def make_optimizer(
     }
     groups = parameter_groups(network, rates)
     if training.optimizer == "muon":
+        whole = "adamw with engine.parallel fsdp, as muon needs whole weights"
+        check(engine.parallel != "fsdp", "training.optimizer", whole, "muon")
         tables = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
         return Muon(groups, tables, **options)
     return (torch.optim.AdamW if training.weight_decay else torch.optim.Adam)(groups, **options)

@@ -25,9 +25,9 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
-from multistage_diffusion.records import check
 from multistage_diffusion.training.batches import Batch, Batches, with_classes
 from multistage_diffusion.training.callbacks import Callback
+from multistage_diffusion.training.coupling import Coupling
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.gradients import Gradients, by_stage
@@ -133,12 +133,6 @@ class Trainer:
             )
         # A network that no record can build is copied before the engine changes it, to carry averages.
         self._template = None if denoiser.backbone.builds else copy.deepcopy(denoiser).cpu()
-        check(
-            not (training.optimizer == "muon" and engine.parallel == "fsdp"),
-            "training.optimizer",
-            "adamw with engine.parallel fsdp, as muon needs whole weights",
-            "muon",
-        )
         rates = freeze(denoiser.network, training)
         self.denoiser = denoiser.to(self.device).train()
         self.batches = Batches(
@@ -164,7 +158,8 @@ class Trainer:
         if optimizer:
             self.optimizer = optimizer(parameter_groups(network, rates))
         else:
-            self.optimizer = make_optimizer(network, rates, training, self.device)
+            self.optimizer = make_optimizer(network, rates, training, engine, self.device)
+        self._coupling = Coupling(network, training.coupling) if training.coupling and network.stages > 1 else None
         self.step = self.trunk_images = 0
         self.stage_images = [0] * len(denoiser.stages)
         self.uncertainty = Uncertainty(denoiser.process) if training.weighting == "uncertainty" else None
@@ -252,7 +247,8 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), clip, gradients.norm_tensor)
         seen = self.images + training.batch_size
         rate = learning_rate(training, self.step)
-        with record_function("optimizer"):
+        coupling = self._coupling if seen <= (training.coupling_images or math.inf) else None
+        with record_function("optimizer"), coupling() if coupling else contextlib.nullcontext():
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
             self.optimizer.step()
