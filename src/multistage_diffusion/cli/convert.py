@@ -58,6 +58,8 @@ class Options(Common):
     """Of a run, or of a file that has both: the averaged weights, or the trained ones."""
     license: str | None = None
     """Of a run: the license for the model card, like apache-2.0."""
+    space: bool = False
+    """Of a run: make the folder a Space of the Hugging Face hub, too, with an app that draws (gradio)."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         return _export(options, console)
     check(options.weights == "ema", "weights", "used with a run", options.weights)
     check(options.license is None, "license", "used with a run", options.license)
+    check(not options.space, "space", "used with a run", options.space)
     return _import(options, console)
 
 
@@ -115,6 +118,7 @@ def _import_released(file: Path, options: Options, console: Console) -> dict[str
     from multistage_diffusion.stages import Stages
 
     check(options.license is None, "license", "used with a run", options.license)
+    check(not options.space, "space", "used with a run", options.space)
     stages = None if options.stages is None else Stages.load(Path(options.stages))
     state = read_state(file, weights=options.weights)
     if "x_embedder.proj.weight" in state:
@@ -158,14 +162,18 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
     from multistage_diffusion.data.latents import LatentCodec, load_codec
     from multistage_diffusion.interop.card import Facts, model_card
     from multistage_diffusion.interop.export import export
+    from multistage_diffusion.interop.space import space_files
     from multistage_diffusion.runs import load_run
 
     loaded = load_run(options.source, weights=options.weights, device="cpu")
-    results = Path(options.source) / "results.json"
+    results, title = Path(options.source) / "results.json", Path(options.out).absolute().name
+    names = loaded.denoiser.trained_classes
+    count = loaded.denoiser.classes
+    classes = [str(k) for k in range(count)] if names is None or not count else list(names.names)
 
-    def card(pipeline: str) -> str:
+    def texts(pipeline: str) -> dict[str, str]:
         facts = Facts(
-            name=Path(options.out).absolute().name,
+            name=title,
             pipeline=pipeline,
             license=options.license,
             data=loaded.config.data if loaded.config else None,
@@ -174,12 +182,13 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
             trunk_images=loaded.trunk_images,
             results=read_json(results) if results.is_file() else None,
         )
-        return model_card(loaded.denoiser, facts)
+        card = model_card(loaded.denoiser, facts)
+        return space_files(title, pipeline, classes, card) if options.space else {"README.md": card}
 
     codec = load_codec(options.source)
     if codec is not None and not isinstance(codec, LatentCodec):
         raise ConfigError(f"{options.source} is a run on fields, whose scale diffusers has no place for")
-    done = export(loaded.denoiser, options.out, codec=codec, card=card)
+    done = export(loaded.denoiser, options.out, codec=codec, texts=texts)
     why = f" (no standard one: {done.reason})" if done.reason else ""
     console.print(
         f"wrote {options.out}: {done.pipeline}{why} with {done.scheduler}, {done.parameters / 1e6:.2f} M parameters, "
@@ -190,6 +199,10 @@ def _export(options: Options, console: Console) -> dict[str, Any]:
         "load it by: from diffusers import DiffusionPipeline; "
         f"DiffusionPipeline.from_pretrained({options.out!r}{trust})"
     )
+    if options.space:
+        console.print(
+            f"try it by: pip install gradio && python {Path(options.out) / 'app.py'}; or upload the folder as a Space"
+        )
     return {
         "source": options.source,
         "out": options.out,

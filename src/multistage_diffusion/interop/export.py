@@ -76,7 +76,7 @@ def export(
     out: str | Path,
     *,
     codec: LatentCodec | None = None,
-    card: Callable[[str], str] | None = None,
+    texts: Callable[[str], dict[str, str]] | None = None,
 ) -> Exported:
     """Write a folder that diffusers loads, and compare its images with ours.
 
@@ -89,7 +89,7 @@ def export(
         denoiser: The model.
         out: The folder; replaced if an earlier call wrote it.
         codec: Autoencoder and scale of a model of latents.
-        card: Makes the text of README.md, given the name of the pipeline's class.
+        texts: Makes further files, like README.md, given the name of the pipeline's class.
 
     Raises:
         ConfigError: diffusers is not installed or has no scheduler for the process, or the images differ; nothing is
@@ -117,8 +117,8 @@ def export(
         error = _difference(written, denoiser, codec)
         if not error < _TOLERANCE:
             raise ConfigError(f"the pipeline's images differ from ours by {error}; nothing was written")
-        if card is not None:
-            (folder / "README.md").write_text(card(name))
+        for file, text in (texts(name) if texts is not None else {}).items():
+            (folder / file).write_text(text, encoding="utf-8")
     return Exported(name, type(pipeline.scheduler).__name__, parameters, error, reason)
 
 
