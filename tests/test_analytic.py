@@ -200,6 +200,7 @@ assert [backend.fp32_precision for backend in backends] == before
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

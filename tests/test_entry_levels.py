@@ -77,6 +77,7 @@ def test_a_stage_that_enters_halved_is_the_network_of_images_with_pixels_moved_i
     torch.testing.assert_close(network(x, c_noise, 0), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_entries_make_stages_cheaper_and_leave_others_as_they_were():
     plain = network_cost(replace(MODEL, entry_levels=()), (1, 32, 32)).stages
     entered = network_cost(MODEL, (1, 32, 32)).stages
@@ -161,6 +162,7 @@ def test_stages_that_enter_halved_start_from_a_trunk_where_both_have_the_blocks(
     assert "decoders.1.head.weight" not in moments
 
 
+@pytest.mark.slow
 def test_a_run_may_branch_into_stages_that_enter_halved(tmp_path):
     config = tiny.run_config(MODEL, branch_at=0.5)
     summary = train(config, tmp_path / "run", data=tiny.images())

@@ -72,6 +72,7 @@ def test_only_the_images_chosen_are_read_and_the_edges_are_those_of_memory(optio
     assert cluster(load_data("digits").pixels(), VP(), **options).stages.edges == whole.stages.edges
 
 
+@pytest.mark.slow
 def test_the_command_and_its_strip_read_no_more(on_disk, rows_read, tmp_path):
     words = [f"shards:{on_disk}", "--max-images", "200", "--samples", "1000", "--strip", str(tmp_path / "strip.svg")]
     assert dispatch(["cluster", *words]) == 0

@@ -59,6 +59,7 @@ def test_a_killed_conversion_is_made_again_from_the_start(lives, pictures, tmp_p
     assert load_data(f"shards:{out}").digest == load_data(pictures).digest
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_conversion_with_one_line(lives, pictures, small_disk):  # noqa: F811
     out = small_disk / "shards"
     life = lives.run("data", pictures, "--convert", str(out))

@@ -397,6 +397,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, words, message):
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_saved_model_has_no_training_to_tell_of(tmp_path):
     tiny.denoiser().save_pretrained(tmp_path / "model")
     assert isinstance(Denoiser.from_pretrained(tmp_path / "model"), Denoiser)

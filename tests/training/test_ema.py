@@ -14,6 +14,7 @@ from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.run import build_trainer, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("half_life", "ramp_up"), [(20.0, None), (1000.0, 0.05)])
 def test_it_equals_a_recomputation_from_the_checkpoints(half_life, ramp_up, tmp_path):
     config = tiny.run_config(steps=20, save_every=1, keep=20, ema_half_life=half_life, ema_ramp_up=ramp_up)

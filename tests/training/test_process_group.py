@@ -69,6 +69,7 @@ def wait_for_a_silent_one(rank, number):
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_who_waits_for_a_killed_or_halted_process_names_it(number, tmp_path):
     found, _ = ranks.run(wait_for_a_silent_one, tmp_path, number, hangs=[1] if number == signal.SIGSTOP else [])
