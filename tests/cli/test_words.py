@@ -189,3 +189,21 @@ def test_what_needs_less_memory_is_an_option_of_the_command(call, monkeypatch, c
     monkeypatch.setattr(f"multistage_diffusion.cli.{command}.run", no_memory)
     code, _, err = call(command, "digits")
     assert code == 1 and "out of memory: Unable to allocate 9 GiB; " in err and mend in err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--training.clip-norm", "x"], "--training.clip-norm must be none or a number, got x"),
+        (["--threads", "x"], "--threads must be none or a whole number, got x"),
+        (["--training.quotas", "aut"], "--training.quotas must be numbers or auto, got aut"),
+        (["--training.learning-rate", "y"], "--training.learning-rate must be a number, got y"),
+        (["--training.steps", "1.5"], "--training.steps must be a whole number, got 1.5"),
+        (["--stages.edges", "a", "b"], "--stages.edges must be values of its kind, as --help shows, got a, b"),
+    ],
+)
+def test_a_value_of_another_kind_is_a_short_line(capsys, words, text):
+    assert dispatch(["train", "digits", *words]) != 0
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1

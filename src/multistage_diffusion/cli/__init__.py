@@ -301,6 +301,14 @@ def _message(plain: str, kind: Any, config: Any, extra: dict[str, Any]) -> str:
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", plain):
         choices = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"})
         return f"{choice[2]} must be one of {', '.join(choices)}, got {choice[1]}{_near(choice[1], choices)}"
+    if wrong := re.match(r"Error parsing (--\S+): no type matching (.*) could be instantiated from \[(.*?)\]", plain):
+        words = {"{None}": "none", "FLOAT": "a number", "INT": "a whole number", "STR": "text"}
+        kinds = [words.get(kind, "numbers" if " " in kind else kind.strip("{}")) for kind in wrong[2].split("|")]
+        return f"{wrong[1]} must be {' or '.join(kinds)}, got {wrong[3].replace(chr(39), '')}"
+    if wrong := re.match(r"Error parsing (--\S+): (?:could not convert string to float: '(.*)'|(must be .*))$", plain):
+        return f"{wrong[1]} {wrong[3] or f'must be a number, got {wrong[2]}'}"
+    if wrong := re.match(r"Error parsing (--\S+): Could not find valid parse for arguments: \[(.*)\]", plain):
+        return f"{wrong[1]} must be values of its kind, as --help shows, got {wrong[2].replace(chr(39), '')}"
     if option := re.match(r"Unrecognized options: (--[^\s,=]+)", plain):
         import tyro
 

@@ -126,8 +126,9 @@ class TrainingConfig:
     """Largest norm of the gradient; larger ones are scaled down."""
     batches: Literal["mixed", "single-uniform", "single-p"] = "mixed"
     """mixed: every stage in every batch, by quota; single: one stage a batch, uniform or by its probability."""
-    quotas: tuple[float, ...] = ()
-    """Share of each stage in a mixed batch; by default its probability under the training distribution."""
+    quotas: tuple[float, ...] | Literal["auto"] = ()
+    """Share of each stage in a mixed batch; by default its probability under the training distribution; auto: such that
+    the measured noise of the gradient is least. The trained loss is the same."""
     overlap: float = 0.0
     """How far a decoder is trained beyond its edges in mixed batches, on either side, as a share of its stage."""
     coupling: float = 0.0
@@ -183,7 +184,10 @@ class TrainingConfig:
             self.warmup_images,
         )
         check(self.clip_norm is None or self.clip_norm > 0, "training.clip-norm", "positive or none", self.clip_norm)
-        check(all(share > 0 for share in self.quotas), "training.quotas", "positive shares", self.quotas)
+        given = () if self.quotas == "auto" else self.quotas
+        check(all(share > 0 for share in given), "training.quotas", "auto or positive shares", self.quotas)
+        measured = self.quotas != "auto" or self.batches == "mixed"
+        check(measured, "training.quotas", "shares unless training.batches is mixed", self.quotas)
         check(0 <= self.overlap <= 1, "training.overlap", "in [0, 1]", self.overlap)
         mixed = self.overlap == 0 or self.batches == "mixed"
         check(mixed, "training.overlap", "0 unless training.batches is mixed", self.overlap)
@@ -311,7 +315,7 @@ class RunConfig:
         )
         guidance = self.sampling.guidance
         check(guidance == 1 or self.model.classes > 0, "sampling.guidance", "1 without model.classes", guidance)
-        if self.training.quotas:
+        if self.training.quotas and self.training.quotas != "auto":
             check(len(self.training.quotas) == stages, "training.quotas", f"{stages} shares", self.training.quotas)
         rates = len(self.training.stage_rates) in (0, stages)
         check(rates, "training.stage-rates", f"{stages} factors, one a stage", self.training.stage_rates)

@@ -23,7 +23,7 @@ from multistage_diffusion.metrics.cost import Cost, network_cost
 from multistage_diffusion.metrics.extractor import FeatureExtractor
 from multistage_diffusion.runs import load_run
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training.batches import stage_counts
+from multistage_diffusion.training.batches import first_counts
 from multistage_diffusion.training.guard import BusyError, lock
 from multistage_diffusion.training.run import train
 from multistage_diffusion.training.trainer import StepResult
@@ -60,7 +60,7 @@ class Cell:
         cost = self.cost(shape)
         match training.batches:
             case "mixed":
-                return cost.training_flops(stage_counts(training.quotas or shares, training.batch_size))
+                return cost.training_flops(first_counts(training, shares))
             case "single-uniform":
                 return cost.training_flops([training.batch_size / len(shares)] * len(shares))
             case _:

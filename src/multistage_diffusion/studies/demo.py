@@ -26,7 +26,7 @@ from multistage_diffusion.records import check_seed
 from multistage_diffusion.runs import load_run
 from multistage_diffusion.sampling import Trace, consecutive_seeds
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training.batches import stage_counts
+from multistage_diffusion.training.batches import first_counts
 from multistage_diffusion.training.run import TrainingSummary, train
 from multistage_diffusion.training.trainer import StepResult
 
@@ -208,7 +208,7 @@ def run_demo(
 def step_flops(config: RunConfig, cost: Cost) -> float:
     """Training FLOPs of one step."""
     shares = Stages(config.edges).shares(config.process)
-    return cost.training_flops(stage_counts(config.training.quotas or shares, config.training.batch_size))
+    return cost.training_flops(first_counts(config.training, shares))
 
 
 def _train_and_measure(

@@ -89,31 +89,42 @@ class _MicroBatch:
         return cls(torch.tensor(rows, device=device), weight.to(device), tuple(counts), tuple(counted))
 
 
-def stage_counts(shares: Sequence[float], batch_size: int) -> tuple[int, ...]:
+def stage_counts(shares: Sequence[float], batch_size: int, least: int = 1) -> tuple[int, ...]:
     """Split a batch over the stages, in proportion, with at least one image each.
 
     Args:
         shares: Positive weight of each stage.
-        batch_size: Images in the batch, at least the number of stages.
+        batch_size: Images in the batch.
+        least: Images that each stage has at least.
 
     Returns:
-        Counts that sum to `batch_size`, by largest remainders above the one image that each stage has.
+        Counts that sum to `batch_size`, by largest remainders above the least number of images.
 
     Raises:
-        ConfigError: Fewer images than stages.
+        ConfigError: Fewer images than the stages need.
     """
-    if batch_size < len(shares):
-        raise ConfigError(f"training.batch-size must be at least {len(shares)}, one image a stage, got {batch_size}")
+    spare = batch_size - least * len(shares)
+    if spare < 0:
+        text = f"{least * len(shares)}, {'one image' if least == 1 else f'{least} images'} a stage"
+        raise ConfigError(f"training.batch-size must be at least {text}, got {batch_size}")
     total = sum(shares)
-    exact = [max(1.0, batch_size * share / total) for share in shares]
-    spare = batch_size - len(shares)
-    above = [value - 1.0 for value in exact]
+    above = [max(0.0, batch_size * share / total - least) for share in shares]
     scale = spare / sum(above) if sum(above) > 0 else 0.0
-    counts = [1 + int(value * scale) for value in above]
-    order = sorted(range(len(shares)), key=lambda stage: (counts[stage] - 1 - above[stage] * scale, stage))
+    counts = [least + int(value * scale) for value in above]
+    order = sorted(range(len(shares)), key=lambda stage: (counts[stage] - least - above[stage] * scale, stage))
     for stage in order[: batch_size - sum(counts)]:
         counts[stage] += 1
     return tuple(counts)
+
+
+def first_counts(config: TrainingConfig, shares: Sequence[float]) -> tuple[int, ...]:
+    """Images of each stage in the mixed batches that training begins with.
+
+    Args:
+        config: Batch size and quotas.
+        shares: Share of each stage in the training distribution.
+    """
+    return stage_counts(shares if config.quotas == "auto" else config.quotas or shares, config.batch_size)
 
 
 def with_classes(denoiser: Denoiser, data: Examples, label_dropout: float) -> Examples:
@@ -151,7 +162,7 @@ def with_classes(denoiser: Denoiser, data: Examples, label_dropout: float) -> Ex
 
 @final
 class Batches:
-    """Makes the batch of any step, without state.
+    """Makes the batch of any step, without state but the shares of the stages.
 
     Args:
         data: Training images, or their latents.
@@ -208,10 +219,17 @@ class Batches:
         self.device, self._total = torch.device(device), len(data)
         self.feed = make_feed(data, self.device) if feed is None else feed
         self._labels = data.labels.to(self.feed.device) if classes and data.labels is not None else None
-        self._counts = stage_counts(config.quotas or self.shares, config.batch_size)
+        self.counts = first_counts(config, self.shares)
         self._weight = self._weights().to(device)
         self._orders: dict[int, Tensor] = {}
         self._micro_batches: dict[tuple[tuple[int, ...], int, int, torch.device], _MicroBatch] = {}
+
+    def set_shares(self, shares: Sequence[float] | None) -> None:
+        """Divide mixed batches over the stages in proportion to shares, two images each at least; none: as before."""
+        counts = self.counts if shares is None else stage_counts(shares, self.config.batch_size, least=2)
+        if counts != self.counts:
+            self.counts = counts
+            self._weight = self._weights().to(self.device)
 
     def __call__(self, step: int, index: int = 0, total: int = 1) -> Batch:
         """The batch of a step, or a micro-batch of it.
@@ -262,7 +280,7 @@ class Batches:
         return self._micro_batches[key]
 
     def _weights(self) -> Tensor:
-        """The weight of each row; the same in every step, so that none waits for a copy to the device.
+        """The weight of each row; made once for given counts, so that no step waits for a copy to the device.
 
         Stage k has the share p_k of the training distribution and n_k of the batch's B rows. With the weight
         p_k B / n_k the mean of weight * loss over the rows is sum_k p_k (mean loss of stage k), without bias.
@@ -270,13 +288,13 @@ class Batches:
         size = self.config.batch_size
         if self.config.batches != "mixed":
             return torch.ones(size)
-        weights = [share * size / count for share, count in zip(self.shares, self._counts, strict=True)]
-        return torch.tensor(weights, dtype=torch.float32).repeat_interleave(torch.tensor(self._counts))
+        weights = [share * size / count for share, count in zip(self.shares, self.counts, strict=True)]
+        return torch.tensor(weights, dtype=torch.float32).repeat_interleave(torch.tensor(self.counts))
 
     def _split(self, step: int) -> tuple[int, ...]:
         """How many rows each stage has in this step."""
         if self.config.batches == "mixed":
-            return self._counts
+            return self.counts
         draw = float(rng.uniform(self.config.seed, "stage", torch.tensor([step]), 1))
         if self.config.batches == "single-uniform":
             stage = int(draw * len(self.shares))

@@ -10,7 +10,6 @@ from torch import Tensor
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.inherit import Inheritance, inheritance
-from multistage_diffusion.training.batches import stage_counts
 from multistage_diffusion.training.distributed import put, whole_tensor
 from multistage_diffusion.training.trainer import Trainer
 
@@ -75,7 +74,7 @@ def _carry_moments(trunk: Trainer, trainer: Trainer, plan: Inheritance) -> None:
     }
     steps = next((state["step"] for state in before.values() if "step" in state), None)
     shares, size = trainer.denoiser.stages.shares(trainer.denoiser.process), trainer.training.batch_size
-    counts = stage_counts(trainer.training.quotas or shares, size)
+    counts = trainer.batches.counts
     for name, parameter in trainer.denoiser.network.named_parameters():
         part, stage, _ = name.split(".", 2)
         staged = part == "decoders" or len(trainer.denoiser.network.encoders) > 1

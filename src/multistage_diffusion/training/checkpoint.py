@@ -66,6 +66,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], confi
         state["loss_scale"] = vars(trainer.scale)
     if (levels := trainer.uncertainty) is not None:
         state["uncertainty"] = {"sums": levels.sums.tolist(), "counts": levels.counts.tolist()}
+    if (noise := trainer.noise) is not None:
+        state["gradient_noise"] = {"sums": noise.sums.tolist(), "counts": noise.counts.tolist()}
     _require_finite(files[RAW], trainer.step)
     size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with whole_directory(path, size=size, replace=True) as temporary:  # a damaged one of this step gives way
@@ -104,6 +106,9 @@ def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
     if trainer.uncertainty is not None:
         sums, counts = document["uncertainty"]
         trainer.uncertainty.sums, trainer.uncertainty.counts = sums, counts
+    if trainer.noise is not None:
+        trainer.noise.sums, trainer.noise.counts = document["gradient_noise"]
+        trainer.batches.set_shares(trainer.noise.shares())
 
 
 def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -117,18 +122,23 @@ def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str,
         scale = LossScale(**state.get("loss_scale", {}))
         trunk_images = int(state.get("trunk_images", 0))
         document = {"step": int(state["step"]), "stage_images": images, "trunk_images": trunk_images}
-        document["uncertainty"] = _uncertainty(state) if trainer.uncertainty is not None else None
+        if trainer.uncertainty is not None:
+            document["uncertainty"] = _table(state, "uncertainty", Uncertainty.cells)
+            if not bool((document["uncertainty"] > 0).all()):
+                raise ValueError(f"{STATE} has no table of losses by noise level")
+        if trainer.noise is not None:
+            document["gradient_noise"] = _table(state, "gradient_noise", len(trainer.denoiser.stages))
         return files, {**document, "loss_scale": vars(scale)}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
 
 
-def _uncertainty(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums and counts of losses by noise level."""
-    sums, counts = (torch.tensor(state["uncertainty"][name], dtype=torch.float64) for name in ("sums", "counts"))
-    if not all(column.shape == (Uncertainty.cells,) and bool((column > 0).all()) for column in (sums, counts)):
-        raise ValueError(f"{STATE} has no table of losses by noise level")
-    return sums, counts
+def _table(state: dict[str, Any], name: str, size: int) -> torch.Tensor:
+    """Sums and counts of running means, (2, size), float64."""
+    table = torch.tensor([state[name]["sums"], state[name]["counts"]], dtype=torch.float64)
+    if table.shape != (2, size) or not bool((table.isfinite() & (table >= 0)).all()):
+        raise ValueError(f"{STATE} has no table {name} of {size} running means")
+    return table
 
 
 def _put(file: str, tensors: dict[str, torch.Tensor], trainer: Trainer) -> None:

@@ -18,7 +18,7 @@ class Gradients:
         counts: Images of each stage.
         norm: Norm of the gradient.
         norm_tensor: The same, on the device.
-        by_level: Losses by noise level, as `Uncertainty.figures` has them; empty where nothing learns from them.
+        measured: Losses by noise level, then the noise of the gradient by stage, where something learns from them.
         overflows: How often the step was repeated.
         stop: Signal that asks to stop.
     """
@@ -28,7 +28,7 @@ class Gradients:
     counts: tuple[int, ...]
     norm: float
     norm_tensor: Tensor
-    by_level: Tensor
+    measured: Tensor
     overflows: int
     stop: int | None
 

@@ -34,6 +34,7 @@ from multistage_diffusion.training.gradients import Gradients, by_stage
 from multistage_diffusion.training.guard import SIGNALS
 from multistage_diffusion.training.optimizer import MakeOptimizer, freeze, make_optimizer, parameter_groups
 from multistage_diffusion.training.precision import LossScale, require_few
+from multistage_diffusion.training.quotas import GradientNoise
 from multistage_diffusion.training.schedule import learning_rate
 from multistage_diffusion.training.weighting import Uncertainty, relative_weight
 
@@ -163,6 +164,7 @@ class Trainer:
         self.step = self.trunk_images = 0
         self.stage_images = [0] * len(denoiser.stages)
         self.uncertainty = Uncertainty(denoiser.process) if training.weighting == "uncertainty" else None
+        self.noise = GradientNoise.of(network, training, processes.size)
 
     @property
     def images(self) -> int:
@@ -257,8 +259,7 @@ class Trainer:
                 average.update(seen, training.batch_size)
         if self.scale is not None:
             self.scale.keep()
-        if self.uncertainty is not None:
-            self.uncertainty.update(gradients.by_level, training.batch_size)
+        self._learn(gradients.measured)
         self.step += 1
         self.stage_images = [total + count for total, count in zip(self.stage_images, gradients.counts, strict=True)]
         if self.step % training.log_every == 0:
@@ -276,22 +277,31 @@ class Trainer:
             stop=gradients.stop,
         )
 
+    def _learn(self, measured: Tensor) -> None:
+        """Take in what the step measured: losses by noise level, and the noise of the gradients."""
+        levels = 2 * Uncertainty.cells if self.uncertainty is not None else 0
+        if self.uncertainty is not None:
+            self.uncertainty.update(measured[:levels], self.training.batch_size)
+        if self.noise is not None and self.noise.due(self.step):
+            self.noise.update(measured[levels:])
+            self.batches.set_shares(self.noise.shares())
+
     def _finite_gradients(self, received: Sequence[int]) -> Gradients:
         """Gradients of the step; in fp16 again, at half the loss scale, where they overflow: no image is lost."""
         for overflows in itertools.count():
-            figures, counts, by_level = self._gradients(received)
+            figures, counts, measured = self._gradients(received)
             gradients = [p.grad for p in self.denoiser.network.parameters() if p.grad is not None]
             if self.scale is not None:
                 torch._foreach_mul_(gradients, 1.0 / self.scale.value)  # pyright: ignore[reportPrivateImportUsage]
             norm_tensor = whole_tensor(torch.nn.utils.get_total_norm(gradients))
             # Read at once, as each read waits for the device, and before the update, which a bad value must not reach.
-            read = torch.cat((norm_tensor[None], figures, by_level)).cpu()
+            read = torch.cat((norm_tensor[None], figures, measured)).cpu()
             norm, loss, *rest = read[: 1 + len(figures)].tolist()
             stage_loss = by_stage(rest, counts)
             self._require_finite(stage_loss)
             if math.isfinite(norm):
-                by_level = read[1 + len(figures) :]
-                return Gradients(loss, stage_loss, counts, norm, norm_tensor, by_level, overflows, self._signal(rest))
+                measured = read[1 + len(figures) :]
+                return Gradients(loss, stage_loss, counts, norm, norm_tensor, measured, overflows, self._signal(rest))
             if self.scale is None:
                 raise NumericsError(
                     f"gradient norm is {norm} at step {self.step + 1}; the weights were not updated; lower "
@@ -306,16 +316,18 @@ class Trainer:
 
         Returns:
             The loss, the mean loss of each stage in the batch, and for several processes the signals that they got;
-            how many images of each stage there are; and losses by noise level, empty where nothing learns from them.
+            how many images of each stage there are; and what `_learn` takes.
         """
         processes, training, accumulation = self.processes, self.training, self.engine.gradient_accumulation
+        noise = self.noise if self.noise is not None and self.noise.due(self.step) else None
+        accumulation, first = (accumulation if noise is None else max(accumulation, 2)), list[list[Tensor]]()
         self.optimizer.zero_grad(set_to_none=True)
-        figures, counts, by_level = torch.empty(0), (), torch.empty(0, device=self.device)
+        figures, counts, measured = torch.empty(0), (), torch.empty(0, device=self.device)
         for turn in range(accumulation):
             with record_function("batch"):
                 batch = self.batches(self.step, turn * processes.size + processes.rank, accumulation * processes.size)
                 seed = rng.bits(training.seed, "dropout", batch.index, 1)[:, 0] if self._dropout else None
-            with self._synchronised(turn + 1 == accumulation):
+            with self._synchronised(turn + 1 == accumulation or (noise is not None and turn == 0)):
                 with record_function("forward"):
                     losses = self._model(batch, seed)
                     loss = (self._weight(batch) * losses).sum() / training.batch_size
@@ -326,14 +338,18 @@ class Trainer:
             means = [part.sum() / count if counted else part.new_zeros(()) for part, count, counted in rows if count]
             summands = torch.stack([loss.detach(), *means])
             figures, counts = (figures + summands if turn else summands), batch.batch_counts
+            first = noise.first_part() if noise is not None and turn == 0 else first
             if self.uncertainty is not None:
                 levels = self.uncertainty.figures(batch.sigma.to(losses), losses.detach(), batch.weight > 0)
-                by_level = by_level + levels if turn else levels
+                measured = measured + levels if turn else levels
+        if noise is not None:
+            scale = self.scale.value if self.scale is not None else 1.0
+            measured = torch.cat((measured, noise.figures(first, counts, accumulation, scale)))
         if processes.size > 1:
             flags = self._signal_flags[1 + SIGNALS.index(received[0]) if received else 0]
             figures = processes.all_reduce(torch.cat((figures, flags)))
-            by_level = processes.all_reduce(by_level) if self.uncertainty is not None else by_level
-        return figures, counts, by_level
+            measured = processes.all_reduce(measured) if len(measured) else measured
+        return figures, counts, measured
 
     def _weight(self, batch: Batch) -> Tensor:
         """Weights of the losses: importance weights, times what the weighting makes of the process's weight."""
