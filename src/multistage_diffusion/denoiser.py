@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from multistage_diffusion.records import from_dict, to_dict
 from multistage_diffusion.sampling.sampler import Sampler
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.text import short
-from multistage_diffusion.weights import load_weights, require_fit
+from multistage_diffusion.weights import load_weights, require_fit, save_weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 UNDIVIDED = Stages()
@@ -155,7 +154,7 @@ class Denoiser(nn.Module):
         Args:
             x: Noisy images, in the unit of the data (not scaled by the process).
             sigma: One noise level for the whole batch (a float, whose stage is known on the host, or a tensor without
-                dimensions: one decoder runs), or one for each image.
+                dimensions: one decoder runs), or one for each image, (B,) or (B, 1, 1, 1).
             conditioning: Labels, augmentation and dropout seeds of the images; a tensor of integers is labels.
             counts: How many images each stage has, when those of stage 0 come first and so on; saves looking the
                 stages up, and waiting for the device.
@@ -163,6 +162,9 @@ class Denoiser(nn.Module):
         Returns:
             Estimates of x0, of the type of x, whatever that of the weights. An image's estimate does not depend on the
             other images.
+
+        Raises:
+            ConfigError: Another number of noise levels than of images.
         """
         if conditioning is None:
             conditioning = NO_CONDITIONING
@@ -172,6 +174,9 @@ class Denoiser(nn.Module):
             return self._at_one_level(x, sigma, conditioning)
         if sigma.ndim == 0:
             return self._at_one_level(x, float(sigma), conditioning)
+        sigma = sigma.flatten()
+        if len(sigma) not in (1, len(x)):
+            raise ConfigError(f"{len(sigma)} noise levels for {len(x)} images; give one for all, or one for each")
         stage = counts if counts is not None else self.stages.of(sigma) if len(self.stages) > 1 else 0
         factors = self.process.preconditioning(sigma.to(_at_least_float32(sigma.dtype)))
         c_skip, c_out, c_in = (
@@ -222,8 +227,7 @@ class Denoiser(nn.Module):
         """
         with whole_directory(Path(directory)) as temporary:
             (temporary / CONFIG).write_text(json.dumps(self.document(), indent=2) + "\n")
-            state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-            safetensors.torch.save_file(state, temporary / WEIGHTS)
+            save_weights(self.network.state_dict(), temporary / WEIGHTS)
 
     def document(self) -> dict[str, Any]:
         """What the denoiser is, but for its weights, as JSON holds it."""
@@ -276,7 +280,8 @@ class Denoiser(nn.Module):
                 with torch.device("meta"):
                     skeleton = backbone.network(shape)
                 require_fit(skeleton, weights)  # before memory is taken for what a strange file asks
-                denoiser = cls.from_backbone(backbone, process, shape, stages)
+                with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not drawn from
+                    denoiser = cls.from_backbone(backbone, process, shape, stages)
             if "sampling" in document:
                 denoiser.sampler = from_dict(Sampler, document["sampling"], where, "sampling")
             denoiser.label_optional = document.get("label_optional") is not False

@@ -154,9 +154,10 @@ class ProcessGroup:
         return torch.cat(parts)
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The float32 CPU tensors of process 0, by name; the others give none."""
-        shapes = self.broadcast([(name, list(tensor.shape)) for name, tensor in (tensors or {}).items()])
-        copies = dict(tensors) if tensors is not None else {name: torch.empty(shape) for name, shape in shapes}
+        """The CPU tensors of process 0, by name; the others give none."""
+        given = [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()]
+        empty = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, shape, kind in self.broadcast(given)}
+        copies = empty if tensors is None else dict(tensors)
         for tensor in copies.values() if self.size > 1 else ():
             dist.broadcast(tensor, 0)
         return copies

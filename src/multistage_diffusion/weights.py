@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -37,6 +38,28 @@ def read_weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read weights {path}: {' '.join(str(error).split())}") from error
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; tensors that share memory, like tied weights, are written under each of their names.
+
+    Args:
+        tensors: Tensors by name.
+        path: The file.
+    """
+    written, memory = dict[str, Tensor](), set[tuple[str, int]]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        place = (str(tensor.device), tensor.untyped_storage().data_ptr())
+        written[name] = tensor.clone() if place in memory else tensor
+        memory.add(place)
+    safetensors.torch.save_file(written, path)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What a module's state holds beside its parameters, like the statistics of batch norms, by name."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
 
 
 def require_fit(network: nn.Module, path: Path) -> None:

@@ -45,6 +45,6 @@ def test_bad_pictures_are_refused_or_left_out_as_in_training(tmp_path, capsys, m
     ]
     assert dispatch(["autoencoder", *words]) == 3
     assert capsys.readouterr().err.splitlines()[-1].endswith("leave it out (on-bad-file skip)")
-    with pytest.warns(UserWarning, match=r"1 left out, like bad\.png"):
+    with pytest.warns(UserWarning, match=r"left out: bad\.png: not a picture"):
         assert dispatch(["autoencoder", *words, "--on-bad-file", "skip", "--max-bad", "0.1"]) == 0
     assert (tmp_path / "a" / "config.json").is_file()

@@ -156,9 +156,11 @@ def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:
     threshold = int(_TEST_SHARE * 2**64)
     test = [key < threshold for key in keys]
     if not any(test):
-        test = [key == min(keys) for key in keys]
+        least = min(keys)
+        test = [key == least for key in keys]
     if all(test):
-        test = [key != max(keys) for key in keys]
+        largest = max(keys)
+        test = [key != largest for key in keys]
     return torch.tensor(test, dtype=torch.bool)
 
 

@@ -24,7 +24,7 @@ from multistage_diffusion.runs.averages import Combination, rebuild
 from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, list_checkpoints, newest
 from multistage_diffusion.runs.whole import strangeness
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.weights import load_weights, require_fit
+from multistage_diffusion.weights import load_weights, persistent_buffers, require_fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,6 +156,8 @@ class Run:
         if sigma_rel is None:
             load_weights(denoiser.network, checkpoint.path / (EMA_WEIGHTS if weights == "ema" else RAW))
         else:
+            if persistent_buffers(denoiser.network):
+                load_weights(denoiser.network, checkpoint.path / RAW)
             combination = rebuild(self.path, checkpoint.path, sigma_rel, denoiser.network)
         denoiser = denoiser.to(device).eval()
         trunk_images = state.get("trunk_images", 0)

@@ -27,10 +27,11 @@ from multistage_diffusion.runs.checkpoints import (
 )
 from multistage_diffusion.training.distributed import gather, put
 from multistage_diffusion.training.ema import EMA
+from multistage_diffusion.training.optimizer import plain_state, restore_plain_state
 from multistage_diffusion.training.precision import LossScale
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.training.weighting import Uncertainty
-from multistage_diffusion.weights import read_weights
+from multistage_diffusion.weights import read_weights, save_weights
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], config: dict[str, Any]) -> Checkpoint:
@@ -54,9 +55,10 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], confi
         f"{index}.{key}": value
         for index, entry in trainer.optimizer.state_dict()["state"].items()
         for key, value in entry.items()
+        if isinstance(value, torch.Tensor)
     }
     held = {RAW: trainer.denoiser.network.state_dict(), OPTIMIZER: optimizer}
-    held |= {file: average.average for file, average in _averages(trainer).items()}
+    held |= {file: average.state() for file, average in _averages(trainer).items()}
     files = {file: gather(tensors, keep=trainer.processes.is_main) for file, tensors in held.items()}
     if not trainer.processes.is_main:
         return Checkpoint(path, trainer.step)
@@ -66,13 +68,15 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any], confi
         state["loss_scale"] = vars(trainer.scale)
     if (levels := trainer.uncertainty) is not None:
         state["uncertainty"] = {"sums": levels.sums.tolist(), "counts": levels.counts.tolist()}
+    if trainer.user_optimizer is not None:
+        state["optimizer"] = plain_state(trainer.optimizer)
     if (noise := trainer.noise) is not None:
         state["gradient_noise"] = {"sums": noise.sums.tolist(), "counts": noise.counts.tolist()}
     _require_finite(files[RAW], trainer.step)
     size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with whole_directory(path, size=size, replace=True) as temporary:  # a damaged one of this step gives way
         for file, tensors in files.items():
-            safetensors.torch.save_file(tensors, temporary / file)
+            save_weights(tensors, temporary / file)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return Checkpoint(path, trainer.step)
@@ -105,9 +109,11 @@ def restore_checkpoint(checkpoint: Checkpoint | None, trainer: Trainer) -> None:
         trainer.scale = LossScale(**document["loss_scale"])
     if trainer.uncertainty is not None:
         sums, counts = document["uncertainty"]
-        trainer.uncertainty.sums, trainer.uncertainty.counts = sums, counts
+        trainer.uncertainty.sums, trainer.uncertainty.counts = torch.tensor([sums, counts], dtype=torch.float64)
+    if trainer.user_optimizer is not None and document["optimizer"]:
+        restore_plain_state(trainer.optimizer, document["optimizer"])
     if trainer.noise is not None:
-        trainer.noise.sums, trainer.noise.counts = document["gradient_noise"]
+        trainer.noise.sums, trainer.noise.counts = torch.tensor(document["gradient_noise"], dtype=torch.float64)
         trainer.batches.set_shares(trainer.noise.shares())
 
 
@@ -122,9 +128,10 @@ def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str,
         scale = LossScale(**state.get("loss_scale", {}))
         trunk_images = int(state.get("trunk_images", 0))
         document = {"step": int(state["step"]), "stage_images": images, "trunk_images": trunk_images}
+        document["optimizer"] = state.get("optimizer")
         if trainer.uncertainty is not None:
             document["uncertainty"] = _table(state, "uncertainty", Uncertainty.cells)
-            if not bool((document["uncertainty"] > 0).all()):
+            if min(map(min, document["uncertainty"])) <= 0:
                 raise ValueError(f"{STATE} has no table of losses by noise level")
         if trainer.noise is not None:
             document["gradient_noise"] = _table(state, "gradient_noise", len(trainer.denoiser.stages))
@@ -133,12 +140,12 @@ def _read(checkpoint: Checkpoint, trainer: Trainer) -> tuple[dict[str, dict[str,
         raise CheckpointError(f"cannot restore {checkpoint.path}: {error}") from error
 
 
-def _table(state: dict[str, Any], name: str, size: int) -> torch.Tensor:
-    """Sums and counts of running means, (2, size), float64."""
+def _table(state: dict[str, Any], name: str, size: int) -> list[list[float]]:
+    """Sums and counts of running means, two rows of a size."""
     table = torch.tensor([state[name]["sums"], state[name]["counts"]], dtype=torch.float64)
     if table.shape != (2, size) or not bool((table.isfinite() & (table >= 0)).all()):
         raise ValueError(f"{STATE} has no table {name} of {size} running means")
-    return table
+    return table.tolist()
 
 
 def _put(file: str, tensors: dict[str, torch.Tensor], trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from multistage_diffusion.errors import NumericsError
 from multistage_diffusion.multidecoder import MultiDecoder
 from multistage_diffusion.process_group import ProcessGroup
+from multistage_diffusion.weights import persistent_buffers
 
 
 def parallelise(
@@ -44,9 +45,12 @@ def parallelise(
     if kind == "fsdp":
         _shard(network, device, processes)
         return module
-    # The network's buffers are constants; torch 2.13 has another name for the switch that says so.
-    known = inspect.signature(DistributedDataParallel).parameters
-    switch: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    # Buffers that training changes, like the statistics of batch norms, are those of process 0 in all; torch 2.13 has
+    # another name for the switch.
+    known, change = inspect.signature(DistributedDataParallel).parameters, bool(persistent_buffers(network))
+    switch: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": change
+    }
     # Weights of 1x1 convolutions have strides that mean the same and are not: harmless, said by torch in each process.
     warnings.filterwarnings("ignore", message="Grad strides do not match")
     ids = [device] if device.type == "cuda" else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from multistage_diffusion.runs.averages import power_exponent
 from multistage_diffusion.training.distributed import local, put, whole_tensor
+from multistage_diffusion.weights import persistent_buffers
 
 
 @dataclass(frozen=True)
@@ -112,28 +113,37 @@ class EMA:
         share = 1.0 - self.profile.decay(images, batch_size)
         torch._foreach_lerp_(averages, current, share)  # pyright: ignore[reportPrivateImportUsage]
 
+    def state(self) -> dict[str, Tensor]:
+        """What a file holds, under all names of the module's state: the average, and buffers as they are now."""
+        averages = {id(weights): self.average[name] for name, weights in self._module.named_parameters()}
+        every = self._module.named_parameters(remove_duplicate=False)  # tied weights have several names
+        return {name: averages[id(weights)] for name, weights in every} | persistent_buffers(self._module)
+
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Write the average into a module's parameters.
+        """Write the average into a module's parameters, and the trained one's buffers into its buffers.
 
         Args:
             module: A module other than the trained one.
         """
         for name, parameter in module.named_parameters():
             parameter.copy_(whole_tensor(self.average[name]))
+        buffers = persistent_buffers(self._module)
+        for name, buffer in persistent_buffers(module).items():
+            buffer.copy_(buffers[name])
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Restore a saved average.
 
         Args:
-            average: Tensors by the parameters' names.
+            average: Tensors by the parameters' names; others of `state` are left aside.
 
         Raises:
             ValueError: A name or a shape differs.
         """
-        if average.keys() != self.average.keys():
-            raise ValueError(f"the average has other names: {sorted(average.keys() ^ self.average.keys())[0]}")
+        if strange := (self.average.keys() - average.keys()) | (average.keys() - self.state().keys()):
+            raise ValueError(f"the average has other names: {min(strange)}")
         for name, tensor in self.average.items():
             if average[name].shape != tensor.shape:
                 raise ValueError(f"the average of {name} has shape {tuple(average[name].shape)}")

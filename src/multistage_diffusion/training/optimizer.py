@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -88,6 +89,46 @@ def make_optimizer(
         tables = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
         return Muon(groups, tables, **options)
     return (torch.optim.AdamW if training.weight_decay else torch.optim.Adam)(groups, **options)
+
+
+def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimiser of the user's keeps beside tensors, like a count of steps in its groups or by parameter.
+
+    Returns:
+        Plain JSON types: `groups`, without learning rates, which the configuration gives; and `parameters`, by index.
+
+    Raises:
+        ConfigError: Something that a checkpoint cannot hold.
+    """
+    parameters = optimizer.state_dict()["state"].items()
+    state = {
+        "groups": [
+            {name: value for name, value in group.items() if name not in ("params", "lr", "rate")}
+            for group in optimizer.param_groups
+        ],
+        "parameters": {
+            index: {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+            for index, values in parameters
+        },
+    }
+    try:
+        return json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the optimiser {type(optimizer).__name__} keeps what no checkpoint can hold ({error}); let it keep "
+            "tensors in `state`, and numbers, switches and text there or in its groups"
+        ) from error
+
+
+def restore_plain_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimiser what `plain_state` had of it, after its tensors."""
+    for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
+        for name, value in values.items():
+            group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["parameters"].items():
+        if values:
+            optimizer.state[parameters[int(index)]].update(values)
 
 
 @final

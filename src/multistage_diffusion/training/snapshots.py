@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import safetensors.torch
-
 from multistage_diffusion.files import whole_directory
 from multistage_diffusion.runs.averages import FOLDER, STATE, file_name
 from multistage_diffusion.training.distributed import gather
 from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.weights import save_weights
 
 
 def save_snapshot(run: Path, trainer: Trainer) -> None:
@@ -24,12 +23,12 @@ def save_snapshot(run: Path, trainer: Trainer) -> None:
         CheckpointError: The disk is full or the folder cannot be written; older snapshots are untouched.
     """
     leads = trainer.processes.is_main
-    averages = {file_name(length): gather(power.average, keep=leads) for length, power in trainer.powers.items()}
+    averages = {file_name(length): gather(power.state(), keep=leads) for length, power in trainer.powers.items()}
     if not leads:
         return
     size = sum(tensor.nbytes for average in averages.values() for tensor in average.values())
     with whole_directory(run / FOLDER / f"step-{trainer.step:08d}", size=size, replace=True) as temporary:
         for file, average in averages.items():
-            safetensors.torch.save_file(average, temporary / file)
+            save_weights(average, temporary / file)
         state = {"step": trainer.step, "images": trainer.images}
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")

@@ -32,7 +32,7 @@ from multistage_diffusion.training.distributed import local, parallelise, requir
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
 from multistage_diffusion.training.gradients import Gradients, by_stage
 from multistage_diffusion.training.guard import SIGNALS
-from multistage_diffusion.training.optimizer import MakeOptimizer, freeze, make_optimizer, parameter_groups
+from multistage_diffusion.training.optimizer import MakeOptimizer, freeze, make_optimizer, parameter_groups, plain_state
 from multistage_diffusion.training.precision import LossScale, require_few
 from multistage_diffusion.training.quotas import GradientNoise
 from multistage_diffusion.training.schedule import learning_rate
@@ -158,6 +158,7 @@ class Trainer:
         self.user_optimizer = optimizer
         if optimizer:
             self.optimizer = optimizer(parameter_groups(network, rates))
+            plain_state(self.optimizer)  # refuses what no checkpoint could hold
         else:
             self.optimizer = make_optimizer(network, rates, training, engine, self.device)
         self._coupling = Coupling(network, training.coupling) if training.coupling and network.stages > 1 else None
