@@ -21,7 +21,7 @@ from multistage_diffusion.errors import CheckpointError, ConfigError
 from multistage_diffusion.files import MANIFEST, check_directory, read_json, whole_directory
 from multistage_diffusion.multidecoder import MultiDecoder
 from multistage_diffusion.noise import Process, process_by_kind
-from multistage_diffusion.records import from_dict, to_dict
+from multistage_diffusion.records import check, from_dict, to_dict
 from multistage_diffusion.sampling.sampler import Sampler
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.text import short
@@ -109,6 +109,7 @@ class Denoiser(nn.Module):
         Raises:
             ConfigError: The number of decoders is not the number of stages, or the shape does not fit.
         """
+        check(isinstance(backbone, Backbone), "backbone", "a network's record, like preset(NAME).model", backbone)
         backbone.require_stages(len(stages), stages.edges)
         denoiser = cls(backbone.network(shape), process, stages, shape=shape, classes=backbone.classes)
         denoiser.backbone = backbone
@@ -189,6 +190,8 @@ class Denoiser(nn.Module):
 
     def _at_one_level(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         """The factors stay numbers of the host: a copy to the device would wait for all that it still has to do."""
+        if sigma < 0:
+            raise ConfigError(f"a noise level must be at least 0, got {sigma:g}")
         with untraced():  # a graph of a fixed level holds them
             factors = self.process.preconditioning(torch.tensor([sigma], dtype=torch.float64))
             c_noise, c_in = factors.c_noise.item(), factors.c_in.item()

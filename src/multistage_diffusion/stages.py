@@ -41,7 +41,10 @@ class Stages:
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        edges = tuple(float(edge) for edge in self.edges)
+        try:
+            edges = tuple(float(edge) for edge in self.edges)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"stage edges must be noise levels, like (0.5, 2.0), got {short(self.edges)}") from error
         object.__setattr__(self, "edges", edges)
         increasing = all(low < high for low, high in zip((0.0, *edges), edges, strict=False))
         if not increasing or not all(map(math.isfinite, edges)):

@@ -51,7 +51,7 @@ def test_switches_take_values_and_whole_numbers_exponents(words, flip, steps):
 
 @pytest.mark.parametrize("word", ["1.5", "1e-3", "many", "1e99"])
 def test_fractions_are_no_whole_numbers(word):
-    with pytest.raises(ConfigError, match=r"--training\.steps: must be a whole number, got"):
+    with pytest.raises(ConfigError, match=r"--training\.steps must be a whole number, got"):
         parse(["digits", "--training.steps", word])
 
 
@@ -207,3 +207,17 @@ def test_a_value_of_another_kind_is_a_short_line(capsys, words, text):
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--step", "did you mean --training.steps?"),
+        ("--batchsize", "did you mean --training.batch-size?"),
+        ("--process", "no option --process; there are --process.beta-max, --process.beta-min, --process.kind,"),
+        ("--qwertz", "no option --qwertz; see msd train --help"),
+    ],
+)
+def test_an_option_without_its_section_is_found(capsys, option, text):
+    assert dispatch(["train", "digits", option, "3"]) != 0
+    assert text in capsys.readouterr().err

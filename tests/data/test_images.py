@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multistage_diffusion.data import Images, to_uint8
-from multistage_diffusion.data.images import content_key, fit
+from multistage_diffusion.data.images import content_keys, fit
 from multistage_diffusion.errors import DataError, NumericsError
 
 
@@ -88,6 +88,6 @@ def test_fit_averages_a_checkerboard():  # a filter without antialiasing would k
 
 def test_content_key_sees_pixels_not_channels():
     grey = some_images(1, 1)[0]
-    assert content_key(grey) == content_key(grey.expand(3, -1, -1))
-    assert content_key(grey) != content_key(grey.flip(1))
-    assert content_key(grey) != content_key(grey.reshape(1, 4, 16))
+    assert content_keys(grey[None]) == content_keys(grey.expand(3, -1, -1)[None])
+    assert content_keys(grey[None]) != content_keys(grey.flip(1)[None])
+    assert content_keys(grey[None]) != content_keys(grey.reshape(1, 1, 4, 16))

@@ -166,3 +166,38 @@ def learned(rank, folder):
 def test_processes_resume_what_was_learned_of_levels_and_stages(tmp_path):
     first, second = ranks.run(learned, tmp_path / "ranks", tmp_path / "checkpoints")
     assert first[0] == first[1] == second[0] == second[1]
+
+
+def test_steps_that_a_directory_does_not_hold_are_refused(run, tmp_path):
+    started = trainer()
+    assert len(list(started.run(2))) == 2
+    with pytest.raises(ConfigError, match=r"the trainer has taken 2 steps, of which .*/b holds no checkpoint"):
+        fit(started, tmp_path / "b")
+    assert not (tmp_path / "b" / "config.json").exists()
+    assert fit(run[1], run[0]).resumed == 8  # its own directory
+
+
+def in_shards(rank, folder):
+    """A log line of a run in shards, whose FLOPs are counted on a copy of the network."""
+    from multistage_diffusion.config import EngineConfig
+
+    torch.set_num_threads(1)
+    with join(torch.device("cpu"), 1.0) as processes:
+        denoiser = Denoiser(Plain(), "vp", shape=tiny.SHAPE)
+        sharded = Trainer(denoiser, tiny.images(), TRAINING, EngineConfig(parallel="fsdp"), processes=processes)
+        return fit(sharded, folder).training_flops
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, c_noise):
+        return self.only(x)
+
+
+@pytest.mark.slow
+def test_a_users_network_trains_in_shards_and_its_flops_are_counted(tmp_path):
+    first, second = ranks.run(in_shards, tmp_path / "ranks", tmp_path / "run")
+    assert first == second > 0

@@ -314,8 +314,13 @@ def _message(plain: str, kind: Any, config: Any, extra: dict[str, Any]) -> str:
 
         with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
             tyro.cli(kind, args=["--help"], config=config, **extra)
-        options = sorted(set(re.findall(r"--[a-z][\w.-]*", text.getvalue())) - {"--help"})
+        options = sorted(set(re.findall(r"^ +(?:-\w, )?(--[a-z][\w.-]*)", text.getvalue(), re.MULTILINE)) - {"--help"})
+        if inside := [name for name in options if name.startswith(f"{option[1]}.")]:
+            return f"no option {option[1]}; there are {', '.join(inside)}"
         same = [name for name in options if re.split("--|[.]", name)[-1] == re.split("--|[.]", option[1])[-1]]
+        lasts = {re.split("--|[.]", name)[-1]: name for name in options}
+        if not same and (near := _near(re.split("--|[.]", option[1])[-1], list(lasts))):
+            same = [name for last, name in lasts.items() if f" {last}?" in near]
         hint = f"; did you mean {' or '.join(same)}?" if same else _near(option[1], options)
         return f"no option {option[1]}{hint}"
     return plain

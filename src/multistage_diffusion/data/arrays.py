@@ -20,7 +20,7 @@ from multistage_diffusion.data.collection import Collection, hashed_test
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.data.fields import Fields, measure_scale
 from multistage_diffusion.data.files import checked_entries, open_zip
-from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, to_uint8
+from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_keys, to_uint8
 from multistage_diffusion.data.layout import MEND, number_labels, shown
 from multistage_diffusion.data.rows import row_digests
 from multistage_diffusion.errors import DataError
@@ -212,7 +212,7 @@ def _collection(
     classes, index = ((), None) if labels is None else number_labels([str(label) for label in labels.tolist()])
     if test is None:
         pictures = scaling == "pictures"
-        test = hashed_test([content_key(picture) for picture in rows] if pictures else digest_keys(row_digests(rows)))
+        test = hashed_test(content_keys(rows) if pictures else digest_keys(row_digests(rows)))
         notes = {**notes, "split": "held out: a tenth, by content"}
     return Collection(as_examples(source, rows, index, classes, scaling, ~test, skipped, notes), test)
 

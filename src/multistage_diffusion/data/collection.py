@@ -14,7 +14,7 @@ from torch import Tensor
 from multistage_diffusion.config import LabelMode, Scaling
 from multistage_diffusion.data.decode import PictureError, decode
 from multistage_diffusion.data.examples import Examples
-from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_key, fit
+from multistage_diffusion.data.images import MAX_SET_BYTES, Images, content_keys, fit
 from multistage_diffusion.data.layout import Entry, number_labels, require_all, shown, some
 from multistage_diffusion.data.shards import Shards, ShardWriter
 from multistage_diffusion.errors import DataError
@@ -125,7 +125,7 @@ def collect(
                     f"remove them, or raise max-bad (now {reading.max_bad:g})"
                 ) from error
             continue
-        keys.append(content_key(picture))
+        keys += content_keys(picture[None])
         pixels.add(picture if reading.resolution is None else fit(picture[None], reading.resolution)[0], entry.place)
         good.append(entry)
     skipped = (*skipped, *bad)
@@ -148,7 +148,7 @@ def hashed_test(keys: Sequence[int]) -> Bool[Tensor, " batch"]:
     An image stays on its side when others are added, and copies of an image are on the same side.
 
     Args:
-        keys: `content_key` of each image.
+        keys: `content_keys` of the images.
 
     Returns:
         True for images held out.

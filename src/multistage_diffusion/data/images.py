@@ -112,16 +112,19 @@ def fit(images: Pixels, resolution: int) -> UInt8[Tensor, "batch channels resolu
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(resized.reshape(len(images), *size, -1), 3, 1)))
 
 
-def content_key(picture: UInt8[Tensor, "channels height width"]) -> int:
-    """A number in [0, 2^64) that depends on the pixels alone, equal for grey stored in 1 channel and in 3.
+def content_keys(pictures: UInt8[Tensor, "batch channels height width"]) -> list[int]:
+    """Numbers in [0, 2^64) that depend on the pixels alone, equal for grey stored in 1 channel and in 3.
 
     Args:
-        picture: One image.
+        pictures: Images of one size, with 1 or 3 channels.
 
     Returns:
-        The first 64 bits of a BLAKE2b hash.
+        The first 64 bits of a BLAKE2b hash of each.
     """
-    content = hashlib.blake2b(repr(tuple(picture.shape[1:])).encode(), digest_size=8)
-    for plane in picture.expand(3, -1, -1).numpy():
-        content.update(np.ascontiguousarray(plane).data)
-    return int.from_bytes(content.digest(), "little")
+    begun = hashlib.blake2b(repr(tuple(pictures.shape[2:])).encode(), digest_size=8)
+    repeats, keys = 3 // pictures.shape[1], []
+    for picture in np.ascontiguousarray(pictures.numpy()):
+        content = begun.copy()
+        content.update(picture.tobytes() * repeats)
+        keys.append(int.from_bytes(content.digest(), "little"))
+    return keys

@@ -113,6 +113,7 @@ def convert(
     return denoiser.eval()
 
 
+@torch.random.fork_rng(devices=[])
 def load_diffusers(folder: str | Path, *, stages: Stages = UNDIVIDED, resolution: int | None = None) -> Denoiser:
     """Read a U-Net that diffusers saved, by itself or within a pipeline; its scheduler, if there, gives the process.
 

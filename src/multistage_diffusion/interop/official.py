@@ -107,6 +107,7 @@ def recognise(
     )
 
 
+@torch.random.fork_rng(devices=[])
 def from_official(official: Official, stages: Stages | None = None) -> Denoiser:
     """A published network as a denoiser.
 

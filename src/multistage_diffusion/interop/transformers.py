@@ -112,6 +112,7 @@ def from_dit(
     return _denoiser(model, _released(weights, model), process, (channels, size, size), stages, trunk)
 
 
+@torch.random.fork_rng(devices=[])
 def from_released(
     weights: Mapping[str, Tensor],
     process: Process | None = None,

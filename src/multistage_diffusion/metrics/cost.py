@@ -132,18 +132,21 @@ def denoiser_cost(denoiser: Denoiser) -> Cost:
     return network_cost(denoiser.backbone if denoiser.backbone.builds else denoiser.network, denoiser.shape)
 
 
-def training_flops(denoiser: Denoiser, stage_images: Sequence[int], trunk_images: int = 0) -> float:
+def training_flops(
+    denoiser: Denoiser, stage_images: Sequence[int], trunk_images: int = 0, cost: Cost | None = None
+) -> float:
     """Forward and backward FLOPs that a training has spent.
 
     Args:
         denoiser: The trained denoiser.
         stage_images: Images that each stage was trained on.
         trunk_images: Images that the unified network was trained on from which it branched.
+        cost: The denoiser's cost, where it is known.
 
     Returns:
         The sum over both parts.
     """
-    flops = denoiser_cost(denoiser).training_flops(stage_images)
+    flops = (denoiser_cost(denoiser) if cost is None else cost).training_flops(stage_images)
     if trunk_images:
         flops += network_cost(denoiser.backbone.unified(), denoiser.shape).training_flops([trunk_images])
     return flops

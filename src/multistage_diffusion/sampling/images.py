@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.conditioning import Conditioning
-from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_memory
+from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_memory, suggest
 from multistage_diffusion.noise import Process
 from multistage_diffusion.records import check, check_count, check_seed
 from multistage_diffusion.sampling.editing import NoiseSource, Start, seeded
@@ -149,6 +149,10 @@ def sample(
         NumericsError: An image is not finite.
     """
     check(isinstance(denoiser, SampledDenoiser), "denoiser", "a denoiser, as load_run(RUN).denoiser is", denoiser)
+    names = [option.name for option in fields(Sampler)]
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"sample has no option {name}{suggest(name, names)}")
     sampler = SamplerOptions(**options).apply(sampler or denoiser.sampler or Sampler())
     if seeds is None:
         seeds = consecutive_seeds(seed, num)

@@ -70,7 +70,7 @@ class TrainingRun:
     Args:
         folder: The run directory.
         config: What the run is, for its files.
-        trainer: The trainer, at step 0.
+        trainer: The trainer, at step 0 or where the directory is.
         on_step: Called after each step.
         stages: The partition with its provenance.
         initial: What the weights started from.
@@ -170,7 +170,8 @@ class TrainingRun:
 
     def _flops(self) -> float:
         """Training FLOPs in all, those of the trunk included."""
-        return training_flops(self.trainer.denoiser, self.trainer.stage_images, self.trainer.trunk_images)
+        trainer = self.trainer
+        return training_flops(trainer.denoiser, trainer.stage_images, trainer.trunk_images, trainer.cost)
 
     def _open(self) -> None:
         """Say what the run is, in a directory that this process holds, and go on from its newest checkpoint."""
@@ -182,6 +183,11 @@ class TrainingRun:
             for place in (self.folder, self.folder / "checkpoints", self.folder / SNAPSHOTS):
                 remove_leftovers(place)
             checkpoint = self._newest()  # before a word is written: it may refuse
+            if checkpoint is None and self.trainer.step > 0:
+                raise ConfigError(
+                    f"the trainer has taken {self.trainer.step} steps, of which {self.folder} holds no checkpoint; "
+                    "give it a trainer at step 0, or the run directory of those steps"
+                )
             require_same_initial(self.folder, self.initial, started=checkpoint is not None)
             write_json(self.folder / "config.json", to_dict(self.config))
             self.stages.save(self.folder / "stages.json")

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from multistage_diffusion.conditioning import Conditioning
+from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.loss import denoising_loss
+from multistage_diffusion.training.batches import Batch
+
+
+@final
+class Losses(nn.Module):
+    """What is called in training, whole: one forward pass for each backward pass, as DDP wants it."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, batch: Batch, dropout_seed: Tensor | None) -> Tensor:
+        """The loss of each image."""
+        conditioning = Conditioning(batch.labels, batch.augment, dropout_seed)
+        return denoising_loss(self.denoiser, batch.images, batch.noise, batch.sigma, conditioning, counts=batch.counts)
 
 
 @dataclass(frozen=True)

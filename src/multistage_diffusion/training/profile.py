@@ -17,7 +17,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from multistage_diffusion.errors import CheckpointError
-from multistage_diffusion.metrics.cost import denoiser_cost
 
 if TYPE_CHECKING:
     from multistage_diffusion.multidecoder import MultiDecoder
@@ -86,7 +85,7 @@ def profile(trainer: Trainer, *, steps: int = 20, trace: Path | None = None) -> 
     _advance(trainer, steps)
     seconds = (time.perf_counter() - begin) / steps
     images = [now - then for now, then in zip(trainer.stage_images, before, strict=True)]
-    flops = denoiser_cost(trainer.denoiser).training_flops(images) / trainer.processes.size / steps
+    flops = trainer.cost.training_flops(images) / trainer.processes.size / steps
     is_gpu = trainer.device.type == "cuda"
     events: list[Any] = []
 

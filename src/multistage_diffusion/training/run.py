@@ -77,6 +77,7 @@ def train(
         StoppedError: A signal of `guard.SIGNALS` came; a checkpoint of the last step was written.
         PeerError: Another process of the run failed, and says why.
     """
+    check(isinstance(config, RunConfig), "config", "a RunConfig, like recipe(NAME)", config)
     started, folder, device = time.perf_counter(), check_path(out, "out"), local_device(device)
     with join(device, config.engine.timeout) as processes:
         processes.on_main(lambda: check_target(folder, config))

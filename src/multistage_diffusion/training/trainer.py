@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -17,20 +18,19 @@ from torch.profiler import record_function
 
 from multistage_diffusion import rng
 from multistage_diffusion.backbones.layers import takes_dropout_seed
-from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.config import AugmentSigns, EngineConfig, TrainingConfig
 from multistage_diffusion.data.feed import Feed
 from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import ConfigError, NumericsError
-from multistage_diffusion.loss import denoising_loss
+from multistage_diffusion.metrics.cost import Cost, denoiser_cost
 from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.training.batches import Batch, Batches, with_classes
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.coupling import Coupling
 from multistage_diffusion.training.distributed import local, parallelise, require_same_weights, whole_tensor
 from multistage_diffusion.training.ema import EMA, HalfLife, Power
-from multistage_diffusion.training.gradients import Gradients, by_stage
+from multistage_diffusion.training.gradients import Gradients, Losses, by_stage
 from multistage_diffusion.training.guard import SIGNALS
 from multistage_diffusion.training.optimizer import MakeOptimizer, freeze, make_optimizer, parameter_groups, plain_state
 from multistage_diffusion.training.precision import LossScale, require_few
@@ -172,6 +172,11 @@ class Trainer:
         """Images seen."""
         return self.step * self.training.batch_size
 
+    @cached_property
+    def cost(self) -> Cost:
+        """What the network costs; that of a user's is counted once, on the copy, as one in shards cannot be copied."""
+        return denoiser_cost(self._template or self.denoiser)
+
     def run(self, steps: int | None = None, received: Sequence[int] = ()) -> Iterator[StepResult]:
         """Train until `steps` steps have been taken in all.
 
@@ -233,7 +238,7 @@ class Trainer:
         if engine.compile:
             network.compile_parts()
         return parallelise(
-            _Losses(self.denoiser),
+            Losses(self.denoiser),
             network,
             self.processes,
             self.device,
@@ -384,16 +389,3 @@ class Trainer:
                     f"loss is {mean} at step {self.step + 1} in stage {stage} (sigma {low:g} to {high:g}); the weights "
                     "were not updated; lower training.learning-rate or training.clip-norm, or look at the data"
                 )
-
-
-@final
-class _Losses(nn.Module):
-    """What is called in training, whole: one forward pass for each backward pass, as DDP wants it."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, batch: Batch, dropout_seed: Tensor | None) -> Tensor:
-        conditioning = Conditioning(batch.labels, batch.augment, dropout_seed)
-        return denoising_loss(self.denoiser, batch.images, batch.noise, batch.sigma, conditioning, counts=batch.counts)
