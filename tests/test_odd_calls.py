@@ -10,6 +10,7 @@ import torch
 
 import multistage_diffusion as msd
 import tiny
+from multistage_diffusion.errors import ConfigError
 
 
 @pytest.mark.slow
@@ -43,7 +44,7 @@ def test_wrong_kinds_of_arguments_are_one_line(tmp_path):
         (lambda: denoiser(x, -1.0), "a noise level must be at least 0"),
         (lambda: denoiser(x, torch.ones(3)), "3 noise levels for 2 images"),
     ):
-        with pytest.raises(msd.ConfigError, match=text):
+        with pytest.raises(ConfigError, match=text):
             call()
 
 

@@ -25,7 +25,7 @@ from multistage_diffusion.records import check, from_dict, to_dict
 from multistage_diffusion.sampling.sampler import Sampler
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.text import short
-from multistage_diffusion.weights import load_weights, require_fit, save_weights
+from multistage_diffusion.weights import Unfilled, load_weights, require_fit, save_weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 UNDIVIDED = Stages()
@@ -176,7 +176,7 @@ class Denoiser(nn.Module):
         if sigma.ndim == 0:
             return self._at_one_level(x, float(sigma), conditioning)
         sigma = sigma.flatten()
-        if len(sigma) not in (1, len(x)):
+        if not torch.compiler.is_compiling() and len(sigma) not in (1, len(x)):
             raise ConfigError(f"{len(sigma)} noise levels for {len(x)} images; give one for all, or one for each")
         stage = counts if counts is not None else self.stages.of(sigma) if len(self.stages) > 1 else 0
         factors = self.process.preconditioning(sigma.to(_at_least_float32(sigma.dtype)))
@@ -280,10 +280,10 @@ class Denoiser(nn.Module):
             if network is not None:
                 denoiser = cls(network, process, stages, shape=shape, classes=backbone.classes)
             else:
-                with torch.device("meta"):
+                with torch.device("meta"), Unfilled():
                     skeleton = backbone.network(shape)
                 require_fit(skeleton, weights)  # before memory is taken for what a strange file asks
-                with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not drawn from
+                with torch.random.fork_rng(devices=[]), Unfilled():  # the caller's random numbers are not drawn from
                     denoiser = cls.from_backbone(backbone, process, shape, stages)
             if "sampling" in document:
                 denoiser.sampler = from_dict(Sampler, document["sampling"], where, "sampling")

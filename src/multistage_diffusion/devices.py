@@ -1,4 +1,4 @@
-"""What computes: the precision of its matrix products, and its memory."""
+"""What computes: its mode, the precision of its matrix products, and its memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ def untraced() -> Iterator[None]:
 
     with torch.inference_mode(False), torch.device("cpu"), _disable_current_modes():
         yield
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """An `nn.Module` in evaluation mode, without dropout; afterwards each part of it has its own mode again."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, final
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from multistage_diffusion.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 2**21  # the names and shapes of some 20,000 tensors
+
+
+@final
+class Unfilled(TorchFunctionMode):
+    """While it is on, parameters are made without their random values, for networks whose weights are read anyway."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Leave out functions of `torch.nn.init`, and random values in place, where they are for parameters."""
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, nn.Parameter):
+                return target
+        return func(*args, **kwargs)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -519,3 +519,16 @@ def test_folders_that_do_not_fit_are_one_line(tmp_path):
         (tmp_path / "b" / "staged.json").unlink(), (tmp_path / "b" / "staged.safetensors").unlink()
     (tmp_path / "a" / "staged.safetensors").write_bytes(b"damaged")
     error("bytes instead of")
+
+
+def test_pickles_and_empty_batches(tmp_path):
+    _, staged = make("unet")
+    diverge(staged)
+    torch.save(staged, tmp_path / "module.pt")
+    again = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert type(again) is type(staged) and type(copy.deepcopy(staged)) is type(staged)
+    given = inputs("unet", torch.tensor([10, 10, 400, 900, 900]))
+    assert torch.equal(tensor(again(**given)), tensor(staged(**given)))
+    assert type(again.expert(0)) is UNet2DModel
+    _, plain = make("plain")
+    assert len(tensor(plain(**inputs("plain", torch.zeros(0), rows=slice(0))))) == 0

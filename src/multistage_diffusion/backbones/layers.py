@@ -131,8 +131,7 @@ class Resample(nn.Module):
     def __init__(self, direction: Direction, kind: Filter) -> None:
         super().__init__()
         self.direction, self.kind = direction, kind
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
+        self.register_buffer("kernel", _kernel("fir"), persistent=False)
 
     def forward(self, x: FeatureMaps) -> Float[Tensor, "batch channels height2 width2"]:
         """Resample each channel by itself; height and width must be even where they are halved."""
@@ -158,8 +157,7 @@ class Blur(nn.Module):
 
     def __init__(self, kind: Filter) -> None:
         super().__init__()
-        taps = _taps(kind)
-        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
+        self.register_buffer("kernel", _kernel(kind), persistent=False)
 
     def forward(self, x: FeatureMaps) -> Float[Tensor, "batch channels height2 width2"]:
         """Filter each channel by itself; zeros lie around the images, and both sides grow by 1."""
@@ -168,8 +166,10 @@ class Blur(nn.Module):
         return F.conv2d(x, kernel, padding=size // 2, groups=x.shape[1])
 
 
-def _taps(kind: Filter) -> Tensor:
-    return torch.tensor([1.0, 1.0] if kind == "box" else [1.0, 3.0, 3.0, 1.0])
+def _kernel(kind: Filter) -> Float[Tensor, "size size"]:
+    """The filter in two dimensions; without arithmetic on tensors, which on the meta device loads torch's compiler."""
+    taps = (1.0, 1.0) if kind == "box" else (1.0, 3.0, 3.0, 1.0)
+    return torch.tensor([[a * b / sum(taps) ** 2 for b in taps] for a in taps])
 
 
 @final

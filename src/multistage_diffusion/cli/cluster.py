@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from multistage_diffusion.data.examples import Examples
     from multistage_diffusion.denoiser import Denoiser
     from multistage_diffusion.noise import Process
+    from multistage_diffusion.process_group import ProcessGroup
 
 
 _MINUTES = 30.0  # that processes wait for one another's shares
@@ -86,7 +87,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     with join(torch.device("cpu"), _MINUTES) as processes:  # only small results travel
         with processes.local_main_first():  # latents are encoded once
             data = load_examples(config, device, encoding_progress(console))
-        clustering = _cluster(options, data, device, console)
+        clustering = _cluster(options, data, device, console, processes)
     if not processes.is_main:
         return {}  # the first process writes and prints
     _draw(options, data, clustering)
@@ -125,7 +126,9 @@ def _checked(options: Options) -> Options:
     return replace(options, clustering=replace(criteria, **PAPER))
 
 
-def _cluster(options: Options, data: Examples, device: torch.device, console: Console) -> Clustering:
+def _cluster(
+    options: Options, data: Examples, device: torch.device, console: Console, processes: ProcessGroup
+) -> Clustering:
     """Call the library, with a progress bar."""
     from rich.progress import Progress
 
@@ -143,6 +146,7 @@ def _cluster(options: Options, data: Examples, device: torch.device, console: Co
             denoiser=network,
             device=device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            processes=processes,
         )
 
 

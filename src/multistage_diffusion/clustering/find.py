@@ -27,6 +27,7 @@ from multistage_diffusion.data.user import Data, as_data
 from multistage_diffusion.devices import memory_of
 from multistage_diffusion.errors import ConfigError, DataError
 from multistage_diffusion.noise import Process, process_by_kind
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 from multistage_diffusion.records import check
 from multistage_diffusion.stages import Stages
 
@@ -103,6 +104,7 @@ def cluster(
     source: str = "",
     digest: str | None = None,
     progress: Progress | None = None,
+    processes: ProcessGroup = SINGLE,
     **changes: Any,
 ) -> Clustering:
     """Cut the noise levels of a data set into stages. docs/clustering.md says what to choose.
@@ -118,6 +120,8 @@ def cluster(
         source: Name of the data, for the record; by default that of `data`, if it has one.
         digest: SHA-256 of the data, for the record; by default that of `data`.
         progress: Called with the work done and all of it.
+        processes: The processes that share the work of the optimal denoisers, from `process_group.join`; all must call.
+            A group of `torch.distributed` by itself changes nothing.
         changes: Options by name that replace those of `options`: `cluster(data, process, stages=4)`.
 
     Returns:
@@ -143,7 +147,7 @@ def cluster(
             estimate = _gradient(examples, process, denoiser, options, device, progress)
         case _:
             classes = _classes(examples, labels) if options.by_class else None
-            estimate = _exact(examples, classes, process, options, device, progress)
+            estimate = _exact(examples, classes, process, options, device, progress, processes)
     about = {
         "source": source or examples.name,
         "sha256": digest or examples.digest,
@@ -199,14 +203,15 @@ def _exact(
     options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
+    processes: ProcessGroup,
 ) -> EdgeEstimate:
     """Read the images to compare, and compare their optimal denoisers."""
     images, index = choose_images(data, options.max_images, options.seed, device)
     labels = labels if labels is None or index is None else labels[index]
     _check_values(images)
     if options.criterion == "crossing":
-        return algorithm_1(images, labels, len(data), process, options, device, progress)
-    return dynamic_programme(images, labels, process, options, device, progress)
+        return algorithm_1(images, labels, len(data), process, options, device, progress, processes)
+    return dynamic_programme(images, labels, process, options, device, progress, processes)
 
 
 def _result(

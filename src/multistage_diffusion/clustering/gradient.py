@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from multistage_diffusion import rng
+from multistage_diffusion.devices import evaluating
 from multistage_diffusion.errors import ConfigError, NumericsError
 from multistage_diffusion.noise import Process
 
@@ -54,7 +54,7 @@ def gradient_affinity(
     images = images.to(weights[0].device)
     noise = rng.normal(seed, "cluster/noise", torch.arange(len(images), device=images.device), images.shape[1:])
     sketches = []
-    with _evaluating(denoiser):
+    with evaluating(denoiser):
         for done, sigma in enumerate(sigmas.double().tolist()):
             sketch = _sketch(_gradient(denoiser, weights, images, noise, sigma, process), seed)
             norm = float(sketch.norm())
@@ -101,14 +101,3 @@ def _sketch(gradient: list[Tensor], seed: int) -> Tensor:
         sign = ((word & 1) * 2 - 1).to(flat.dtype)
         bins.index_add_(0, (word >> 1) & (_SKETCH - 1), sign * part)
     return bins
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module without dropout, restored afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

@@ -29,6 +29,7 @@ from multistage_diffusion.clustering.similarity import (
 )
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 
 _GRID = 64  # levels of the similarity matrices
 
@@ -61,6 +62,7 @@ def algorithm_1(
     options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
+    processes: ProcessGroup = SINGLE,
 ) -> EdgeEstimate:
     """Three stages by first crossings; on a part of the images, the lower edge is extrapolated in ln N.
 
@@ -72,6 +74,7 @@ def algorithm_1(
         options: How the stages are found.
         device: Where to compute.
         progress: Called with the pairs done and their number.
+        processes: The processes that share the pairs.
 
     Returns:
         The edges, their intervals and the similarities behind them.
@@ -94,6 +97,7 @@ def algorithm_1(
                 process.sigma_max,
                 within_class=labels is not None,
                 progress=progress,
+                processes=processes,
             )
         )
         del exact  # before the next one is made
@@ -164,6 +168,7 @@ def dynamic_programme(
     options: ClusterOptions,
     device: torch.device | str | None,
     progress: Progress | None,
+    processes: ProcessGroup = SINGLE,
 ) -> EdgeEstimate:
     """Any number of stages by the dynamic programme on a matrix over levels.
 
@@ -171,7 +176,10 @@ def dynamic_programme(
     """
     pairs = draw_grid(process, options.measure, len(images), options.draws, _GRID, options.seed)
     exact = OptimalDenoiser(_compared(images, options), labels=labels, device=device)
-    matrices = compare_levels(exact, pairs, options.eta, within_class=labels is not None, progress=progress)
+    within_class = labels is not None
+    matrices = compare_levels(
+        exact, pairs, options.eta, within_class=within_class, progress=progress, processes=processes
+    )
     by_pair = (matrices.similar if options.criterion == "similarity" else matrices.gram).double()
     weights = bootstrap_weights(len(by_pair), options.resamples, options.seed)
     means = torch.einsum("rp,pab->rab", weights / weights.sum(1, keepdim=True), by_pair)

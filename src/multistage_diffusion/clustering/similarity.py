@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from multistage_diffusion.clustering.levels import noise_levels
 from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.noise import Process
+from multistage_diffusion.process_group import SINGLE, ProcessGroup
 
 Progress = Callable[[int, int], None]
 LEVELS = 8  # noise levels a pair is compared on: one in each of so many equal parts of the measure
@@ -130,6 +130,7 @@ def compare_to_ends(
     *,
     within_class: bool = False,
     progress: Progress | None = None,
+    processes: ProcessGroup = SINGLE,
 ) -> Similarity:
     """Similarity of each draw to zero noise and to the highest noise.
 
@@ -142,14 +143,15 @@ def compare_to_ends(
         sigma_max: Highest noise level.
         within_class: Use posteriors within each image's class.
         progress: Called with the pairs done and their number.
+        processes: The processes that share the pairs; all must call, and all get the result.
 
     Returns:
-        The similarities, on the CPU. Under `torch.distributed` the processes share the pairs; all get the result.
+        The similarities, on the CPU.
     """
     definition = reference == "definition"
     low, high, effective = (torch.zeros(pairs.u.shape) for _ in range(3))
     mean = denoiser.class_mean(pairs.image) if within_class else denoiser.mean.expand(len(pairs.image), -1, -1, -1)
-    for part, x0, noise in _parts(denoiser, pairs, progress):
+    for part, x0, noise in _parts(denoiser, pairs, progress, processes):
         sigma = pairs.sigma[part]
         if definition:
             sigma = torch.cat((sigma, torch.full_like(sigma[:, :1], sigma_max)), 1)
@@ -163,7 +165,7 @@ def compare_to_ends(
         low[part] = _share(delta.abs() <= eta)
         high[part] = _share((delta - target).abs() <= eta)
         effective[part] = posterior.effective[:, :levels].cpu()
-    return Similarity(pairs.u, *_gathered(low, high, effective))
+    return Similarity(pairs.u, *map(processes.all_reduce, (low, high, effective)))
 
 
 def compare_levels(
@@ -173,6 +175,7 @@ def compare_levels(
     *,
     within_class: bool = False,
     progress: Progress | None = None,
+    processes: ProcessGroup = SINGLE,
 ) -> Similarities:
     """Similarity and inner product of every two levels of a grid.
 
@@ -182,29 +185,29 @@ def compare_levels(
         eta: Largest difference of eps* that counts as similar.
         within_class: Use posteriors within each image's class.
         progress: Called with the pairs done and their number.
+        processes: The processes that share the pairs; all must call, and all get the result.
 
     Returns:
-        One matrix a pair, on the CPU. Under `torch.distributed` the processes share the pairs.
+        One matrix a pair, on the CPU.
     """
     count, levels = pairs.u.shape
     similar, gram = torch.zeros(count, levels, levels), torch.zeros(count, levels, levels)
     effective = torch.zeros(count, levels)
-    for part, _, noise in _parts(denoiser, pairs, progress):
+    for part, _, noise in _parts(denoiser, pairs, progress, processes):
         posterior = denoiser.pairs(pairs.image[part], noise, pairs.sigma[part], within_class=within_class)
         delta = posterior.delta.flatten(2)
         effective[part] = posterior.effective.cpu()
         gram[part] = (delta @ delta.mT / delta.shape[2]).cpu()
         for pair, rows in zip(part.tolist(), delta, strict=True):
             similar[pair] = _share_matrix(rows, eta)
-    return Similarities(*_gathered(similar, gram, effective))
+    return Similarities(*map(processes.all_reduce, (similar, gram, effective)))
 
 
 def _parts(
-    denoiser: OptimalDenoiser, pairs: Pairs, progress: Progress | None
+    denoiser: OptimalDenoiser, pairs: Pairs, progress: Progress | None, processes: ProcessGroup
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This process's pairs in small groups: their indices, images and noise."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = torch.arange(rank, len(pairs.image), processes)
+    """This process's pairs in small groups: their indices, images and noise; what other processes have, stays 0."""
+    share = torch.arange(processes.rank, len(pairs.image), processes.size)
     done = 0
     for part in share.split(_PAIRS):
         if len(part):
@@ -213,17 +216,6 @@ def _parts(
         done += len(part)
         if progress is not None:
             progress(done, len(share))
-
-
-def _gathered(*results: Tensor) -> tuple[Tensor, ...]:
-    """The results of all processes, each of which holds zeros in place of the others' pairs."""
-    if not dist.is_initialized():
-        return results
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    moved = [result.to(device) for result in results]
-    for result in moved:
-        dist.all_reduce(result)
-    return tuple(result.cpu() for result in moved)
 
 
 def _share(near: Tensor) -> Tensor:

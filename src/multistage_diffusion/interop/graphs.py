@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from multistage_diffusion import rng
 from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.devices import evaluating
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.files import sha256, whole_directory, write_json
 from multistage_diffusion.multidecoder import MultiDecoder
@@ -97,8 +98,7 @@ def save_graphs(
         check(0 <= stage < number, "stage", f"all or in 0..{number - 1}", stage)
     if format == "onnx":
         _require_onnx()
-    denoiser = denoiser.eval()
-    with whole_directory(Path(out)) as folder:
+    with evaluating(denoiser), whole_directory(Path(out)) as folder:
         graphs = [_save(denoiser, stage, folder, format) for stage in (range(number) if stages is None else stages)]
         inputs: dict[str, Any] = {"x": ["float32", ["batch", *denoiser.shape]], "sigma": ["float32", ["batch"]]}
         if denoiser.classes:

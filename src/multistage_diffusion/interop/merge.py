@@ -126,7 +126,7 @@ def merge(
     merged.eval()
     losses = (None, None)
     if report is not None:
-        losses = tuple(held_out_loss(model, report, repeats=4, seed=seed).loss for model in (merged, staged.eval()))
+        losses = tuple(held_out_loss(model, report, repeats=4, seed=seed).loss for model in (merged, staged))
     return Merged(merged, tuple(float(value) for value in chosen), *losses)
 
 

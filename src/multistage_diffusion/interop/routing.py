@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -42,8 +41,9 @@ class Routing:
         # Activation checkpointing calls a part again in the backward pass, with the very tensors of its first call.
         self._calls: Any = WeakIdKeyDictionary()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
-        return Routing(copy.deepcopy(self.by_stage, memo), self.paths)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles remember no calls."""
+        return Routing, (self.by_stage, self.paths)
 
     def of_call(self, tensors: Sequence[Tensor]) -> int | tuple[int, ...]:
         """The route of a call of a part: the one of forward, or, in a recomputation, of the call with these tensors.

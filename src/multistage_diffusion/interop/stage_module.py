@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from multistage_diffusion.interop.timesteps import NoiseLevels, noise_levels, re
 from multistage_diffusion.multidecoder import is_batch, map_leaves
 from multistage_diffusion.records import check
 from multistage_diffusion.stages import Stages, stage_at
-from multistage_diffusion.weights import load_weights
+from multistage_diffusion.weights import load_weights, save_weights
 
 CONFIG, WEIGHTS = "staged.json", "staged.safetensors"
 _TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_labels", "c_noise")
@@ -84,12 +83,15 @@ class StagedModule(nn.Module):
             ConfigError: No timestep was given.
         """
         stage = self.stage_of(self._timestep(args, kwargs))
-        if stage.numel() == 1 or bool((stage == stage[0]).all()):
-            return self._run(int(stage.reshape(-1)[0]), args, kwargs)
+        if stage.numel() <= 1 or bool((stage == stage[0]).all()):
+            return self._run(int(stage.reshape(-1)[0]) if stage.numel() else 0, args, kwargs)
         # Rows of a stage are put side by side, so that splitting is a view; the results are put back.
         order, counts = stage.argsort(stable=True), torch.bincount(stage, minlength=len(self.by_stage)).tolist()
         args, kwargs = _permuted((args, kwargs), order)
         return _permuted(self._run_mixed(tuple(counts), args, kwargs), order.argsort())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _remade, (self.original,), self.__dict__
 
     def stage_of(self, timestep: Any) -> Int[Tensor, "*batch"]:
         """The stage of each row.
@@ -211,10 +213,9 @@ class StagedModule(nn.Module):
         Raises:
             CheckpointError: The folder cannot be written.
         """
-        staging = self.staging
         document = {
             "class": type(self).__name__,
-            "own": list(staging.own),
+            "own": list((staging := self.staging).own),
             "stages": {**staging.stages.provenance, "edges": list(staging.stages.edges)},
             "timestep_argument": staging.argument,
             "mixed": staging.mixed,
@@ -223,8 +224,7 @@ class StagedModule(nn.Module):
         }
         with whole_directory(Path(directory)) as folder:
             write_json(folder / CONFIG, document)
-            state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-            safetensors.torch.save_file(state, folder / WEIGHTS)
+            save_weights(self.state_dict(), folder / WEIGHTS)
 
     def _timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The timestep among the arguments of forward."""
@@ -372,6 +372,10 @@ def load_staged(directory: str | Path, module: nn.Module, process: Any = None) -
         raise CheckpointError(f"{folder} holds no staged module for this one: {error}") from error
     load_weights(staged, folder / WEIGHTS)
     return staged
+
+
+def _remade(kind: type[nn.Module]) -> Any:
+    return object.__new__(_staged(kind))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -126,14 +127,14 @@ def _of_scheduler(scheduler: Any, config: Mapping[str, Any]) -> NoiseLevels:
 
 def _of_table(sigmas: Float[Tensor, " steps"]) -> NoiseLevels:
     """Whole timesteps have the levels of a table; between them ln sigma is interpolated."""
-    logs = sigmas.log()
-
-    def sigma(timestep: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        index = timestep.floor().clamp(0, len(logs) - 2).long()
-        return logs[index].lerp(logs[index + 1], timestep - index).exp()
-
     low, high = sigmas[[0, -1]].tolist()
-    return NoiseLevels(sigma, low, high, ("ldm", "vp", "vp-cosine"), {"sigmas": sigmas.tolist()})
+    translate = functools.partial(_interpolated, sigmas.log())
+    return NoiseLevels(translate, low, high, ("ldm", "vp", "vp-cosine"), {"sigmas": sigmas.tolist()})
+
+
+def _interpolated(logs: Float[Tensor, " steps"], timestep: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    index = timestep.floor().clamp(0, len(logs) - 2).long()
+    return logs[index].lerp(logs[index + 1], timestep - index).exp()
 
 
 def _same(sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

@@ -14,6 +14,7 @@ from multistage_diffusion import rng
 from multistage_diffusion.conditioning import Conditioning
 from multistage_diffusion.data.examples import Examples
 from multistage_diffusion.denoiser import Denoiser
+from multistage_diffusion.devices import evaluating
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.loss import denoising_loss
 from multistage_diffusion.metrics.metric import Figures, ModelMetric
@@ -76,7 +77,7 @@ def held_out_loss(
     """Denoising loss with fixed images, noise and noise levels: the same for every model of a process.
 
     Args:
-        denoiser: The model, in evaluation mode.
+        denoiser: The model; its dropout is off meanwhile.
         data: Held-out images, or their latents.
         stages: Partition for the losses by stage; by default that of the model.
         repeats: Noise levels for each image; together they are a stratified sample of the training distribution.
@@ -104,7 +105,7 @@ def held_out_loss(
     sigma = denoiser.process.icdf(u)
     order, stage = sigma.argsort(), denoiser.stages.of(sigma)  # in order, few decoders run on a batch
     losses = torch.zeros(total, dtype=torch.float64)
-    with processes.all_or_none(), torch.inference_mode():
+    with processes.all_or_none(), evaluating(denoiser), torch.inference_mode():
         for rows in order.split(batch_size)[processes.rank :: processes.size]:
             images = data.floats(rows % count).to(device)
             noise = rng.normal(seed, "held-out noise", rows.to(device), images.shape[1:])

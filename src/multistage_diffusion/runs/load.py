@@ -24,7 +24,7 @@ from multistage_diffusion.runs.averages import Combination, rebuild
 from multistage_diffusion.runs.checkpoints import EMA_WEIGHTS, RAW, Checkpoint, list_checkpoints, newest
 from multistage_diffusion.runs.whole import strangeness
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.weights import load_weights, persistent_buffers, require_fit
+from multistage_diffusion.weights import Unfilled, load_weights, persistent_buffers, require_fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,9 +148,12 @@ class Run:
         if strange := strangeness(self.path, self.config, checkpoint):
             raise CheckpointError(f"{strange}; restore the file")
         if network is None and config.model.builds:  # before memory is taken for what a strange file asks
-            with torch.device("meta"):
+            with torch.device("meta"), Unfilled():
                 require_fit(config.model.network((channels, height, width)), checkpoint.path / RAW)
-        denoiser = build_denoiser(config, (channels, height, width), None if trunk else self.stages, network=network)
+        with Unfilled() if config.model.builds else contextlib.nullcontext():
+            denoiser = build_denoiser(
+                config, (channels, height, width), None if trunk else self.stages, network=network
+            )
         denoiser.trained_classes = TrainedClasses.load(self.path)
         combination = None
         if sigma_rel is None:

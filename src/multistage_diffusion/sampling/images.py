@@ -6,7 +6,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from multistage_diffusion.classes import TrainedClasses
 from multistage_diffusion.conditioning import Conditioning
+from multistage_diffusion.devices import evaluating
 from multistage_diffusion.errors import ConfigError, NumericsError, is_out_of_memory, suggest
 from multistage_diffusion.noise import Process
 from multistage_diffusion.records import check, check_count, check_seed
@@ -220,7 +220,11 @@ class Drawing:
                 count = len(seeds[rows])
                 batch_labels = None if labels is None else labels[rows].to(device)
                 try:
-                    with _evaluation(denoiser), reusing(denoiser, self.sampler.trunk_every) as encoders:
+                    with (
+                        evaluating(denoiser),
+                        torch.inference_mode(),
+                        reusing(denoiser, self.sampler.trunk_every) as encoders,
+                    ):
                         images = self._batch(seeds[rows].to(device), batch_labels, rows)
                     if encoders:
                         self._passes.append(sum(encoder.passes for encoder in encoders))
@@ -367,16 +371,3 @@ def _check_guidance(guidance: float, denoiser: SampledDenoiser, labels: Tensor |
         raise ConfigError(f"{trained}; give labels (--class)")
     if guidance != 1:
         raise ConfigError(f"{trained}, and guidance compares with one; sample with guidance 1")
-
-
-@contextmanager
-def _evaluation(denoiser: SampledDenoiser) -> Iterator[None]:
-    """Evaluation and inference mode; every module's own mode is restored."""
-    training = [module for module in denoiser.modules() if module.training]
-    denoiser.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True

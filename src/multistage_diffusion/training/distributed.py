@@ -133,7 +133,7 @@ def require_same_weights(processes: ProcessGroup, tensors: Mapping[str, Tensor],
 
     Args:
         processes: The processes.
-        tensors: float32 tensors by name, whole.
+        tensors: Tensors by name, whole.
         step: Steps taken, for the message.
 
     Raises:
@@ -141,7 +141,9 @@ def require_same_weights(processes: ProcessGroup, tensors: Mapping[str, Tensor],
     """
     if processes.size == 1 or not tensors:
         return
-    sums = torch.stack([tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors.values()])
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [tensor.detach().view(words[tensor.itemsize]) for tensor in tensors.values()]
+    sums = torch.stack([part.sum(dtype=torch.int64) for part in bits])
     extremes = torch.cat((sums, -sums))
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     high, low = extremes.chunk(2)
