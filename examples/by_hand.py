@@ -15,7 +15,7 @@ def main(steps: int = 300) -> None:
     images = msd.load_data("digits").floats()  # (N, 1, 8, 8) in [-1, 1]
     stages = msd.cluster(images, VP()).stages
     model = ModelConfig(width=32, decoder_widths=(32, 16, 8), multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0)
-    denoiser = msd.Denoiser(model, VP(prediction="v"), (1, 8, 8), stages)
+    denoiser = msd.Denoiser.from_backbone(model, VP(prediction="v"), (1, 8, 8), stages)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
 

@@ -89,6 +89,7 @@ def test_an_export_is_a_model_and_a_folder_for_diffusers_is_named(run, call, tmp
     assert "cannot read" in call("sample", tmp_path / "other.safetensors", "--out", tmp_path / "d")[2]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_folder_alone(tmp_path, call):
     words = ["--training.steps", 2, "--training.batch-size", 4, "--training.log-every", 3]
     network = ["--model.width", 8, "--model.decoder-widths", 8, 8, 8, "--model.blocks", 1, "--data.flip"]

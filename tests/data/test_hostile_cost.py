@@ -50,7 +50,7 @@ here = Path(sys.argv[1])
 CHECKPOINTS = """
 from multistage_diffusion.data.sources import load_data
 from multistage_diffusion.errors import CheckpointError, DataError
-from multistage_diffusion.training.checkpoint import newest_valid
+from multistage_diffusion.runs.checkpoints import newest_valid
 from multistage_diffusion.runs import load_run
 
 load_run(here / "run" / "model")

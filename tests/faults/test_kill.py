@@ -90,6 +90,7 @@ def kept(out: Path) -> dict[Path, bytes]:
     return {path.relative_to(out): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_killed_5_times(lives, tmp_path):
     torture(lives, tmp_path, 5, 40, wait_a_moment)
 

@@ -99,6 +99,7 @@ def alone():
     return {batches: trained(configuration(batches)) for batches in ("mixed", "single-uniform")}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(alone, tmp_path):
     found, _ = ranks.run(compare, tmp_path, CASES)
     for (_, batches, _), result in zip(CASES, found, strict=True):

@@ -35,6 +35,7 @@ def test_the_parts_of_a_step_and_their_order():
     assert step.tflops > 0 and step.gpu_memory_gib is None
 
 
+@pytest.mark.slow
 def test_separate_encoders_have_their_parts():
     names = list(parts(tiny.run_config(tiny.architecture("separate", tiny.SMALLEST))))
     forward = [f"forward: {kind} {k}" for k in range(3) for kind in ("encoder", "decoder")]
