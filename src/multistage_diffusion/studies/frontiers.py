@@ -174,7 +174,10 @@ def fit_laws(curves: Sequence[Curve], first: int) -> list[Law]:
 
 
 def ratio_band(unified: Curve, staged: Curve, first: int, at: Sequence[float], draws: int = 500) -> list[list[float]]:
-    """Share of FLOPs at equal loss by the fitted laws, with a 95% band over resampled seeds.
+    """Share of FLOPs at equal loss by the fitted laws, with a band over resampled seeds.
+
+    The band's ends are the 2.5th and the 97.5th percentile of the resamples. Of three seeds there are ten different
+    ones, so it shows how far seeds move the laws, and is no interval of 95% confidence.
 
     Args:
         unified: The unified runs.
@@ -279,7 +282,7 @@ class Comparison:
         slower: Seconds of a FLOP of the staged network, those of the unified one being 1.
         ratio: At each point from the first rung on; the last is the budget.
         laws: Power laws of both, where there are enough points.
-        band: By these laws, at the same points: TFLOPs, share of FLOPs, the ends of its 95% band.
+        band: By these laws, at the same points: TFLOPs, share of FLOPs, the ends of its band.
     """
 
     slower: float
