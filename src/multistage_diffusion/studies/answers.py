@@ -195,7 +195,7 @@ def _scaling(rows: Rows) -> Answer:
     budget = digits(staged["tflops"])
     sentence = (
         f"At {budget} TFLOPs, both tuned, the staged network {staged['design']} has the loss of the best unified one "
-        f"(width {unified['design']}) after {cards[0].value} of its FLOPs and {cards[1].value} of its seconds."
+        f"({unified['design']}) after {cards[0].value} of its FLOPs and {cards[1].value} of its seconds."
     )
     return Answer(sentence, tuple(cards))
 

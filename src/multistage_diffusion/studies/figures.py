@@ -291,10 +291,12 @@ def scaling_figure(rows: Rows) -> Figure:
             axes[0].plot(item["tflops"], item["loss"], marker=look.marker, markersize=3, color=look.colour, alpha=0.35)
             said = f"tried: {entry['arm']} {item['design']}, rate {item['rate']:g}: {item['loss']:.4f}"
             tip(axes[0], item["tflops"], item["loss"], said)
+    highest = max(value for entry in (unified, staged) for losses in entry["curve"]["loss"] for value in losses)
     axes[0].set(xlabel="training TFLOPs", ylabel=_WORDS["loss"], xscale="log", yscale="log")
+    axes[0].set_ylim(top=1.2 * highest)  # what was tried and is far worse stands in the table
     plain_numbers(axes[0])
     plain_numbers(axes[0], which="x")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
     for (_, best), fill in zip(pairs(rows)[::-1], ("full", "none"), strict=False):
         for name, look in (("flops", OTHERS[0]), ("seconds", OTHERS[1])):
             _ratio(axes[1], best["ratio"], name, look, fill, f"{best['tflops']:g} TFLOPs")
@@ -311,6 +313,7 @@ def scaling_figure(rows: Rows) -> Figure:
 def _ratio(axis: Axes, points: Rows, name: str, look: Style, fill: str, label: str) -> None:
     """Shares against budgets with their 95% intervals."""
     along, means = [point["tflops"] for point in points], [point[name]["mean"] for point in points]
+    words = {"flops": "FLOPs"}.get(name, name)
     axis.plot(
         along,
         means,
@@ -319,10 +322,10 @@ def _ratio(axis: Axes, points: Rows, name: str, look: Style, fill: str, label: s
         linestyle=look.line,
         markersize=5,
         fillstyle="full" if fill == "full" else "none",
-        label=f"{name}, best at {label}",
+        label=f"{words}, best at {label}",
     )
     for point in points:
-        tip(axis, point["tflops"], point[name]["mean"], f"{label}: {point[name]['mean']:.0%} of the {name}")
+        tip(axis, point["tflops"], point[name]["mean"], f"{label}: {point[name]['mean']:.0%} of the {words}")
         if point[name]["interval"] is not None:
             axis.plot([point["tflops"]] * 2, point[name]["interval"], color=look.colour, linewidth=1.2, alpha=0.5)
 
