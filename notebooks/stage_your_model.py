@@ -122,4 +122,5 @@ for axes, picture in zip(grid, pictures, strict=True):
     axes.axis("off")
 pipeline.save_pretrained("pipeline")
 again = msd.load_staged("pipeline/unet", unet)  # the class comes from you; nothing that a file names is imported
-print(sum(p.numel() for p in again.parameters()), "parameters;", f"{staged.flops(x[:1], 5) / 1e6:.1f} MFLOPs an image")
+print(sum(p.numel() for p in again.parameters()), "parameters")
+print("MFLOPs of an image, by stage:", [round(flops / 1e6, 1) for flops in staged.flops(x[:1], 5)])

@@ -32,7 +32,10 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     display = types.ModuleType("IPython.display")  # in place of Jupyter's
     display.display, display.clear_output = (lambda *things: shown.extend(things)), (lambda wait: None)
     display.Image = lambda file: Path(file).read_bytes()
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    package = types.ModuleType("IPython")
+    package.version_info = (9, 0, 0)  # matplotlib reads it
+    package.get_ipython = lambda: None
+    monkeypatch.setitem(sys.modules, "IPython", package)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
