@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from multistage_diffusion.analytic import GaussianDenoiser, MixtureDenoiser
+from closed_forms import GaussianDenoiser, MixtureDenoiser
 from multistage_diffusion.clustering.posterior import OptimalDenoiser
 from multistage_diffusion.errors import ConfigError, DataError
 

@@ -26,7 +26,6 @@ ORDER = [
     ("inherit",),
     ("loss",),
     ("config",),
-    ("analytic",),
     ("data",),
     ("models",),
     ("metrics",),

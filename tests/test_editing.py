@@ -6,7 +6,7 @@ from torch import nn
 
 import multistage_diffusion as msd
 import tiny
-from multistage_diffusion.analytic import GaussianDenoiser
+from closed_forms import GaussianDenoiser
 from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.sampling import SOLVERS, Sampler, Trace
 from multistage_diffusion.sampling.editing import between, seeded

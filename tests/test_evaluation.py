@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import tiny
-from multistage_diffusion.analytic import GaussianDenoiser
+from closed_forms import GaussianDenoiser
 from multistage_diffusion.config import ModelConfig, Sampler
 from multistage_diffusion.data import Images, load_data
 from multistage_diffusion.errors import ConfigError

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from multistage_diffusion.analytic import GaussianDenoiser
+from closed_forms import GaussianDenoiser
 from multistage_diffusion.clustering import cluster
 from multistage_diffusion.clustering.gradient import gradient_affinity
 from multistage_diffusion.clustering.levels import noise_levels

@@ -19,6 +19,7 @@ from multistage_diffusion.denoiser import Denoiser
 from multistage_diffusion.errors import NumericsError, UserError
 from multistage_diffusion.metrics.classifier import Classifier
 from multistage_diffusion.runs import load_run
+from multistage_diffusion.runs.averages import list_snapshots
 from multistage_diffusion.runs.checkpoints import list_checkpoints
 from multistage_diffusion.training import observe
 from multistage_diffusion.training import run as runs_of

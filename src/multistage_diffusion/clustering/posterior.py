@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from multistage_diffusion.analytic import Sigma
 from multistage_diffusion.clustering.running_softmax import BlockSoftmax, CandidateSoftmax, NoisyImages
 from multistage_diffusion.devices import full_precision
 from multistage_diffusion.errors import ConfigError, DataError
 
+Sigma = float | Float[Tensor, ""] | Float[Tensor, " batch"]
 _ROUNDING = 16 * 2.0**-24  # bound on the rounding of a float32 logit, relative to |z|^2/sigma^2
 _RERANK = 4e-3  # rounding of a logit, in nats, from which on candidates are redone in float64
 _ROWS = 1024  # (image, noise level) pairs that share one pass over the images

@@ -128,7 +128,7 @@ class MultistagePipeline(DiffusionPipeline):
             if self._interrupt:
                 continue
             scaled = _scaled(self.scheduler, x, time)
-            guided = low <= float(self.unet.level(time)) <= high
+            guided = guidance_interval is None or low <= float(self.unet.level(time)) <= high
             output = self._output(scaled, time, labels, self._guidance_scale if guided else 1.0)
             x = self.scheduler.step(output, time, x, **extra).prev_sample
             if callback_on_step_end is not None:

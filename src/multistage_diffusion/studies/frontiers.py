@@ -174,10 +174,9 @@ def fit_laws(curves: Sequence[Curve], first: int) -> list[Law]:
 
 
 def ratio_band(unified: Curve, staged: Curve, first: int, at: Sequence[float], draws: int = 500) -> list[list[float]]:
-    """Share of FLOPs at equal loss by the fitted laws, with a band over resampled seeds.
+    """Share of FLOPs at equal loss by the fitted laws, with the 2.5th and 97.5th percentile over resampled seeds.
 
-    The band's ends are the 2.5th and the 97.5th percentile of the resamples. Of three seeds there are ten different
-    ones, so it shows how far seeds move the laws, and is no interval of 95% confidence.
+    Three seeds have ten different resamples: the band shows how far seeds move the laws, not 95% confidence.
 
     Args:
         unified: The unified runs.
@@ -199,10 +198,8 @@ def ratio_band(unified: Curve, staged: Curve, first: int, at: Sequence[float], d
     drawn = [ratios(dice.choices(seeds, k=len(seeds))) for _ in range(draws)]
     samples = [sorted(own) for own in zip(*drawn, strict=True)]
     low, high = round(0.025 * (draws - 1)), round(0.975 * (draws - 1))
-    return [
-        [tflops, middle, own[low], own[high]]
-        for tflops, middle, own in zip(at, ratios(seeds), samples, strict=True)
-    ]  # fmt: skip
+    rows = zip(at, ratios(seeds), samples, strict=True)
+    return [[tflops, middle, own[low], own[high]] for tflops, middle, own in rows]
 
 
 @dataclass(frozen=True)

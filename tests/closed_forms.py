@@ -1,4 +1,4 @@
-"""Exact denoisers with closed forms, of Gaussians and of their mixtures: references for samplers and tests.
+"""Exact denoisers with closed forms, of Gaussians and of their mixtures.
 
 Each is called as `denoiser(x, sigma)`, x = x0 + sigma eps, and returns the posterior mean of x0, so samplers take it.
 The exact denoiser of a data set is `clustering.posterior.OptimalDenoiser`.
