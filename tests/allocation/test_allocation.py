@@ -102,7 +102,7 @@ def measured(monkeypatch):
     def run_proxies(config, data, test, widths, **_):
         given.update(data=data, test=test, widths=widths)
         return [
-            Measurement(w, n, tuple(law.loss(w, float(n)) for law in LAWS))
+            Measurement(w, n, tuple(law.loss(w, float(n)) for law in LAWS), 5.0 + 1e-6 * w**2 * n)
             for w in widths
             for n in (1_000, 2_000, 4_000)
         ]
@@ -163,3 +163,24 @@ def test_a_budget_that_buys_nothing_is_refused_before_the_proxies_run(measured, 
     with pytest.raises(ConfigError, match="a budget of"):
         proxies.allocate(run_of("digits"), numbered(40), 1e-12, purpose)
     assert not measured
+
+
+def test_seconds_that_are_in_proportion_to_flops_choose_the_same_widths(measured):
+    by_flops = proxies.allocate(run_of("digits"), numbered(40), 1.0, "training")
+    # An image of width w takes 1e9 w^2 FLOPs and 1e-6 w^2 seconds: a PFLOP is a second.
+    by_seconds = proxies.allocate(run_of("digits"), numbered(40), 1.0, "seconds")
+    assert by_seconds.unit == "training seconds"
+    assert by_seconds.allocation.capacities == by_flops.allocation.capacities
+    assert by_seconds.allocation.images == pytest.approx(by_flops.allocation.images)
+    assert by_seconds.equal_loss == pytest.approx(by_flops.equal_loss)
+    with pytest.raises(ConfigError, match="training seconds is less than one image costs"):
+        proxies.allocate(run_of("digits"), numbered(40), 1e-9, "seconds")
+
+
+def test_seconds_of_an_image_follow_their_law_between_the_proxies_and_no_part_is_negative():
+    timed = [Measurement(w, n, (1.0,), 7.0 + n * (2e-3 + 1e-5 * w**2)) for w in (8, 16, 24) for n in (100, 200, 400)]
+    assert proxies.seconds_an_image(timed, (4, 12, 32)) == pytest.approx([2e-3 + 1e-5 * w**2 for w in (4, 12, 32)])
+    slower = [Measurement(w, n, (1.0,), n * (2e-3 - 1e-5 * w)) for w in (8, 16, 24) for n in (100, 200)]
+    assert min(proxies.seconds_an_image(slower, range(1, 1000))) > 0
+    with pytest.raises(ConfigError, match="were not timed"):
+        proxies.seconds_an_image([Measurement(8, 100, (1.0,))], (8,))

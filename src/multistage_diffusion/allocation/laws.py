@@ -37,11 +37,13 @@ class Measurement:
         capacity: Capacity of every decoder of the run.
         images: Images seen, over all stages.
         stage_loss: Loss of each stage.
+        seconds: Spent on training until then; 0 where nobody looked.
     """
 
     capacity: int
     images: int
     stage_loss: tuple[float, ...]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,11 @@ def allocate_training(
     candidates: Sequence[int],
     flops: Sequence[Sequence[float]],
     budget: float,
+    unit: str = "training FLOPs",
 ) -> Allocation:
     """Capacities that minimise the expected loss under a budget of training FLOPs: smaller decoders see more images.
+
+    FLOPs may be any cost of an image that adds up over the stages by their shares, like seconds.
 
     Args:
         laws: Law of each stage.
@@ -174,6 +179,7 @@ def allocate_training(
         candidates: Capacities to choose from.
         flops: Training FLOPs of an image, for each stage and candidate.
         budget: Training FLOPs in all.
+        unit: What they are, if they are something else.
 
     Returns:
         The best combination of candidates.
@@ -184,7 +190,7 @@ def allocate_training(
     means = [[share * cost for cost in costs] for share, costs in zip(shares, flops, strict=True)]
     low, high = (sum(map(extreme, means)) for extreme in (min, max))
     if budget < low:
-        raise ConfigError(f"a budget of {budget:.3g} training FLOPs is less than one image costs ({low:.3g})")
+        raise ConfigError(f"a budget of {budget:.3g} {unit} is less than one image costs ({low:.3g})")
 
     def allocation(choice: tuple[int, ...]) -> Allocation:
         mean = sum(costs[index] for costs, index in zip(means, choice, strict=True))

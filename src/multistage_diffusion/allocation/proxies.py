@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from multistage_diffusion import rng
@@ -20,18 +22,23 @@ from multistage_diffusion.allocation.laws import (
 from multistage_diffusion.backbones import Backbone
 from multistage_diffusion.config import RunConfig, check
 from multistage_diffusion.data import Images
+from multistage_diffusion.errors import ConfigError
 from multistage_diffusion.evaluation import held_out_loss
 from multistage_diffusion.metrics.cost import StageCost, network_cost
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.run import build_trainer
 
 Say = Callable[[str], None]
-Purpose = Literal["training", "sampling"]
+Purpose = Literal["training", "sampling", "seconds"]
 PROXY_SHARES = (0.25, 0.5, 0.75, 1.25)  # decoder widths of the proxy runs, in encoder widths
 _WIDEST = 1.5  # widest decoder to choose, in encoder widths: not far beyond what the proxies measure
 _HELD_OUT = 0.1  # share of the training images that the proxies keep for measuring
 _NOISE_LEVELS = 4_000  # noise levels of a measurement, at least
-_UNITS: dict[Purpose, tuple[str, float]] = {"training": ("training PFLOPs", 1e15), "sampling": ("sampling GFLOPs", 1e9)}
+_UNITS: dict[Purpose, tuple[str, float]] = {
+    "training": ("training PFLOPs", 1e15),
+    "sampling": ("sampling GFLOPs", 1e9),
+    "seconds": ("training seconds", 1.0),
+}
 _ANY_LAW = Law(0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
@@ -42,7 +49,7 @@ class Choice:
     Attributes:
         allocation: Capacity of each decoder, with the loss expected of them.
         budget: What they had to keep to, in `unit`.
-        unit: Training PFLOPs in all, or GFLOPs of drawing one image.
+        unit: Training PFLOPs in all, GFLOPs of drawing one image, or seconds of training in all.
         equal_loss: Expected loss of decoders of the encoder's own width, for the same budget of training, or after the
             same number of images.
         laws: Law of each stage.
@@ -91,8 +98,9 @@ def allocate(
     Args:
         config: The run; its stages are kept, its decoder widths are replaced.
         data: Training images; a tenth of them is held out from the proxies and measured on.
-        budget: Training PFLOPs in all, or GFLOPs of drawing one image with the run's sampler.
-        purpose: Which of the two.
+        budget: Training PFLOPs in all, GFLOPs of drawing one image with the run's sampler, or seconds of training on
+            this machine, as the proxy runs take them.
+        purpose: Which of the three.
         steps: Steps of each proxy run.
         device: Where to train.
         say: Called with what was measured, in lines.
@@ -106,19 +114,27 @@ def allocate(
     base, candidates = config.model.capacity, candidate_widths(config.model)
     stages, (unit, scale) = Stages(config.stages.edges), _UNITS[purpose]
 
+    measurements = list[Measurement]()
+
     def choose(laws: Sequence[Law], widths: Sequence[int], longest: float) -> Allocation:
+        if purpose == "seconds":
+            row = seconds_an_image(measurements, widths)
+            return allocate_training(laws, stages.shares(config.process), widths, [row] * len(stages), budget, unit)
         if purpose == "training":
             return widths_for_training(config, data.shape, laws, widths, budget * scale)
         return widths_for_sampling(config, data.shape, laws, widths, budget * scale, longest)
 
     # A budget that buys nothing is refused before anything is trained.
-    choose([_ANY_LAW] * len(stages), candidates, 1.0)
+    if purpose != "seconds":
+        choose([_ANY_LAW] * len(stages), candidates, 1.0)
     train, held_out = split(data, config.training.seed)
-    measurements = run_proxies(config, train, held_out, proxy_widths(config.model), steps=steps, device=device, say=say)
+    measurements += run_proxies(
+        config, train, held_out, proxy_widths(config.model), steps=steps, device=device, say=say
+    )
     laws = tuple(fit_law(measurements, stage) for stage in range(len(stages)))
     longest = float(max(item.images for item in measurements))
     allocation = choose(laws, candidates, longest)
-    images = choose(laws, (base,), longest).images if purpose == "training" else longest
+    images = longest if purpose == "sampling" else choose(laws, (base,), longest).images
     shares = stages.shares(config.process)
     equal_loss = sum(share * law.loss(base, images) for share, law in zip(shares, laws, strict=True))
     return Choice(allocation, budget, unit, equal_loss, laws, tuple(measurements))
@@ -156,16 +172,50 @@ def run_proxies(
     for width in widths:
         model = config.model.with_capacities((width,) * len(stages))
         trainer = build_trainer(replace(config, model=model), data, stages, device=device)
+        seconds = 0.0
         for point in range(points):
+            start = time.perf_counter()  # each step ends with a value that is read, so the device has done its work
             for _ in trainer.run(max(1, round(steps * 0.5 ** (1 - point / max(points - 1, 1))))):
                 pass
+            seconds += time.perf_counter() - start
             held_out = held_out_loss(trainer.averaged(), test, stages=stages, repeats=repeats)
             losses = tuple(loss for loss in held_out.stage_loss if loss is not None)
             assert len(losses) == len(stages), "every stage has held-out noise levels"
-            measurements.append(Measurement(width, trainer.images, losses))
+            measurements.append(Measurement(width, trainer.images, losses, seconds))
             text = ", ".join(f"{loss:.4f}" for loss in losses)
             say(f"decoders of width {width}, {trainer.images} images: stage losses {text}")
     return measurements
+
+
+def seconds_an_image(measurements: Sequence[Measurement], capacities: Sequence[int]) -> list[float]:
+    """Seconds that training takes for an image of a stage whose decoder has a capacity.
+
+    Each proxy run has equal decoders, so an image of any stage takes what its images take on average; between its first
+    and its last reading, as a run's first steps are slow. The law a + b w + c w^2 with non-negative parts (overhead and
+    encoder; memory; products) is fitted to the runs by least squares of relative errors.
+
+    Args:
+        measurements: Proxy runs with seconds, each with at least two readings.
+        capacities: Capacities to read the law at.
+
+    Raises:
+        ConfigError: No seconds were measured.
+    """
+    from scipy.optimize import nnls
+
+    def powers(capacity: float) -> list[float]:
+        return [1.0, capacity, capacity**2]
+
+    rows = []
+    for capacity in sorted({item.capacity for item in measurements}):
+        own = sorted((item for item in measurements if item.capacity == capacity), key=lambda item: item.images)
+        first, last = own[0], own[-1]
+        if not last.seconds > first.seconds:
+            raise ConfigError("the proxy runs were not timed; give --proxy-steps at least 4")
+        each = (last.seconds - first.seconds) / (last.images - first.images)
+        rows.append([power / each for power in powers(capacity)])
+    law, _ = nnls(np.array(rows), np.ones(len(rows)))
+    return [float(law @ powers(capacity)) for capacity in capacities]
 
 
 def split(data: Images, seed: int) -> tuple[Images, Images]:

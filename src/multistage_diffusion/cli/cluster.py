@@ -48,8 +48,9 @@ class Options(Reads):
     proxy_steps: int = 300
     """Steps of that short run, and of each proxy run of --allocate."""
     allocate: Annotated[float | None, tyro.conf.arg(metavar="BUDGET")] = None
-    """Choose decoder widths too, from short proxy runs, under a budget: training PFLOPs in all, or sampling GFLOPs."""
-    allocate_for: Literal["training", "sampling"] = "training"
+    """Choose decoder widths too, from short proxy runs, under a budget: training PFLOPs in all, sampling GFLOPs of an
+    image, or seconds of training on this machine."""
+    allocate_for: Literal["training", "sampling", "seconds"] = "training"
     """What the budget of --allocate is for: training in all, or drawing one image with the recipe's sampler."""
     recipe: str | None = None
     """Recipe whose network and training the proxy runs take; by default the one named like the source."""
