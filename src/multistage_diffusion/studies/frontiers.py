@@ -309,7 +309,8 @@ def results(lab: Lab) -> list[tuple[Best, Best, Comparison]]:
         unified, staged = (
             _best(lab, rungs[:place], arm, own, taken) for arm, own, taken in zip(ARMS, curves, times, strict=True)
         )
-        slower = (staged.seconds / staged.training_tflops) / (unified.seconds / unified.training_tflops)
+        one, other = ((own.step.ratio * own.steps / own.training_tflops) for own in (unified, staged))
+        slower = other / one  # turn by turn, so that what else the machine does is left out
         found.append((unified, staged, compare(curves[0], curves[1], slower)))
     return found
 
